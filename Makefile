@@ -1,0 +1,35 @@
+# Every target sets up its own environment in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install check test demo bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+check: install  ## lint, format, types, import directions, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not s3"
+
+test: install  ## every test that this machine can run
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+demo: install  ## the whole story on images that the project draws itself
+	$(BIN)/iab-vision demo
+
+bench: install  ## the benchmarks that finish within minutes; each prints its own table
+	$(BIN)/python benchmarks/classify_throughput.py
+
+clean:
+	rm -rf $(VENV) demo-output

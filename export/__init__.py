@@ -1,0 +1,1 @@
+"""A trained torch model becomes a checked, hash-bound ONNX bundle."""

@@ -1,0 +1,1 @@
+"""Commands: typed configs, the command line, Ray start-up, exit codes."""

@@ -1,0 +1,110 @@
+"""The statuses and Arrow schemas that flow between the steps and out to readers: read this file first.
+
+Tables are built against these constants, never inferred, so a file in which every image failed has
+the same types as any other. This module computes nothing and imports nothing but pyarrow.
+"""
+
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Status(StrEnum):
+    """What became of one image; every value but `OK` means that the row carries no label."""
+
+    OK = "ok"
+    # fetching
+    NOT_FOUND = "not_found"
+    DENIED = "denied"
+    TIMEOUT = "timeout"
+    THROTTLED = "throttled"
+    SERVER_ERROR = "server_error"
+    CONNECTION_FAILED = "connection_failed"
+    REDIRECT_LOOP = "redirect_loop"
+    BLOCKED_ADDRESS = "blocked_address"
+    INVALID_URI = "invalid_uri"
+    HTTP_ERROR = "http_error"
+    TOO_LARGE = "too_large"
+    # decoding
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    TRUNCATED = "truncated"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    DECODE_FAILED = "decode_failed"
+    DECODER_CRASHED = "decoder_crashed"
+    DECODE_TIMEOUT = "decode_timeout"
+    # the model
+    MODEL_ERROR = "model_error"
+
+
+TRANSIENT = frozenset({Status.TIMEOUT, Status.THROTTLED, Status.SERVER_ERROR, Status.CONNECTION_FAILED})
+"""Failures that may pass: tried again in a later pass, and by `--retry-failed`."""
+
+LABELS_TYPE = pa.list_(pa.struct([pa.field("id", pa.string()), pa.field("score", pa.float32())]))
+
+LOADED = pa.schema(
+    [
+        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("sha256", pa.string()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("format", pa.string()),
+    ]
+)
+"""load -> infer, beside the column `pixels` of `pixels_type`; `row_id` is the row of the plan."""
+
+
+def pixels_type(height: int, width: int) -> pa.DataType:
+    """Fixed-size binary of height * width * 3 bytes: uint8 RGB in row-major [height, width, channel] order.
+
+    A row whose status is not `ok` holds zeros there.
+    """
+    return pa.binary(height * width * 3)
+
+
+SCORED = pa.schema(
+    [
+        *LOADED,
+        pa.field("top_id", pa.string()),
+        pa.field("top_score", pa.float32()),
+        pa.field("labels", LABELS_TYPE),
+        pa.field("tier1_id", pa.string()),
+        pa.field("tier1_score", pa.float32()),
+        pa.field("cat", pa.list_(pa.string())),
+    ]
+)
+"""infer -> write: one row per work item, before it is joined with the plan's rows."""
+
+PREDICTIONS_HEAD = pa.schema(
+    [pa.field("image_id", pa.string(), nullable=False), pa.field("uri", pa.string(), nullable=False)]
+)
+PREDICTIONS_TAIL = pa.schema(
+    [
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("sha256", pa.string()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("format", pa.string()),
+        pa.field("top_id", pa.string()),
+        pa.field("top_score", pa.float32()),
+        pa.field("labels", LABELS_TYPE),
+        pa.field("tier1_id", pa.string()),
+        pa.field("tier1_score", pa.float32()),
+        pa.field("cat", pa.list_(pa.string())),
+        pa.field("cattax", pa.int32(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("taxonomy", pa.string(), nullable=False),
+        pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+RESERVED = frozenset([*PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
+"""Column names that belong to the predictions table; a carried column may not take one."""
+
+
+def predictions_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema of every file of `table/`: key columns, the caller's carried columns untouched, results."""
+    return pa.schema([*PREDICTIONS_HEAD, *carried, *PREDICTIONS_TAIL])

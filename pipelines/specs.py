@@ -1,0 +1,137 @@
+"""Everything that can be set about running the steps, as frozen dataclasses that check themselves.
+
+Each field's default lives here alone, with its meaning and unit in the line below it. Standard library
+only: a worker and the command line both import this in milliseconds. Training has its own: `recipe.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+def at_least(name: str, value: float, minimum: float) -> None:
+    """Raise ValueError naming the setting, its value and its limit when `value < minimum`."""
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How encoded bytes become the model's pixels; part of the model, carried in its bundle."""
+
+    height: int = 224
+    """Rows of the model's input, pixels."""
+    width: int = 224
+    """Columns of the model's input, pixels."""
+    fit: Literal["stretch", "crop"] = "stretch"
+    """`stretch` resizes both sides; `crop` resizes the shorter side and cuts the centre."""
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    """Resampling filter (antialiased)."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel mean of RGB in [0, 1], subtracted inside the graph."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per-channel standard deviation of RGB in [0, 1], divided by inside the graph."""
+
+    def __post_init__(self) -> None:
+        at_least("height", self.height, 1)
+        at_least("width", self.width, 1)
+        for value in self.std:
+            if value <= 0:
+                raise ValueError(f"std holds {value}; every standard deviation must be above 0")
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What one image may cost its decoder."""
+
+    max_pixels: int = 100_000_000
+    """Largest width * height accepted, read from the header before anything is decoded."""
+    timeout_s: float = 20.0
+    """Longest time for one image in the decoder, seconds; then `decode_timeout`."""
+    max_memory_bytes: int = 4_000_000_000
+    """Address space of a decoder process, bytes; beyond it the image is `decode_failed`."""
+
+    def __post_init__(self) -> None:
+        at_least("max_pixels", self.max_pixels, 1)
+        at_least("timeout_s", self.timeout_s, 0.1)
+        at_least("max_memory_bytes", self.max_memory_bytes, 500_000_000)
+
+
+@dataclass(frozen=True)
+class FetchLimits:
+    """What one request may cost, and how politely many are made."""
+
+    concurrency: int = 128
+    """Requests in flight per load actor."""
+    per_host: int = 16
+    """http(s) requests in flight per host and load actor."""
+    connect_timeout_s: float = 5.0
+    """Time to connect, seconds."""
+    read_timeout_s: float = 15.0
+    """Longest silence between two reads, seconds."""
+    total_timeout_s: float = 60.0
+    """Longest time for one object, all attempts included, seconds."""
+    max_attempts: int = 4
+    """Requests made for one object before its failure is recorded."""
+    max_bytes: int = 64_000_000
+    """Largest object, bytes, enforced while streaming."""
+    max_redirects: int = 5
+    """http(s) redirects followed."""
+    user_agent: str = "iab-vision/0.1 (+image categorisation; contact your publisher account manager)"
+    """User-Agent of http(s) requests."""
+    allow_private_addresses: bool = False
+    """Fetch from private, loopback and link-local addresses too (tests, intranets)."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "per_host", "max_attempts", "max_bytes"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("connect_timeout_s", "read_timeout_s", "total_timeout_s"):
+            at_least(name, getattr(self, name), 0.05)
+        at_least("max_redirects", self.max_redirects, 0)
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """How the ONNX session runs, in classify and in parity alike."""
+
+    provider: Provider = "cpu"
+    """Execution provider; the session must really use it or the actor fails at start."""
+    precision: Precision = "fp32"
+    """Which file of the bundle."""
+    batch_size: int = 16
+    """Images per session run; the last batch is padded to it."""
+    threads: int = 1
+    """Intra-op threads of a CPU session."""
+    device_id: int = 0
+    """GPU of a CUDA or TensorRT session, as visible to the process."""
+    allow_tf32: bool = False
+    """Let CUDA round float32 products to TF32."""
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size, 1)
+        at_least("threads", self.threads, 1)
+        at_least("device_id", self.device_id, 0)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The two pools of classify and the grain of the work."""
+
+    load_actors: int = 0
+    """Actors that fetch and decode; 0 sizes the pool from the cluster."""
+    infer_actors: int = 0
+    """Actors that own an ONNX session; 0 is one per GPU, or one per CPU core."""
+    rows_per_chunk: int = 256
+    """Plan rows that a load actor takes at once."""
+    rows_per_part: int = 20_000
+    """Rows per part file: what a crash may cost."""
+    rows_per_file: int = 1_000_000
+    """Rows per published file, about 100 MB."""
+
+    def __post_init__(self) -> None:
+        at_least("load_actors", self.load_actors, 0)
+        at_least("infer_actors", self.infer_actors, 0)
+        for name in ("rows_per_chunk", "rows_per_part", "rows_per_file"):
+            at_least(name, getattr(self, name), 1)
