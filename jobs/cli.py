@@ -1,0 +1,101 @@
+"""The command line: `iab-vision COMMAND …`, one subcommand per job.
+
+Only the chosen command's module is imported, and that module imports heavy libraries when it runs, so
+`--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 refused by a quality gate.
+"""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jobs.errors import CommandError, InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    module: str
+    config: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("jobs.run_demo", "DemoConfig", "the whole story on pictures drawn here"),
+    "train": Command("jobs.train_vit", "TrainConfig", "fine-tune a Vision Transformer on labelled images"),
+    "tune": Command("jobs.tune_vit", "TuneConfig", "search for a better training recipe"),
+    "export": Command("jobs.export_onnx", "ExportConfig", "turn a checkpoint into a certified ONNX bundle"),
+    "certify": Command("jobs.certify_bundle", "CertifyConfig", "add this machine's certificate to a bundle"),
+    "classify": Command("jobs.classify_images", "ClassifyConfig", "label an inventory into a Parquet table"),
+    "evaluate": Command(
+        "jobs.evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"
+    ),
+    "predict": Command("jobs.predict_images", "PredictConfig", "label a few images on the terminal"),
+    "verify": Command("jobs.verify_output", "VerifyConfig", "prove that predictions or a bundle are whole"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: iab-vision COMMAND [settings]",
+            "",
+            "Categorise images into the IAB Content Taxonomy.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`iab-vision COMMAND --help` lists a command's settings. Each can also stand in the YAML file",
+            "named by --config, or in the environment as IAB_VISION_<SETTING>.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    try:
+        return run(name, rest)
+    except CommandError as error:
+        if "--debug" in rest:
+            traceback.print_exc()
+        print(f"iab-vision {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"iab-vision {name}: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the last border before the user: any bug becomes one paragraph
+        if "--debug" in rest:
+            raise
+        print(
+            f"iab-vision {name}: {type(error).__name__}: {error} (the same command with --debug shows where)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    if name not in COMMANDS:
+        raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
+    from jobs import config as configs
+
+    command = COMMANDS[name]
+    settings = getattr(configs, command.config).parse(argv, command=name)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    code: int = importlib.import_module(command.module).run(settings)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

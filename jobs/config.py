@@ -1,0 +1,267 @@
+"""One typed config per job: what its command line, environment and YAML file may say.
+
+Precedence: command line > `IAB_VISION_*` environment > `--config FILE` > the defaults below. Nothing
+here imports a heavy library, and nothing below `jobs` ever sees a config: it is unpacked at the border.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from jobs.errors import InputError
+from pipelines import specs
+
+Spec = TypeVar("Spec")
+
+
+def attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string literal below each annotated attribute of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: inspect.cleandoc(str(doc.value.value))
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+    }
+
+
+def typed(spec: type[Spec]) -> type[Spec]:
+    """A validating twin of a frozen dataclass, so that its fields become flags with help.
+
+    pydantic-settings expands pydantic dataclasses into `--section.field`, standard ones only as JSON.
+    """
+    twin = pydantic.dataclasses.dataclass(spec, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload]
+    fields: dict[str, FieldInfo] = twin.__pydantic_fields__
+    for name, doc in attribute_docstrings(spec).items():
+        fields[name].description = doc
+    return twin  # type: ignore[return-value]
+
+
+def plain(value: Any) -> Any:
+    """The standard dataclass behind a validated twin: what may travel to workers."""
+    spec = type(value).__mro__[1]
+    return spec(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+
+
+Fetch = typed(specs.FetchLimits)
+Decode = typed(specs.DecodeLimits)
+WorkerPools = typed(specs.Workers)
+
+
+class JobConfig(BaseSettings):
+    """Settings every command has."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="IAB_VISION_",
+        env_nested_delimiter="__",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+    )
+
+    config: str | None = None
+    """YAML file with any of these settings."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line is put first by pydantic-settings; the YAML file arrives as init values."""
+        return env_settings, init_settings
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], *, command: str) -> Self:
+        """Settings from a command line.
+
+        Raises:
+            InputError: an unknown flag or key, a value of the wrong type or out of its limits.
+        """
+        try:
+            return cls(_cli_parse_args=list(argv), _cli_prog_name=f"iab-vision {command}", **read_yaml(argv))  # type: ignore[call-arg]
+        except pydantic.ValidationError as error:
+            raise InputError(explain(error, cls)) from error
+        except SettingsError as error:
+            raise InputError(explain_flags(str(error), cls, command)) from error
+
+
+def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings of the file named by `--config`, if any."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        path = parser.parse_known_args(list(argv))[0].config
+        if path is None:
+            return {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (argparse.ArgumentError, OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"--config {path} holds a {type(content).__name__}; it must be a mapping of settings"
+        )
+    return {**content, "config": path}
+
+
+def flags(cls: type[BaseSettings]) -> list[str]:
+    """Every flag of a config, nested ones with their section."""
+    names: list[str] = []
+    for name, field in cls.model_fields.items():
+        kebab = name.replace("_", "-")
+        nested = getattr(field.annotation, "__pydantic_fields__", None)
+        names += [f"--{kebab}.{inner.replace('_', '-')}" for inner in nested] if nested else [f"--{kebab}"]
+    return names
+
+
+def explain(error: pydantic.ValidationError, cls: type[BaseSettings]) -> str:
+    """One sentence for each wrong value: the setting, what it is, what it must be."""
+    return "; ".join(explain_one(dict(detail), cls) for detail in error.errors())
+
+
+def explain_one(detail: dict[str, Any], cls: type[BaseSettings]) -> str:
+    name = "--" + ".".join(str(part) for part in detail["loc"]).replace("_", "-")
+    if detail["type"] == "missing":
+        return f"{name} is required"
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{name[2:].replace('-', '_')} is not a setting{suggestion(name, flags(cls))}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name} is {detail['input']!r}; it {message}"
+
+
+def explain_flags(message: str, cls: type[BaseSettings], command: str) -> str:
+    """What argparse says of the command line, with the nearest known flag."""
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    text = message.removeprefix("error parsing CLI: ")
+    hint = suggestion(unknown.group(1), flags(cls)) if unknown else ""
+    return f"{text}{hint}; `iab-vision {command} --help` lists the settings"
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name.split("=", maxsplit=1)[0], known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class RayConfig(JobConfig):
+    """Settings of commands that run on a Ray cluster."""
+
+    ray_address: str | None = None
+    """Cluster to join (`auto`, `ray://…`); unset: the submitting cluster's, or one on this machine."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of a cluster started on this machine; unset: enough for every pool."""
+
+
+class ClassifyConfig(RayConfig):
+    """Label every image of an inventory with a bundle, exactly once, into a Parquet table."""
+
+    inventory: str
+    """Table of URIs (Parquet, CSV, JSON lines), folder or prefix of images, Parquet with bytes, or tars."""
+    bundle: str
+    """Bundle made by `iab-vision export`."""
+    output: str
+    """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
+    uri_column: str = "uri"
+    """Column of the inventory that holds the URI."""
+    all_files: bool = False
+    """List every file of a folder or prefix, not only those with an image's extension."""
+    rename: dict[str, str] = Field(default_factory=dict)
+    """Carried columns to rename, `old=new`."""
+    drop_columns: list[str] = Field(default_factory=list)
+    """Columns of the inventory not to carry over."""
+    top_k: int = Field(default=5, ge=1)
+    """Labels kept per image."""
+    precision: specs.Precision = "fp32"
+    """Which file of the bundle runs."""
+    provider: specs.Provider = "cpu"
+    """Execution provider; `cuda` and `tensorrt` put one session on each GPU."""
+    batch_size: int = Field(default=0, ge=0)
+    """Images per session run; 0 is 16 on CPU and 256 on GPU."""
+    threads_per_session: int = Field(default=1, ge=1)
+    """CPU threads of each ONNX session."""
+    allow_uncertified: bool = False
+    """Run a precision and provider that no certificate covers; recorded in the report."""
+    max_error_rate: float = Field(default=0.5, ge=0, le=1)
+    """Largest share of rows without a label that is still published."""
+    max_error_rate_of: dict[str, float] = Field(default_factory=dict)
+    """Largest share of rows with one status, `status=share`."""
+    retry_passes: int = Field(default=2, ge=0)
+    """Later passes over rows that failed for a passing reason, before they are recorded."""
+    retry_pause_s: float = Field(default=10.0, ge=0)
+    """Pause before each later pass, seconds."""
+    retry_failed: bool = False
+    """On a finished output: run the rows that failed for passing reasons again and republish."""
+    commit_every_s: float = Field(default=5.0, gt=0)
+    """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
+    fetch: Fetch = Fetch()  # type: ignore[valid-type]
+    """Limits of each request."""
+    decode: Decode = Decode()  # type: ignore[valid-type]
+    """Limits of each image."""
+    workers: WorkerPools = WorkerPools()  # type: ignore[valid-type]
+    """Pools and grain of the work."""
+
+
+class PredictConfig(JobConfig):
+    """Label a few images in this process, without a cluster."""
+
+    images: CliPositionalArg[list[str]]
+    """Image files or URLs."""
+    bundle: str
+    """Bundle made by `iab-vision export`."""
+    top_k: int = Field(default=5, ge=1)
+    """Labels per image."""
+    precision: specs.Precision = "fp32"
+    """Which file of the bundle runs."""
+    as_json: bool = False
+    """Print one JSON object per image instead of a table."""
+    allow_uncertified: bool = False
+    """Run a precision that no certificate covers."""
+    fetch: Fetch = Fetch()  # type: ignore[valid-type]
+    """Limits of each request."""
+
+
+class VerifyConfig(JobConfig):
+    """Prove that a predictions folder or a bundle is whole and unaltered."""
+
+    path: CliPositionalArg[str]
+    """Folder written by `classify` or `export`."""
+
+
+class DemoConfig(JobConfig):
+    """Draw pictures, train, export, classify and verify, all on this machine."""
+
+    output: str = "demo-output"
+    """Folder for the demo's dataset, run, bundle and predictions; a second run starts afresh."""
