@@ -1,0 +1,334 @@
+"""Encoded bytes -> the uint8 RGB pixels that a model sees, or a status that says why there are none.
+
+The only code that turns bytes into pixels: training, evaluation, parity and classification all call
+`prepare`. It is pure (no I/O, no clock, no logging) and never raises for an image. It does not protect
+the process from a decoder that crashes or hangs; `decoder.py` does.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Resampling, Transpose
+
+from pipelines.schema import Status
+from pipelines.specs import DecodeLimits, ImageSpec
+
+Pixels = npt.NDArray[np.uint8]
+
+REFUSED_PLUGINS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"})
+"""EPS would run Ghostscript on other people's files; the others have no decoder of Pillow's own here."""
+
+COMMON_PLUGINS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
+"""Tried first: what publishers serve."""
+
+TRANSPOSES = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what sets the picture upright (EXIF 2.32, tag 0x0112)."""
+
+ORIENTATION_TAG = 0x0112
+
+MAGIC = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tiff"),
+    (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
+    (b"\0\0\x01\0", "ico"),
+    (b"\0\0\x02\0", "cur"),
+    (b"8BPS", "psd"),
+    (b"\0\0\0\x0cjP  ", "jpeg2000"),
+    (b"\xff\x4f\xff\x51", "jpeg2000"),
+    (b"qoif", "qoi"),
+    (b"DDS ", "dds"),
+    (b"icns", "icns"),
+    (b"\xff\x0a", "jpegxl"),
+    (b"\0\0\0\x0cJXL ", "jpegxl"),
+    (b"II\xbc", "jpegxr"),
+    (b"%!PS", "eps"),
+    (b"\xc5\xd0\xd3\xc6", "eps"),
+    (b"\xd7\xcd\xc6\x9a", "wmf"),
+    (b"AT&TFORM", "djvu"),
+    (b"gimp xcf", "xcf"),
+    (b"\x76\x2f\x31\x01", "exr"),
+    (b"#?RADIANCE", "hdr"),
+    (b"FLIF", "flif"),
+)
+"""First bytes -> format, for a file that no plugin would open."""
+
+HEIF_BRANDS = frozenset(
+    {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"mif3", b"msf1"}
+)
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` made of one image; `pixels_hwc` is there exactly when the status is `ok`."""
+
+    status: Status
+    error: str | None = None
+    pixels_hwc: Pixels | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    format: str | None = None
+
+
+class Undecodable(ValueError):
+    """An image that yields no pixels, with the status that its row gets."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+
+
+def prepare(payload: bytes, spec: ImageSpec, limits: DecodeLimits | None = None) -> Prepared:
+    """Turn encoded bytes into uint8 [spec.height, spec.width, 3] RGB, C-contiguous.
+
+    First frame, upright, transparency over white. Width and height are those of the file, before any
+    rotation. Bad bytes get a status and a one-line `error`, never an exception.
+    """
+    limits = limits or DecodeLimits()
+    width_px = height_px = None
+    name = None
+    try:
+        with opened(payload) as image:
+            width_px, height_px = encoded_size(image)
+            name = format_name(image)
+            check_size(width_px, height_px, limits)
+            return Prepared(Status.OK, None, pixels(image, spec), width_px, height_px, name)
+    except Undecodable as error:
+        status, message = error.status, error.message
+    except Image.DecompressionBombError as error:
+        status, message = Status.TOO_MANY_PIXELS, one_line(error)
+    # Pillow's plugins raise TypeError, ValueError, RuntimeError, SyntaxError, KeyError, struct.error,
+    # zlib.error and MemoryError on broken files, besides OSError: whatever it was, it is this image's.
+    except Exception as error:
+        status, message = status_of(error, payload), one_line(error)
+    return Prepared(status, message, None, width_px, height_px, name or sniff(payload))
+
+
+def sniff(payload: bytes) -> str | None:
+    """Name the image format that the first bytes announce, lower-case; None when they announce none."""
+    head = bytes(payload[:1024])
+    for magic, name in MAGIC:
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp":
+        return sniff_brands(head)
+    if head[:1] == b"P" and head[1:2] in b"1234567" and head[2:3].isspace():
+        return "ppm"
+    return "svg" if is_svg(head) else None
+
+
+def sniff_brands(head: bytes) -> str | None:
+    """Tell AVIF from HEIF by the brands of an ISO media file; None for video."""
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[start : start + 4] for start in range(8, end, 4) if start != 12}
+    if brands & AVIF_BRANDS:
+        return "avif"
+    return "heif" if brands & HEIF_BRANDS else None
+
+
+def is_svg(head: bytes) -> bool:
+    """Whether this is an SVG document rather than HTML that holds one."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return text.startswith(b"<svg") or (
+        text.startswith((b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in text
+    )
+
+
+@cache
+def plugins() -> tuple[str, ...]:
+    """Pillow's decoders that may see a payload, common ones first; HEIF among them when it is installed."""
+    Image.init()
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener(thumbnails=False)
+    rare = [name for name in Image.ID if name not in COMMON_PLUGINS and name not in REFUSED_PLUGINS]
+    return (*COMMON_PLUGINS, *rare)
+
+
+@contextmanager
+def opened(payload: bytes) -> Iterator[Image.Image]:
+    """Open the image without decoding it, and release its buffers afterwards."""
+    if not payload:
+        raise Undecodable(Status.EMPTY, "zero bytes")
+    try:
+        image = Image.open(io.BytesIO(payload), formats=plugins())
+    except UnidentifiedImageError:
+        raise unidentified(payload) from None
+    try:
+        yield image
+    finally:
+        image.close()
+
+
+def unidentified(payload: bytes) -> Undecodable:
+    """Say what a payload is that no plugin would open."""
+    name = sniff(payload)
+    if name is None:
+        return Undecodable(Status.NOT_AN_IMAGE, f"no image format starts with {bytes(payload[:16])!r}")
+    if name.upper() in plugins():
+        return Undecodable(Status.DECODE_FAILED, f"the header of this {name} file cannot be read")
+    remedy = "; pip install 'iab-vision[heif]' adds it" if name == "heif" else ""
+    return Undecodable(Status.UNSUPPORTED_FORMAT, f"{name} files are not decoded here{remedy}")
+
+
+def format_name(image: Image.Image) -> str | None:
+    """The format, lower-case; MPO is a JPEG with further pictures behind the first."""
+    name = (image.format or "").lower()
+    return "jpeg" if name == "mpo" else name or None
+
+
+def encoded_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as encoded; for TIFF Pillow reports them after rotation, the tags before."""
+    tags = getattr(image, "tag_v2", None)
+    width, height = image.size
+    if tags is not None and tags.get(ORIENTATION_TAG, 1) in (5, 6, 7, 8):
+        return height, width
+    return width, height
+
+
+def check_size(width: int, height: int, limits: DecodeLimits) -> None:
+    """Refuse by the header, before any pixel is decoded."""
+    if width < 1 or height < 1:
+        raise Undecodable(Status.DECODE_FAILED, f"the header says {width} x {height} pixels")
+    if width * height > limits.max_pixels:
+        raise Undecodable(
+            Status.TOO_MANY_PIXELS,
+            f"{width} x {height} pixels; the limit is {limits.max_pixels} (max_pixels)",
+        )
+
+
+def status_of(error: Exception, payload: bytes) -> Status:
+    """Tell a file that ends too early from one that is broken otherwise."""
+    text = str(error).lower()
+    if isinstance(error, EOFError) or any(
+        word in text for word in ("truncated", "end of file", "not enough")
+    ):
+        return Status.TRUNCATED
+    # libwebp only says that it failed; the container's own length says why
+    riff = payload[:4] == b"RIFF" and payload[8:12] == b"WEBP"
+    if riff and int.from_bytes(payload[4:8], "little") + 8 > len(payload):
+        return Status.TRUNCATED
+    return Status.DECODE_FAILED
+
+
+def one_line(error: Exception) -> str:
+    """An exception as one line for a person."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
+
+
+def pixels(image: Image.Image, spec: ImageSpec) -> Pixels:
+    """Decode, set upright, resize: uint8 [height, width, 3]."""
+    # JPEG keeps its EXIF before the pixels, and knowing it now lets the decoder scale; TIFF is turned by
+    # Pillow as it loads, and PNG may keep EXIF behind the pixels: those are asked after loading.
+    is_jpeg = image.format in ("JPEG", "MPO")
+    orientation = orientation_of(image) if is_jpeg else 1
+    if is_jpeg:
+        image.draft(None, draft_size(image.size, target_size(spec, orientation), spec))
+    image.load()
+    orientation = orientation if is_jpeg else orientation_of(image)
+    resized = fitted(to_8_bit(image), target_size(spec, orientation), spec)
+    if orientation in TRANSPOSES:
+        resized = resized.transpose(TRANSPOSES[orientation])
+    return np.array(resized if resized.mode == "RGB" else resized.convert("RGB"), dtype=np.uint8)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF (or XMP) orientation, 1 to 8; 1 when there is none or it is damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    # Damaged EXIF raises whatever its parser met (struct.error, ValueError, SyntaxError, TypeError …);
+    # the picture beside it is whole.
+    except Exception:
+        return 1
+    return int(value) if value in TRANSPOSES else 1
+
+
+def target_size(spec: ImageSpec, orientation: int) -> tuple[int, int]:
+    """(width, height) to resize to before the picture is set upright."""
+    return (spec.height, spec.width) if orientation >= 5 else (spec.width, spec.height)
+
+
+def draft_size(size: tuple[int, int], target: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """The size below which a JPEG must not be scaled by its decoder."""
+    if spec.fit == "stretch":
+        return target
+    scale = max(target[0] / size[0], target[1] / size[1])
+    return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+
+
+def fitted(image: Image.Image, target: tuple[int, int], spec: ImageSpec) -> Image.Image:
+    """Resize (antialiased) to the target; `crop` resizes only the centre that will be kept.
+
+    One step from the kept box to the target equals resizing the shorter side and cutting the centre,
+    without the giant intermediate picture of a 10000 x 1 banner.
+    """
+    resample = Resampling.BICUBIC if spec.resample == "bicubic" else Resampling.BILINEAR
+    width, height = image.size
+    if spec.fit == "stretch":
+        return image.resize(target, resample)
+    scale = max(target[0] / width, target[1] / height)
+    left, top = (width - target[0] / scale) / 2, (height - target[1] / scale) / 2
+    box = (max(left, 0.0), max(top, 0.0), min(width - left, width), min(height - top, height))
+    return image.resize(target, resample, box=box)
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, or as L where it is grey: what can be resized without changing its meaning."""
+    if image.mode.startswith(("I", "F")):
+        return from_wide(image)
+    if image.has_transparency_data:
+        return over_white(image)
+    if image.mode in ("RGB", "L"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """Composite a picture with transparency over white."""
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, (255, 255, 255))
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def from_wide(image: Image.Image) -> Image.Image:
+    """Scale grey of 16 bits, 32 bits or floats to 8.
+
+    16-bit files use their whole range. 32-bit and float files do not say theirs: it is the smallest of 1
+    (floats), 255, 65535 or their own maximum that holds every value, from their minimum if that is negative.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
+    low, high = min(float(values.min()), 0.0), float(values.max())
+    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    high = next((top for top in tops if high <= top), high)
+    values -= low
+    values *= 255.0 / (high - low)
+    return Image.fromarray(values.round().astype(np.uint8))
