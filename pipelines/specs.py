@@ -108,8 +108,12 @@ class RuntimeSpec:
     """GPU of a CUDA or TensorRT session, as visible to the process."""
     allow_tf32: bool = False
     """Let CUDA round float32 products to TF32."""
+    engine_cache: str = ""
+    """Local folder for TensorRT engines; empty is `~/.cache/iab-vision/engines`."""
 
     def __post_init__(self) -> None:
+        if self.precision == "int8" and self.provider != "cpu":
+            raise ValueError(f"int8 does not run on {self.provider}; it is made for cpu: use fp16 on a GPU")
         at_least("batch_size", self.batch_size, 1)
         at_least("threads", self.threads, 1)
         at_least("device_id", self.device_id, 0)
