@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install check test demo bench clean
+.PHONY: install lint check test demo bench clean
 
 install: $(STAMP)
 
@@ -15,11 +15,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-check: install  ## lint, format, types, import directions, fast tests
+lint: install  ## lint, format, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint  ## the same, and the fast tests
 	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not s3"
 
 test: install  ## every test that this machine can run

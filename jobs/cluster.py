@@ -25,7 +25,6 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     A process that is connected already is left as it is.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():

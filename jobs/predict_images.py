@@ -1,0 +1,73 @@
+"""`iab-vision predict`: a few images or URLs through a bundle, in this process, without a cluster.
+
+    iab-vision predict --bundle bundle photo.jpg https://example.com/a.webp
+
+Exit code 0 when every image got a label, 1 when some did not (their reason is shown).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.config import PredictConfig, plain
+from jobs.errors import InputError, checking_input
+
+
+def run(config: PredictConfig) -> int:
+    rows = predict(config)
+    if config.as_json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        print_table(rows)
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def predict(config: PredictConfig) -> list[dict[str, Any]]:
+    """One row per image: the label columns of the predictions table, with the path of each label."""
+    import pyarrow as pa
+
+    from pipelines import bundle as bundles
+    from pipelines import inference, runtime, taxonomy
+    from pipelines.fetch import Fetcher
+    from pipelines.images import prepare
+    from pipelines.specs import RuntimeSpec
+
+    if not config.images:
+        raise InputError("no image was named; give files or URLs after the settings")
+    with checking_input():
+        bundle = bundles.open_bundle(config.bundle)
+        if not config.allow_uncertified:
+            bundle.certificate_for("cpu", config.precision)
+    paths = taxonomy.load(bundle.taxonomy_name)
+    labels = inference.labeller_of(bundle, config.top_k)
+    model = runtime.load(bundle, RuntimeSpec(precision=config.precision, batch_size=1))
+    fetcher = Fetcher(plain(config.fetch))
+    try:
+        arrived = [(index, fetcher.fetch(uri)) for index, uri in enumerate(config.images)]
+    finally:
+        fetcher.close()
+    prepared = [prepare(f.payload, bundle.image_spec) for _, f in arrived if f.payload is not None]
+    loaded = inference.loaded_table(arrived, prepared, bundle.image_spec)
+    scored: pa.Table = inference.score(loaded, model, labels, bundle.image_spec)
+    return [present(uri, row, paths) for uri, row in zip(config.images, scored.to_pylist(), strict=True)]
+
+
+def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:
+    labels = [{**label, "path": taxonomy.path(label["id"])} for label in row["labels"] or []]
+    return {"uri": uri, **{k: v for k, v in row.items() if k != "row_id"}, "labels": labels}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", "score", "id", "category", title=None, show_lines=False)
+    for row in rows:
+        if row["status"] != "ok":
+            table.add_row(row["uri"], "", "", f"[red]{row['status']}[/red]: {row['error'] or ''}")
+        for rank, label in enumerate(row["labels"]):
+            table.add_row(
+                row["uri"] if rank == 0 else "", f"{label['score']:.3f}", label["id"], label["path"]
+            )
+    Console().print(table)
