@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import PurePosixPath
 
@@ -220,13 +220,23 @@ def load(name_or_uri: str = DEFAULT, *, cattax: int = OWN_CATTAX) -> Taxonomy:
     """
     version = name_or_uri.removeprefix("iab-content-")
     if version in CATTAX:
-        text = packaged(f"content_{version.replace('.', '_')}.csv")
-        return Taxonomy(f"iab-content-{version}", version, CATTAX[version], parse(text))
+        return built_in(version)
     if name_or_uri == VECTORS:
         return Taxonomy(VECTORS, "3.0", CATTAX["3.0"], parse(packaged("vectors_3_0.csv")))
+    if name_or_uri == "labels":
+        raise InvalidTaxonomy(
+            "taxonomy 'labels' holds the labels of a dataset or bundle: build it with flat(labels)"
+        )
     text = opened(name_or_uri)
     version = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Taxonomy(PurePosixPath(name_or_uri).stem, version, cattax, parse(text))
+
+
+@cache
+def built_in(version: str) -> Taxonomy:
+    """One of the project's own versions; parsed once, as it cannot change."""
+    text = packaged(f"content_{version.replace('.', '_')}.csv")
+    return Taxonomy(f"iab-content-{version}", version, CATTAX[version], parse(text))
 
 
 def flat(labels: Sequence[str]) -> Taxonomy:
@@ -247,9 +257,9 @@ def opened(uri: str) -> str:
         with fsspec.open(uri, "rt", encoding="utf-8-sig", newline="") as file:
             text: str = file.read()
     except (OSError, ValueError, ImportError) as error:
-        built_in = ", ".join([*CATTAX, VECTORS])
+        known = ", ".join([*CATTAX, VECTORS])
         raise InvalidTaxonomy(
-            f"taxonomy {uri!r} is neither built in ({built_in}; labels) nor a CSV that opens: {error}"
+            f"taxonomy {uri!r} is neither built in ({known}) nor a CSV that opens: {error}"
         ) from error
     return text
 
