@@ -347,7 +347,7 @@ def _read_labels(payload: bytes) -> pa.Table:
 
 
 def _read_certificates(folder: storage.Storage) -> Iterator[Certificate]:
-    for entry in folder.list(f"{CERTIFICATES}/"):
+    for entry in folder.list(CERTIFICATES):
         if entry.path.endswith(".json"):
             yield Certificate.from_json(_read_limited(folder, entry.path), entry.path)
 

@@ -1,0 +1,196 @@
+"""A transformers image classifier -> the bytes of an ONNX graph that takes pixels as they are decoded.
+
+uint8 [batch, height, width, 3] in; float32 logits and probabilities out. Normalisation, temperature and
+activation are inside. The same checkpoint gives the same bytes in any process and from any folder.
+It measures nothing: `parity.py` does.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import nn
+
+from export.checkpoint import Checkpoint
+from pipelines.runtime import INPUT, OUTPUTS
+from pipelines.specs import ImageSpec
+
+OPSET = 23
+"""First with `Attention`, last that torch 2.13 writes; ONNX Runtime 1.31 serves it on CPU and CUDA."""
+IR_VERSION = 10
+"""onnx 1.23 would write 14; ONNX Runtime 1.31 reads up to 13, TensorRT 10 up to 10."""
+ATTENTION = "iab_vision_onnx_attention"
+"""Name under which `_attention` is registered with transformers for the time of a conversion."""
+
+
+class NotConvertible(ValueError):
+    """torch.onnx cannot translate this architecture."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the graph does before and after the network."""
+
+    image_spec: ImageSpec
+    temperature: float
+    multi_label: bool
+
+
+class PixelClassifier(nn.Module):
+    """The network between normalisation and activation; both of them always in float32."""
+
+    def __init__(self, network: nn.Module, around: Surroundings) -> None:
+        super().__init__()
+        self.network = network
+        self.around = around
+        mean, std = (
+            torch.tensor(v).reshape(1, 3, 1, 1) for v in (around.image_spec.mean, around.image_spec.std)
+        )
+        self.shift = nn.Parameter(mean * 255, requires_grad=False)
+        self.scale = nn.Parameter(1 / (std * 255), requires_grad=False)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normalised = (pixels.permute(0, 3, 1, 2).float() - self.shift) * self.scale
+        dtype = next(self.network.parameters()).dtype
+        logits = self.network(pixel_values=normalised.to(dtype)).logits.float()
+        scaled = logits / self.around.temperature
+        return logits, scaled.sigmoid() if self.around.multi_label else scaled.softmax(-1)
+
+
+def convert(network: nn.Module, around: Surroundings, metadata: Mapping[str, str]) -> bytes:
+    """The portable graph: opset 23 with one native `Attention` per block, dynamic batch.
+
+    Raises:
+        NotConvertible: torch.onnx knows no translation of an operation of the network.
+    """
+    with _onnx_attention(network):
+        program = trace(network, around, opset=OPSET)
+    return finish(program, metadata)
+
+
+def trace(network: nn.Module, around: Surroundings, *, opset: int) -> onnx_ir.Model:
+    """The graph as torch.onnx writes it."""
+    spec = around.image_spec
+    # Three images, as torch.export takes a batch of 0 or 1 for a constant.
+    example = torch.zeros((3, spec.height, spec.width, 3), dtype=torch.uint8)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                PixelClassifier(network, around).eval(),
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=OUTPUTS,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                optimize=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        name = type(network).__name__
+        raise NotConvertible(f"torch.onnx cannot convert {name}: {str(error).splitlines()[0]}") from error
+    return program.model
+
+
+def finish(model: onnx_ir.Model, metadata: Mapping[str, str]) -> bytes:
+    """Serialise without anything that depends on this machine; checked against the ONNX standard."""
+    ClearMetadataAndDocStringPass()(model)  # 0.5 MB of stack traces with this machine's paths
+    model.metadata_props.update(sorted(metadata.items()))
+    model.ir_version = IR_VERSION
+    proto = onnx_ir.to_proto(model)
+    drop_initializer_shapes(proto)
+    onnx.checker.check_model(proto)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def drop_initializer_shapes(proto: onnx.ModelProto) -> None:
+    """Remove value_info of initializers: stale after a quantiser transposes one, and never needed."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+
+
+def metadata_of(checkpoint: Checkpoint, *, temperature: float, precision: str) -> dict[str, str]:
+    """What every ONNX file says of itself, readable by any runtime.
+
+    The manifest's `model_id` covers the hash of this very file, so the file names its checkpoint instead.
+    """
+    return {
+        "iab_vision.checkpoint_sha256": checkpoint.sha256,
+        "iab_vision.architecture": checkpoint.architecture,
+        "iab_vision.labels": json.dumps(list(checkpoint.class_ids)),
+        "iab_vision.taxonomy": checkpoint.taxonomy.name,
+        "iab_vision.cattax": str(checkpoint.taxonomy.cattax),
+        "iab_vision.image_spec": json.dumps(asdict(checkpoint.image_spec), sort_keys=True),
+        "iab_vision.temperature": repr(temperature),
+        "iab_vision.multi_label": str(checkpoint.multi_label).lower(),
+        "iab_vision.precision": precision,
+        "iab_vision.licence": checkpoint.licence,
+    }
+
+
+@contextmanager
+def _onnx_attention(network: Any) -> Iterator[None]:
+    """Let transformers call `_attention`: half the transposes of the default, no mask and no NaN guard."""
+    from transformers import AttentionInterface
+
+    if not getattr(network, "_supports_attention_backend", False):
+        yield  # ConvNeXt and its like have none
+        return
+    before = network.config._attn_implementation
+    AttentionInterface.register(ATTENTION, _attention)
+    network.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)
+
+
+def _attention(  # noqa: PLR0913, PLR0917  (the signature is transformers')
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """One ONNX `Attention` in its three-dimensional form; the reshapes cancel against the caller's own."""
+    heads, sequence, size = query.shape[1:]
+
+    def joined(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.transpose(1, 2).reshape(tensor.shape[0], tensor.shape[2], heads * size)
+
+    output = torch.onnx.ops.attention(
+        joined(query),
+        joined(key),
+        joined(value),
+        attention_mask,
+        q_num_heads=heads,
+        kv_num_heads=heads,
+        scale=scaling,
+    )[0]
+    return output.reshape(query.shape[0], sequence, heads, size), None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's notes on packages that are not installed and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
