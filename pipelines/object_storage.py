@@ -1,0 +1,186 @@
+"""A prefix of a bucket in S3, Google Cloud Storage or Azure as a storage, through obstore.
+
+Its conditional put is what fences two drivers. An outage of the server is waited out; obstore's errors,
+which print their internals over 30 lines, become one sentence.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pafs
+
+from pipelines.stored import AlreadyExists, Entry, StorageError
+from pipelines.uris import join, redact, scheme_of
+
+PATIENCE_S = 120.0
+"""How long a request is repeated while the server answers 5xx or nothing, seconds."""
+
+OBJECT_SCHEMES = {
+    "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs",
+    "az": "az", "azure": "az", "abfs": "abfs", "abfss": "abfss",
+}  # fmt: skip
+"""URI schemes that go through obstore, and the one name that it knows each by."""
+
+
+@dataclass(frozen=True)
+class ObjectStorage:
+    """A prefix in a bucket of S3, Google Cloud Storage or Azure."""
+
+    uri: str
+    patience_s: float = PATIENCE_S
+    fenced = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectStorage, (self.uri, self.patience_s)
+
+    @cached_property
+    def store(self) -> Any:
+        """The obstore client, opened on first use in each process."""
+        return object_store(self.uri, patience_s=self.patience_s)
+
+    def read(self, path: str) -> bytes:
+        with self._explained(path):
+            return bytes(self.store.get(path).bytes())
+
+    def put(self, path: str, payload: bytes) -> None:
+        with self._explained(path):
+            self.store.put(path, payload)
+
+    def put_file(self, path: str, local_file: Path) -> None:
+        with self._explained(path):
+            self.store.put(path, local_file)
+
+    def create(self, path: str, payload: bytes) -> None:
+        from obstore.exceptions import AlreadyExistsError, GenericError
+
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                with self._explained(path, AlreadyExistsError, GenericError):
+                    self.store.put(path, payload, mode="create", use_multipart=False)
+                return
+            except AlreadyExistsError:
+                if self.read(path) != payload:
+                    raise AlreadyExists(f"{join(self.uri, path)} exists already") from None
+                return
+            except GenericError as error:
+                # Racing losers get a 500 from some servers, and an answer can get lost: only reading tells.
+                if time.monotonic() > deadline:
+                    raise StorageError(self._message(path, error)) from error
+                time.sleep(0.2)
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        with self._explained(path):
+            return int(self.store.head(path)["size"])
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        with self._explained(prefix):
+            found = [meta for chunk in self.store.list(prefix or None) for meta in chunk]
+        entries = [Entry(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"]) for meta in found]
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def copy(self, source: str, target: str) -> None:
+        with self._explained(source):
+            self.store.copy(source, target)
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._explained(path):
+            self.store.delete(path)
+
+    def open_input(self, path: str) -> Any:
+        with self._explained(path):
+            filesystem, folder = self.filesystem_and_path()
+            return filesystem.open_input_file(f"{folder}/{path}")
+
+    def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
+        from obstore.fsspec import FsspecStore
+
+        parts = urlsplit(self.uri)
+        protocol: Any = OBJECT_SCHEMES[scheme_of(self.uri)]
+        wrapped = FsspecStore(protocol, **store_settings(self.uri, self.patience_s))
+        return pafs.PyFileSystem(pafs.FSSpecHandler(wrapped)), f"{parts.netloc}{parts.path}"
+
+    @contextlib.contextmanager
+    def _explained(self, path: str, *passed: type[Exception]) -> Iterator[None]:
+        from obstore.exceptions import BaseError, NotFoundError
+
+        try:
+            yield
+        except passed:
+            raise
+        except (NotFoundError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
+                raise StorageError(self._message(path, error)) from error
+            raise FileNotFoundError(errno.ENOENT, "no such object", join(self.uri, path)) from error
+        except BaseError as error:
+            raise StorageError(self._message(path, error)) from error
+
+    def _message(self, path: str, error: Exception) -> str:
+        reason = str(error).split("\n\nDebug source", maxsplit=1)[0]
+        code = re.search(r"Server returned non-2xx status code: ([^:]+):.*<Code>(\w+)</Code>", reason, re.S)
+        return redact(
+            f"{join(self.uri, path)} cannot be used: {' '.join(code.groups()) if code else reason[:600]}; "
+            "check the bucket's name, the credentials in the environment, and the endpoint"
+        )
+
+
+def object_store(uri: str, *, patience_s: float = PATIENCE_S) -> Any:
+    """An obstore client rooted at `uri`, its credentials from the environment's usual chain."""
+    from obstore.store import S3Store, from_url
+
+    settings = store_settings(uri, patience_s)
+    if OBJECT_SCHEMES[scheme_of(uri)] != "s3":
+        return from_url(uri, **settings)
+    parts = urlsplit(uri)
+    # Not from_url: it would decode a key's literal per-cent signs.
+    return S3Store(parts.netloc, prefix=parts.path.strip("/") or None, **settings)
+
+
+def store_settings(uri: str, patience_s: float) -> dict[str, Any]:
+    """Time-outs, retries that wait out an outage of up to `patience_s`, and the source of credentials."""
+    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
+    retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
+    client: dict[str, Any] = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
+    settings: dict[str, Any] = {"client_options": client, "retry_config": retry}
+    if OBJECT_SCHEMES[scheme_of(uri)] == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        client["allow_http"] = endpoint.startswith("http://")
+        provider = shared_aws_credentials()
+        settings |= {"credential_provider": provider} if provider else {}
+    return settings
+
+
+def shared_aws_credentials() -> Any:
+    """obstore reads the environment, web identity, ECS and EC2, but not ~/.aws: botocore does."""
+    if os.environ.get("AWS_ACCESS_KEY_ID") or not (Path.home() / ".aws").is_dir():
+        return None
+    from botocore.session import Session  # type: ignore[import-untyped]
+
+    credentials = Session().get_credentials()
+    if credentials is None:
+        return None
+
+    def current() -> dict[str, Any]:
+        frozen = credentials.get_frozen_credentials()
+        soon = datetime.now(UTC) + timedelta(minutes=5)
+        keys = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key}
+        return keys | ({"token": frozen.token} if frozen.token else {}) | {"expires_at": soon}
+
+    return current

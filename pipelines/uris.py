@@ -1,0 +1,43 @@
+"""The text of URIs: scheme, join, split, local paths, and taking the secrets out. Makes no request."""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SECRET_QUERY = re.compile(
+    r"([?&][^=&\s]*(?:sig|token|secret|password|credential|key|auth|x-amz-|x-goog-)[^=&\s]*=)[^&\s'\"]+", re.I
+)
+USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@?]+@", re.I)
+
+
+def scheme_of(uri: str) -> str:
+    """The URI's scheme in lower case; a plain path is `file`."""
+    head, separator, _ = uri.partition("://")
+    return head.lower() if separator else "file"
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path on this machine."""
+    return scheme_of(uri) == "file"
+
+
+def local_path(uri: str) -> Path:
+    """The absolute path of a local URI."""
+    path = unquote(urlsplit(uri).path) if "://" in uri else uri
+    return Path(path).expanduser().absolute()
+
+
+def join(uri: str, *names: str) -> str:
+    """The URI of something below a folder URI."""
+    return "/".join([uri.rstrip("/"), *(name.strip("/") for name in names)])
+
+
+def split(uri: str) -> tuple[str, str]:
+    """A file's URI as its folder and its name."""
+    folder, _, name = uri.rstrip("/").rpartition("/")
+    return folder or ("/" if uri.startswith("/") else "."), name
+
+
+def redact(text: str) -> str:
+    """The text with user names, passwords and signatures taken out of every URI in it."""
+    return SECRET_QUERY.sub(r"\1REDACTED", USERINFO.sub(r"\1", text))
