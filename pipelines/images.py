@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
-from pipelines.schema import Status
 from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.status import Status
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -238,7 +238,7 @@ def status_of(error: Exception, payload: bytes) -> Status:
 
 def one_line(error: Exception) -> str:
     """An exception as one line for a person."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).encode(errors="replace").decode()
     return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
 
 

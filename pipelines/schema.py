@@ -1,45 +1,13 @@
-"""The statuses and Arrow schemas that flow between the steps and out to readers: read this file first.
+"""The Arrow schemas that flow between the steps and out to readers: read this file first.
 
 Tables are built against these constants, never inferred, so a file in which every image failed has
-the same types as any other. This module computes nothing and imports nothing but pyarrow.
+the same types as any other. This module computes nothing. The values of `status` are in `status.py`.
 """
-
-from enum import StrEnum
 
 import pyarrow as pa
 
-
-class Status(StrEnum):
-    """What became of one image; every value but `OK` means that the row carries no label."""
-
-    OK = "ok"
-    # fetching
-    NOT_FOUND = "not_found"
-    DENIED = "denied"
-    TIMEOUT = "timeout"
-    THROTTLED = "throttled"
-    SERVER_ERROR = "server_error"
-    CONNECTION_FAILED = "connection_failed"
-    REDIRECT_LOOP = "redirect_loop"
-    BLOCKED_ADDRESS = "blocked_address"
-    INVALID_URI = "invalid_uri"
-    HTTP_ERROR = "http_error"
-    TOO_LARGE = "too_large"
-    # decoding
-    EMPTY = "empty"
-    NOT_AN_IMAGE = "not_an_image"
-    UNSUPPORTED_FORMAT = "unsupported_format"
-    TRUNCATED = "truncated"
-    TOO_MANY_PIXELS = "too_many_pixels"
-    DECODE_FAILED = "decode_failed"
-    DECODER_CRASHED = "decoder_crashed"
-    DECODE_TIMEOUT = "decode_timeout"
-    # the model
-    MODEL_ERROR = "model_error"
-
-
-TRANSIENT = frozenset({Status.TIMEOUT, Status.THROTTLED, Status.SERVER_ERROR, Status.CONNECTION_FAILED})
-"""Failures that may pass: tried again in a later pass, and by `--retry-failed`."""
+from pipelines.status import TRANSIENT as TRANSIENT  # noqa: PLC0414 (re-exported)
+from pipelines.status import Status as Status  # noqa: PLC0414 (re-exported)
 
 LABELS_TYPE = pa.list_(pa.struct([pa.field("id", pa.string()), pa.field("score", pa.float32())]))
 
