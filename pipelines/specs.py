@@ -5,6 +5,7 @@ only: a worker and the command line both import this in milliseconds. Training h
 """
 
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Literal
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -98,14 +99,20 @@ class FetchLimits:
     """Longest time for one object, all attempts included, seconds."""
     max_attempts: int = 4
     """Requests made for one object before its failure is recorded."""
+    backoff_s: float = 1.0
+    """Wait before the second attempt, seconds, jittered; each further one waits 2.5 times longer."""
     max_bytes: int = 64_000_000
     """Largest object, bytes, enforced while streaming."""
+    max_buffered_bytes: int = 512_000_000
+    """Bytes of large objects (over 256 KiB) in memory per load actor; further ones wait their turn."""
     max_redirects: int = 5
     """http(s) redirects followed."""
     user_agent: str = "iab-vision/0.1 (+image categorisation; contact your publisher account manager)"
     """User-Agent of http(s) requests."""
     allow_private_addresses: bool = False
     """Fetch from private, loopback and link-local addresses too (tests, intranets)."""
+    allowed_networks: tuple[str, ...] = ()
+    """Private networks that may be fetched from all the same, as `10.20.0.0/16`."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "per_host", "max_attempts", "max_bytes"):
@@ -113,6 +120,10 @@ class FetchLimits:
         for name in ("connect_timeout_s", "read_timeout_s", "total_timeout_s"):
             at_least(name, getattr(self, name), 0.05)
         at_least("max_redirects", self.max_redirects, 0)
+        at_least("backoff_s", self.backoff_s, 0)
+        at_least("max_buffered_bytes", self.max_buffered_bytes, self.max_bytes)
+        for network in self.allowed_networks:
+            ip_network(network)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""Which addresses of the network an image may be fetched from: pure judgement, no look-up, no connection.
+
+An inventory is other people's text: `http://169.254.169.254/` in it would make a worker ask its cloud for
+credentials. Only globally routable unicast addresses pass, also when they are wrapped in IPv6.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
+
+CLOUD_ENDPOINTS = frozenset({"168.63.129.16"})
+"""Addresses in public ranges that answer to machines of one cloud with its secrets (Azure's WireServer)."""
+
+NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
+"""IPv6 prefixes whose last 32 bits are an IPv4 address (RFC 6052, RFC 8215)."""
+
+BLOCKED_ERRNO = 700_001
+"""Marks our refusal among the errors of connecting; no operating system uses it."""
+
+
+class BlockedAddress(OSError):
+    """The address may not be connected to."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(BLOCKED_ERRNO, f"{address} is {reason}")
+
+
+def refusal(address: str) -> str | None:
+    """Why an address is not to be connected to, or None when it may be.
+
+    Args:
+        address: numeric IPv4 or IPv6, with or without a zone.
+    """
+    ip = ip_address(address.partition("%")[0])
+    for inner in (ip, *wrapped(ip)):
+        if str(inner) in CLOUD_ENDPOINTS:
+            return "a cloud's endpoint for its machines"
+        if not inner.is_global or inner.is_multicast or inner.is_reserved:
+            return _range(inner)
+    return None
+
+
+def wrapped(ip: IPv4Address | IPv6Address) -> list[IPv4Address]:
+    """IPv4 addresses that an IPv6 address leads to: mapped, 6to4, Teredo, NAT64."""
+    if isinstance(ip, IPv4Address):
+        return []
+    found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    if any(ip in network for network in NAT64):
+        found.append(IPv4Address(int(ip) & 0xFFFFFFFF))
+    return [inner for inner in found if inner is not None]
+
+
+def _range(ip: IPv4Address | IPv6Address) -> str:
+    names = ("unspecified", "loopback", "link_local", "multicast", "private", "reserved")
+    found = next((name for name in names if getattr(ip, f"is_{name}")), "not_globally_routable")
+    return f"{found.replace('_', '-')} (pass --fetch.allow-private-addresses to fetch from such addresses)"
+
+
+def guarded_socket(allowed_networks: Sequence[str]) -> Callable[[Any], socket.socket]:
+    """A socket factory for aiohttp that judges the very address about to be connected to.
+
+    Names, redirects, decimal and hexadecimal spellings and a DNS answer that changes between look-ups all
+    end here, before a socket exists. Raises BlockedAddress.
+    """
+    networks = [ip_network(network) for network in allowed_networks]
+
+    def open_socket(address_info: Any) -> socket.socket:
+        family, kind, protocol, _, socket_address = address_info
+        address = socket_address[0]
+        allowed = any(ip_address(address.partition("%")[0]) in network for network in networks)
+        reason = None if allowed else refusal(address)
+        if reason:
+            raise BlockedAddress(address, reason)
+        return socket.socket(family=family, type=kind, proto=protocol)
+
+    return open_socket

@@ -1,0 +1,394 @@
+"""Many objects at once, from anywhere -> their bytes or the status that says why not, as they arrive.
+
+One event loop in a thread of its own keeps hundreds of requests in flight for a few CPU cycles each; local
+files go through plain threads. Nothing here raises for an object, and what is in memory is bounded by
+`FetchLimits`, however large the objects are. What the bytes mean is `images.py`'s business.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import pyarrow as pa
+
+from pipelines import buckets, files
+from pipelines.attempts import SMALL_BYTES, ByteBudget, Failure, Reservation, backoff_s, paused
+from pipelines.buckets import BucketClient
+from pipelines.object_storage import OBJECT_SCHEMES
+from pipelines.schema import Status
+from pipelines.specs import FetchLimits
+from pipelines.uris import is_local, scheme_of
+from pipelines.web import WebClient
+
+FILE_THREADS = 16
+"""Threads for local files: enough to hide a network mount's latency."""
+
+OTHER_THREADS = 32
+"""Threads for name look-ups and fsspec; apart, because a thread of the files may wait for memory."""
+
+WINDOWS = 4
+"""Objects under way or waiting for the caller, in multiples of the concurrency: a crowded host leaves slots
+to the others that are in sight."""
+
+MAX_HOSTS = 10_000
+"""Web hosts remembered before the idle ones are forgotten."""
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one object's bytes are; the columns of `plan.LOCATION`."""
+
+    uri: str
+    container: str | None = None
+    offset: int | None = None
+    length: int | None = None
+    payload_column: str | None = None
+
+    @property
+    def location(self) -> str:
+        return self.container or self.uri
+
+    @property
+    def span(self) -> Span | None:
+        return (self.offset, self.length) if self.offset is not None and self.length is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What became of one object: its payload, or why there is none."""
+
+    status: Status
+    error: str | None
+    payload: bytes | None
+    attempts: int
+    final_uri: str
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the payload, in hexadecimal; computed anew at each use."""
+        return hashlib.sha256(self.payload).hexdigest() if self.payload is not None else None
+
+
+class Client(Protocol):
+    """One attempt at one object; the payload and where it came from in the end. Raises Failure."""
+
+    async def get(
+        self, uri: str, reservation: Reservation, span: Span | None = None
+    ) -> tuple[bytes, str]: ...
+
+
+class ThreadClient:
+    """Schemes that only fsspec knows, in threads."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> tuple[bytes, str]:
+        files.check_scheme(uri, self._limits.allow_private_addresses)
+        loop = asyncio.get_running_loop()
+        n_bytes = span[1] if span else await loop.run_in_executor(None, files.size_of, uri)
+        await reservation.cover(0, n_bytes)
+        return await loop.run_in_executor(None, files.read_any, uri, span), uri
+
+
+class Host:
+    """One web host: how many requests it serves us at once, and until when it asked for peace."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._slots = asyncio.Semaphore(limits.per_host)
+        self.resume_at = 0.0
+        self.users = 0
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        self.users += 1
+        try:
+            async with self._slots:
+                yield
+        finally:
+            self.users -= 1
+
+    def is_busy(self, now: float) -> bool:
+        return self.users > 0 or self.resume_at > now
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A finished object on its way to the consumer."""
+
+    index: int
+    fetched: Fetched | Exception
+    """An exception is a mistake of ours: it is raised where the consumer is, instead of stalling it."""
+    held_bytes: int = 0
+    """To be given back to the budget when the object was consumed."""
+
+
+class Delivery:
+    """What one `fetch_many` waits for; after `abandon`, late arrivals only give their memory back."""
+
+    def __init__(self, give_back: Callable[[int], object]) -> None:
+        self.tasks: list[asyncio.Task[None]] = []
+        self._give_back = give_back
+        self._arrived: SimpleQueue[Arrival] = SimpleQueue()
+        self._abandoned = False
+
+    def put(self, arrival: Arrival) -> None:
+        self._arrived.put(arrival)
+        if self._abandoned:
+            self._drain()
+
+    def take(self) -> Arrival:
+        return self._arrived.get()
+
+    def consumed(self, arrival: Arrival) -> None:
+        if arrival.held_bytes:
+            self._give_back(arrival.held_bytes)
+
+    def abandon(self) -> None:
+        """Called on the event loop."""
+        self._abandoned = True
+        for task in self.tasks:
+            task.cancel()
+        self._drain()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self.consumed(self._arrived.get_nowait())
+
+
+class Fetcher:
+    """Owns the event loop, the connection pools and the threads of one process; any thread may use it."""
+
+    def __init__(self, limits: FetchLimits | None = None) -> None:
+        self._limits = limits or FetchLimits()
+        self._file_threads = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="fetch-files")
+        self._other_threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="fetch-other")
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(self._other_threads)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
+        self._thread.start()
+        self._hosts: dict[str, Host] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    async def _open(self) -> None:
+        self._slots = asyncio.Semaphore(self._limits.concurrency)
+        self._budget = ByteBudget(self._limits.max_buffered_bytes)
+        self._web = WebClient(self._limits)
+        self._buckets = BucketClient(self._limits)
+        self._any = ThreadClient(self._limits)
+
+    def close(self) -> None:
+        """End all requests and threads; the fetcher is of no use afterwards."""
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        for threads in (self._file_threads, self._other_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _shut(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._web.close()
+
+    def fetch(self, uri: str) -> Fetched:
+        """One object."""
+        return next(fetched for _, fetched in self.fetch_many([Source(uri)]))
+
+    def fetch_items(self, items: pa.Table) -> Iterator[tuple[int, Fetched]]:
+        """`fetch_many` over items of a plan (`plan.LOCATION`)."""
+        columns = [items[name].to_pylist() for name in Source.__slots__]
+        return self.fetch_many([Source(*values) for values in zip(*columns, strict=True)])
+
+    def fetch_many(self, sources: Sequence[Source]) -> Iterator[tuple[int, Fetched]]:
+        """Each source's index and outcome, as they arrive; requests go on while the caller works."""
+        delivery = Delivery(self._give_back)
+        waiting = iter(enumerate(sources))
+        window = WINDOWS * self._limits.concurrency
+        under_way = 0
+        try:
+            while True:
+                if under_way <= window // 2:  # not one by one: each start wakes the event loop
+                    started = list(islice(waiting, window - under_way))
+                    self._start(started, delivery)
+                    under_way += len(started)
+                if not under_way:
+                    return
+                arrival = delivery.take()
+                under_way -= 1
+                if isinstance(arrival.fetched, Exception):
+                    raise arrival.fetched
+                yield arrival.index, arrival.fetched
+                delivery.consumed(arrival)
+        finally:
+            if under_way:
+                self._loop.call_soon_threadsafe(delivery.abandon)
+
+    def _give_back(self, n_bytes: int) -> None:
+        self._loop.call_soon_threadsafe(self._budget.give, n_bytes)
+
+    def _start(self, sources: Sequence[tuple[int, Source]], delivery: Delivery) -> None:
+        remote = []
+        for index, source in sources:
+            if is_local(source.location):
+                self._file_threads.submit(self._arrive_from_disk, index, source, delivery)
+            else:
+                remote.append((index, source))
+        if remote:
+            self._loop.call_soon_threadsafe(self._start_remote, remote, delivery)
+
+    def _start_remote(self, sources: Sequence[tuple[int, Source]], delivery: Delivery) -> None:
+        for index, source in sources:
+            task = self._loop.create_task(self._arrive(index, source, delivery))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            delivery.tasks.append(task)
+
+    def _arrive_from_disk(self, index: int, source: Source, delivery: Delivery) -> None:
+        held = 0
+
+        def reserve(n_bytes: int) -> None:
+            nonlocal held
+            if n_bytes > SMALL_BYTES:
+                asyncio.run_coroutine_threadsafe(self._budget.take(n_bytes), self._loop).result()
+                held = n_bytes
+
+        try:
+            delivery.put(Arrival(index, read_file(source, self._limits.max_bytes, reserve), held))
+        except Exception as error:  # ours, not the file's: the consumer shall raise it, not wait for ever
+            delivery.put(Arrival(index, error, held))
+
+    async def _arrive(self, index: int, source: Source, delivery: Delivery) -> None:
+        try:
+            fetched, reservation = await self._fetch(source)
+        except Exception as error:  # ours, not the object's: as above
+            delivery.put(Arrival(index, error))
+        else:
+            reservation.shrink(len(fetched.payload or b""))
+            delivery.put(Arrival(index, fetched, reservation.held))
+
+    async def _fetch(self, source: Source) -> tuple[Fetched, Reservation]:
+        host = self._host(source.location)
+        async with host.place():
+            timeout = asyncio.timeout(self._limits.total_timeout_s)
+            reservation = Reservation(self._budget, timeout, self._limits.max_bytes)
+            made = Attempts(self._limits, timeout, host, reservation)
+            try:
+                async with timeout:
+                    return await self._attempt_all(source, made), reservation
+            except TimeoutError:
+                error = f"not complete within {self._limits.total_timeout_s:g} s (--fetch.total-timeout-s)"
+                return Fetched(Status.TIMEOUT, error, None, made.number, source.location), reservation
+            except asyncio.CancelledError:
+                reservation.release()
+                raise
+
+    async def _attempt_all(self, source: Source, made: "Attempts") -> Fetched:
+        client = self._client(source.location)
+        while True:
+            try:
+                await made.begin(self._slots)
+                try:
+                    payload, final_uri = await client.get(source.location, made.reservation, source.span)
+                finally:
+                    self._slots.release()
+                return complete(payload, source, made.number, final_uri)
+            except Failure as failure:
+                made.reservation.release()
+                if not await made.wait_after(failure):
+                    return Fetched(failure.status, failure.error, None, made.number, source.location)
+
+    def _client(self, uri: str) -> Client:
+        scheme = scheme_of(uri)
+        if scheme in ("http", "https"):
+            return self._web
+        if scheme in OBJECT_SCHEMES and not buckets.is_odd(uri):
+            return self._buckets
+        return self._any
+
+    def _host(self, uri: str) -> Host:
+        """The web host; a bucket's service is no host to be polite to, and its requests share no gate."""
+        if scheme_of(uri) not in ("http", "https"):
+            return Host(self._limits)
+        name = uri.partition("://")[2].partition("/")[0].lower()
+        if name not in self._hosts:
+            if len(self._hosts) >= MAX_HOSTS:
+                now = self._loop.time()
+                self._hosts = {name: host for name, host in self._hosts.items() if host.is_busy(now)}
+            self._hosts[name] = Host(self._limits)
+        return self._hosts[name]
+
+
+def read_file(source: Source, max_bytes: int, reserve: Callable[[int], None]) -> Fetched:
+    """A file of this machine."""
+    if not source.location:
+        return Fetched(Status.INVALID_URI, "the URI is empty", None, 0, "")
+    try:
+        payload = files.read_local(source.location, max_bytes, source.span, reserve)
+    except Failure as failure:
+        return Fetched(failure.status, failure.error, None, 1, source.location)
+    return complete(payload, source, 1, source.location)
+
+
+def complete(payload: bytes, source: Source, attempts: int, final_uri: str) -> Fetched:
+    """A payload that is there, unless it is shorter than the part of its container that it should be."""
+    if source.length is not None and len(payload) != source.length:
+        error = f"{len(payload):,} of {source.length:,} bytes: the container ends before this member does"
+        return Fetched(Status.TRUNCATED, error, None, attempts, final_uri)
+    return Fetched(Status.OK, None, payload, attempts, final_uri)
+
+
+@dataclass
+class Attempts:
+    """The attempts at one object: when the next may be made, and whether there is one."""
+
+    limits: FetchLimits
+    timeout: asyncio.Timeout
+    host: Host
+    reservation: Reservation
+    number: int = 0
+
+    async def begin(self, slots: asyncio.Semaphore) -> None:
+        """Wait for the host's peace and for a slot, which the caller releases.
+
+        Raises Failure (`throttled`) if the host wants longer peace than an object may take.
+        """
+        pause_s = self.host.resume_at - asyncio.get_running_loop().time()
+        if pause_s > self.limits.total_timeout_s:
+            raise Failure(
+                Status.THROTTLED, f"the host asked for {pause_s:.0f} s without requests", final=True
+            )
+        with paused(self.timeout):
+            await asyncio.sleep(max(0.0, pause_s))
+            await slots.acquire()
+        self.number += 1
+
+    async def wait_after(self, failure: Failure) -> bool:
+        """Whether there is another attempt, after the wait that is due; never waits into the time-out."""
+        loop = asyncio.get_running_loop()
+        if failure.retry_after_s:
+            self.host.resume_at = max(self.host.resume_at, loop.time() + failure.retry_after_s)
+        if failure.final or self.number >= self.limits.max_attempts:
+            return False
+        wait_s = backoff_s(self.number, self.limits.backoff_s, random.random())
+        wait_s = max(wait_s, failure.retry_after_s or 0.0)
+        deadline = self.timeout.when()
+        if deadline is not None and loop.time() + wait_s >= deadline:
+            return False
+        await asyncio.sleep(wait_s)
+        return True

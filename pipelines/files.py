@@ -1,0 +1,112 @@
+"""Files of this machine, and of whatever else fsspec opens -> bytes: blocking reads for a thread pool.
+
+Local files are the fast path: one open, one read. fsspec is the slow fallback for schemes that have no
+client of their own here. Only regular files are read: a named pipe in an inventory must not hang a worker.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
+
+from pipelines.attempts import Failure
+from pipelines.schema import Status
+from pipelines.uris import redact, scheme_of
+
+T = TypeVar("T")
+
+HOST_SCHEMES = frozenset("ftp sftp ssh smb webhdfs hdfs dask jlab jupyter github gitlab git".split())  # noqa: SIM905
+"""fsspec schemes that connect to a host which the URI names: an inventory must not choose it unchecked."""
+
+
+def local_file(uri: str) -> bytes:
+    """The path of a plain path or `file://` URI (percent-decoded), as the filesystem's bytes."""
+    if scheme_of(uri) != "file" or "://" not in uri:
+        return os.fsencode(os.path.expanduser(uri))  # noqa: PTH111 - bytes: any name, UTF-8 or not
+    return b"/" + unquote_to_bytes(uri.partition("://")[2].removeprefix("localhost").lstrip("/"))
+
+
+def read_local(
+    uri: str, max_bytes: int, span: tuple[int, int] | None, reserve: Callable[[int], None]
+) -> bytes:
+    """The file, or `span` (first byte, length) of it. Raises Failure.
+
+    Args:
+        reserve: told how many bytes memory is about to hold, and may block.
+    """
+    try:
+        descriptor = os.open(local_file(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return _read(descriptor, max_bytes, span, reserve)
+        finally:
+            os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Failure(Status.NOT_FOUND, "no such file") from error
+    except PermissionError as error:
+        raise Failure(Status.DENIED, "no permission to read the file") from error
+    except ValueError as error:
+        raise Failure(Status.INVALID_URI, str(error)) from error
+    except OSError as error:
+        # A disk or a mount that stumbles may recover: repeated, like a connection.
+        raise Failure(Status.CONNECTION_FAILED, f"cannot read the file: {error.strerror}") from error
+
+
+def _read(
+    descriptor: int, max_bytes: int, span: tuple[int, int] | None, reserve: Callable[[int], None]
+) -> bytes:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise Failure(Status.INVALID_URI, "not a regular file")
+    start, length = span or (0, status.st_size)
+    check_size(length, max_bytes)
+    reserve(length)
+    payload = os.pread(descriptor, length, start)
+    while len(payload) < length and (
+        more := os.pread(descriptor, length - len(payload), start + len(payload))
+    ):
+        payload += more
+    return payload
+
+
+def check_size(n_bytes: int, max_bytes: int) -> None:
+    """Raise Failure (`too_large`) for an object over the limit."""
+    if n_bytes > max_bytes:
+        limit = f"{max_bytes:,} bytes (--fetch.max-bytes)"
+        raise Failure(Status.TOO_LARGE, f"{n_bytes:,} bytes, over the limit of {limit}")
+
+
+def check_scheme(uri: str, allow_private_addresses: bool) -> None:
+    """Raise Failure for a URI that fsspec would follow to a host of the inventory's choosing."""
+    scheme = scheme_of(uri)
+    if "::" in uri or (scheme in HOST_SCHEMES and not allow_private_addresses):
+        raise Failure(Status.BLOCKED_ADDRESS, f"{redact(uri)[:100]}: this kind of URI can reach any host")
+
+
+def size_of(uri: str) -> int:
+    """Bytes of an object of any fsspec scheme. Raises Failure."""
+    return int(_with_fsspec(uri, lambda filesystem, path: filesystem.size(path) or 0))
+
+
+def read_any(uri: str, span: tuple[int, int] | None = None) -> bytes:
+    """An object of any fsspec scheme, or a span of it. Raises Failure."""
+    start, stop = (span[0], span[0] + span[1]) if span else (None, None)
+    return bytes(_with_fsspec(uri, lambda filesystem, path: filesystem.cat_file(path, start=start, end=stop)))
+
+
+def _with_fsspec(uri: str, call: Callable[[Any, str], T]) -> T:
+    import fsspec
+
+    try:
+        return call(*fsspec.core.url_to_fs(uri))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise Failure(Status.NOT_FOUND, "no such object") from error
+    except PermissionError as error:
+        raise Failure(Status.DENIED, "no permission to read the object") from error
+    except TimeoutError as error:
+        raise Failure(Status.TIMEOUT, redact(str(error))[:200]) from error
+    except (ValueError, ImportError) as error:
+        raise Failure(Status.INVALID_URI, redact(" ".join(str(error).split()))[:200]) from error
+    except Exception as error:  # each fsspec filesystem raises its own client's exceptions
+        text = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise Failure(Status.CONNECTION_FAILED, text[:200]) from error
