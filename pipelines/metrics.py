@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+from scipy import special
 from sklearn import metrics as sk
+
+from pipelines.intervals import wilson
 
 Array = npt.NDArray[Any]
 
@@ -238,19 +240,6 @@ def per_class(given: Array, targets: Array, n_classes: int) -> PerClass:
     confusion = sk.multilabel_confusion_matrix(targets_nc, given_nc, labels=np.arange(n_classes))
     correct = confusion[:, 1, 1]
     return PerClass(correct + confusion[:, 1, 0], correct + confusion[:, 0, 1], correct)
-
-
-def wilson(successes: Array, trials: Array, *, confidence: float = 0.95) -> Array:
-    """Wilson score interval of each proportion, `float[..., 2]`; NaN where there was no trial.
-
-    Wilson 1927, without continuity correction; `scipy.stats.binomtest` gives the same, one at a time.
-    """
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    n = np.where(np.asarray(trials) > 0, trials, np.nan)
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return np.stack([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], axis=-1)
 
 
 def coverage_curve(scores: Array, right: Array, *, points: int = 200) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from pipelines import metrics
+from pipelines import intervals, metrics
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_calibration_error_is_the_weighted_gap_of_the_standard_curve(
 def test_intervals_are_wilson_s(successes: int, trials: int) -> None:
     expected = stats.binomtest(successes, trials).proportion_ci(method="wilson")
     np.testing.assert_allclose(
-        metrics.wilson(np.array(successes), np.array(trials)), [expected.low, expected.high], atol=1e-12
+        intervals.wilson(np.array(successes), np.array(trials)), [expected.low, expected.high], atol=1e-12
     )
 
 
