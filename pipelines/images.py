@@ -1,8 +1,9 @@
 """Encoded bytes -> the uint8 RGB pixels that a model sees, or a status that says why there are none.
 
 The only code that turns bytes into pixels: training, evaluation, parity and classification all call
-`prepare`. It is pure (no I/O, no clock, no logging) and never raises for an image. It does not protect
-the process from a decoder that crashes or hangs; `decoder.py` does.
+`prepare`. It is pure (no I/O, no clock, no logging) and never raises for an image. It does not apply
+colour profiles: every picture is taken for sRGB. Nor does it protect the process from a decoder that
+crashes or hangs; `decoder.py` does.
 """
 
 import io
@@ -71,6 +72,9 @@ MAGIC = (
 )
 """First bytes -> format, for a file that no plugin would open."""
 
+WIDE_RANGES = {"I;16": (65535.0,), "I": (255.0, 32767.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
+"""What white may be in a grey picture of more than 8 bits, by Pillow's mode."""
+
 HEIF_BRANDS = frozenset(
     {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"mif3", b"msf1"}
 )
@@ -112,7 +116,7 @@ def prepare(payload: bytes, spec: ImageSpec, limits: DecodeLimits | None = None)
             width_px, height_px = encoded_size(image)
             name = format_name(image)
             check_size(width_px, height_px, limits)
-            return Prepared(Status.OK, None, pixels(image, spec), width_px, height_px, name)
+            return Prepared(Status.OK, None, pixels(image, payload, spec), width_px, height_px, name)
     except Undecodable as error:
         status, message = error.status, error.message
     except Image.DecompressionBombError as error:
@@ -242,20 +246,33 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
 
 
-def pixels(image: Image.Image, spec: ImageSpec) -> Pixels:
+def pixels(image: Image.Image, payload: bytes, spec: ImageSpec) -> Pixels:
     """Decode, set upright, resize: uint8 [height, width, 3]."""
-    # JPEG keeps its EXIF before the pixels, and knowing it now lets the decoder scale; TIFF is turned by
-    # Pillow as it loads, and PNG may keep EXIF behind the pixels: those are asked after loading.
-    is_jpeg = image.format in ("JPEG", "MPO")
-    orientation = orientation_of(image) if is_jpeg else 1
-    if is_jpeg:
-        image.draft(None, draft_size(image.size, target_size(spec, orientation), spec))
-    image.load()
-    orientation = orientation if is_jpeg else orientation_of(image)
+    if image.format in ("JPEG", "MPO"):
+        orientation = orientation_of(image)
+        image = decoded_jpeg(image, payload, draft_size(image.size, target_size(spec, orientation), spec))
+    else:  # Pillow turns TIFF as it loads, and PNG may keep EXIF behind the pixels: ask afterwards
+        image.load()
+        orientation = orientation_of(image)
     resized = fitted(to_8_bit(image), target_size(spec, orientation), spec)
     if orientation in TRANSPOSES:
         resized = resized.transpose(TRANSPOSES[orientation])
     return np.array(resized if resized.mode == "RGB" else resized.convert("RGB"), dtype=np.uint8)
+
+
+def decoded_jpeg(image: Image.Image, payload: bytes, smallest: tuple[int, int]) -> Image.Image:
+    """Decode at the least of 1/1, 1/2, 1/4, 1/8 of its size that is not below `smallest`, in the DCT domain."""
+    full = image.size
+    image.draft(None, smallest)
+    try:
+        image.load()
+    except OSError as error:
+        # libjpeg-turbo decodes lossless JPEG but does not scale it, and says no more than this
+        if image.size == full or "broken data stream" not in str(error):
+            raise
+        image = Image.open(io.BytesIO(payload), formats=["JPEG"])
+        image.load()
+    return image
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -320,15 +337,15 @@ def over_white(image: Image.Image) -> Image.Image:
 def from_wide(image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits, 32 bits or floats to 8.
 
-    16-bit files use their whole range. 32-bit and float files do not say theirs: it is the smallest of 1
-    (floats), 255, 65535 or their own maximum that holds every value, from their minimum if that is negative.
+    16-bit files use their whole range. Signed, 32-bit and float files do not say theirs: it is the smallest
+    of WIDE_RANGES, or their own maximum, that holds every value, from their minimum if that is negative.
     """
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
     low, high = min(float(values.min()), 0.0), float(values.max())
-    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-    high = next((top for top in tops if high <= top), high)
+    ranges = WIDE_RANGES["I;16" if image.format == "PPM" else image.mode]  # PGM: Pillow scales it to 16 bits
+    high = next((top for top in ranges if high <= top), high)
     values -= low
     values *= 255.0 / (high - low)
     return Image.fromarray(values.round().astype(np.uint8))
