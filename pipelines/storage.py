@@ -7,6 +7,7 @@ else. It knows nothing of tables, plans or ledgers, and fetches no images: that 
 import from here alone; the modules that it gathers are its own.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,10 @@ from pipelines.uris import is_local, join, local_path, redact, scheme_of, split
 
 __all__ = [
     "AlreadyExists", "Entry", "Storage", "StorageError", "is_local", "is_temporary", "join", "local_path",
-    "object_store", "open_storage", "read_uri", "redact", "scheme_of", "split",
+    "object_store", "open_storage", "read_uri", "redact", "scheme_of", "sha256_of", "split",
 ]  # fmt: skip
+
+HASHED_AT_ONCE = 8 << 20
 
 
 class Storage(Protocol):
@@ -90,3 +93,12 @@ def read_uri(uri: str) -> bytes:
     """The bytes of one file by its whole URI. Raises FileNotFoundError."""
     folder, name = split(uri)
     return open_storage(folder).read(name)
+
+
+def sha256_of(storage: Storage, path: str) -> str:
+    """The checksum of one file of any size, in hexadecimal."""
+    digest = hashlib.sha256()
+    with storage.open_input(path) as file:
+        while block := file.read(HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,378 @@
+"""What of a run counts: an append-only log of entries, each created if absent and chained to the one before.
+
+    state/run.json             what the run is; a resume must agree with it
+    state/ledger/000000.json …  start | parts | close | file | published
+
+A file counts only if an entry lists it, and a row id is listed once. The next number can be taken once,
+so a driver that finds it taken knows that another is at work and stops (`LedgerLost`): whoever started last
+goes on, and a driver that was paused cannot add anything when it wakes. `after` is the whole arithmetic;
+`Ledger` adds storage to it. What is inside the files is `output.py`'s and `publishing.py`'s business.
+
+After any exception, between any two lines, the same Ledger may be used again: an entry in hand is kept,
+byte for byte, until the storage is known to hold it.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any, Literal
+
+from pipelines.rowset import Range, RowSet, count
+from pipelines.storage import AlreadyExists, Storage
+
+RUN_JSON = "run.json"
+READERS = 32
+"""Entries read at once on a resume: a night of entries from an object store is then seconds."""
+
+Kind = Literal["start", "parts", "close", "file", "published"]
+
+
+class RunMismatch(ValueError):
+    """The folder holds the run of something else; the message names what differs."""
+
+
+class LedgerLost(RuntimeError):
+    """Another driver has written the next entry: this one must stop."""
+
+
+class LedgerDamaged(ValueError):
+    """The entries are not what any driver wrote: one is missing, altered or out of order."""
+
+
+class State(StrEnum):
+    """How far the current generation is."""
+
+    RUNNING = "running"
+    """Parts may be recorded."""
+    PUBLISHING = "publishing"
+    """Closed to new parts; table files are being written."""
+    PUBLISHED = "published"
+    """The table is complete."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One written Parquet file below the state folder, and what is in it."""
+
+    path: str
+    sha256: str
+    bytes: int
+    items: tuple[Range, ...]
+    """Row ids of the plan, in file order."""
+    rows: int
+    """Table rows: an item answers for one row or more."""
+    statuses: Mapping[str, int]
+    """Table rows by status."""
+    hosts: Mapping[str, int]
+    """Table rows without a label by the host they come from, the most frequent ones."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One published file below the table folder."""
+
+    name: str
+    sha256: str
+    bytes: int
+    items: tuple[Range, ...]
+    rows: int
+    statuses: Mapping[str, int]
+    labels: Mapping[str, int]
+    """Table rows by `top_id`."""
+    generation: int
+
+
+@dataclass(frozen=True)
+class View:
+    """What the entries so far say."""
+
+    entries: int = 0
+    digest: str = ""
+    """sha256 of the last entry, which the next one repeats."""
+    generation: int = 1
+    """1 for the first run; each rerun of failed rows is another."""
+    state: State = State.RUNNING
+    parts: tuple[Part, ...] = ()
+    """Recorded in this generation, in order."""
+    files: Mapping[str, TableFile] = field(default_factory=dict)
+    """Published files by name, each as last written."""
+    rows_per_file: int = 0
+    reopened: tuple[Range, ...] = ()
+    """Items that this generation runs again; empty in the first, which runs all."""
+    driver: Mapping[str, Any] = field(default_factory=dict)
+    """Who started last."""
+
+
+@dataclass(frozen=True)
+class InHand:
+    """An entry that is being written: kept until it is known to be stored."""
+
+    entry: Mapping[str, Any]
+    payload: bytes
+
+
+def after(view: View, entry: Mapping[str, Any], digest: str) -> View:
+    """The view once `entry`, whose bytes hash to `digest`, is in the ledger.
+
+    Raises:
+        LedgerDamaged: no driver could have written this entry here.
+    """
+    number, kind = entry["number"], entry["kind"]
+    if number != view.entries or entry["previous"] != view.digest:
+        raise LedgerDamaged(
+            f"ledger entry {number:06d} does not follow the one before it: one was lost or altered"
+        )
+    allowed: dict[str, Iterable[State]] = {"start": State, "parts": [State.RUNNING], "close": [State.RUNNING]}
+    if view.state not in allowed.get(kind, [State.PUBLISHING]):
+        raise LedgerDamaged(f"ledger entry {number:06d} says {kind!r}, but the run was already {view.state}")
+    view = replace(view, entries=number + 1, digest=digest)
+    match kind:
+        case "start":
+            return started(view, entry)
+        case "parts":
+            return replace(view, parts=(*view.parts, *(part_of(part) for part in entry["parts"])))
+        case "close":
+            return replace(view, state=State.PUBLISHING, rows_per_file=entry["rows_per_file"])
+        case "file":
+            file = file_of(entry["file"])
+            return replace(view, files={**view.files, file.name: file})
+        case _:
+            return replace(view, state=State.PUBLISHED)
+
+
+def started(view: View, entry: Mapping[str, Any]) -> View:
+    """A driver announced itself; with `reopened` it also opened the next generation."""
+    view = replace(view, driver=entry["driver"])
+    if not entry["reopened"]:
+        return view
+    return replace(
+        view,
+        generation=view.generation + 1,
+        state=State.RUNNING,
+        parts=(),
+        reopened=ranges_from(entry["reopened"]),
+    )
+
+
+def part_of(written: Mapping[str, Any]) -> Part:
+    """A part from its JSON form."""
+    return Part(**{**written, "items": ranges_from(written["items"])})
+
+
+def file_of(written: Mapping[str, Any]) -> TableFile:
+    """A table file from its JSON form."""
+    return TableFile(**{**written, "items": ranges_from(written["items"])})
+
+
+def ranges_from(written: Iterable[Sequence[int]]) -> tuple[Range, ...]:
+    """Ranges from JSON, which knows no tuples."""
+    return tuple((start, stop) for start, stop in written)
+
+
+def entry_path(number: int) -> str:
+    """Where an entry lies below the state folder."""
+    return f"ledger/{number:06d}.json"
+
+
+class Ledger:
+    """Owns the log of one state folder, as one driver sees and extends it."""
+
+    def __init__(self, state: Storage, n_items: int) -> None:
+        self._state = state
+        self._in_hand: InHand | None = None
+        self._driver = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.view = View()
+        self.done = RowSet(n_items)
+        """Items that are recorded, in this generation or an earlier one."""
+        for payload in read_entries(state):
+            self._take(json.loads(payload), payload)
+
+    @classmethod
+    def open(
+        cls,
+        state: Storage,
+        identity: Mapping[str, Any],
+        *,
+        n_items: int,
+        details: Mapping[str, Any] | None = None,
+    ) -> "Ledger":
+        """The ledger of a state folder, which is made if there is none yet.
+
+        Args:
+            identity: flat, JSON-able settings that decide what the rows will say.
+            details: more about the run, kept beside the identity but not compared.
+
+        Raises:
+            RunMismatch: the folder holds a run of another identity.
+            LedgerDamaged: entries are missing or altered.
+        """
+        described = {"identity": dict(identity), "n_items": n_items, **(details or {})}
+        try:
+            state.create(RUN_JSON, json.dumps(described, indent=1, sort_keys=True).encode())
+        except AlreadyExists:
+            refuse_other(json.loads(state.read(RUN_JSON))["identity"], identity, state.uri)
+        return cls(state, n_items)
+
+    def announce(self) -> None:
+        """Take the run over, before anything costly starts.
+
+        Raises:
+            LedgerLost: another driver did so since this one read the ledger.
+        """
+        self._append("start", reopened=[])
+
+    def reopen(self, items: Sequence[Range]) -> None:
+        """Open the next generation of a published run, in which these items are run again."""
+        if self.view.state is not State.PUBLISHED or not items:
+            raise ValueError(
+                f"only failed rows of a published run can be rerun; this run is {self.view.state}"
+            )
+        self._append("start", reopened=items)
+
+    def record(self, parts: Sequence[Part]) -> None:
+        """Make the parts count, in one entry; a part that counts already is passed over.
+
+        Raises:
+            LedgerLost: another driver is at work; none of the parts counts.
+            ValueError: a part repeats an item that is recorded.
+        """
+        self._settle()
+        known = {part.path for part in self.view.parts}
+        new = [part for part in parts if part.path not in known]
+        claimed = [span for part in new for span in part.items]
+        if self.done.present(claimed) or repeated(claimed):
+            raise ValueError(
+                f"{new[0].path} and its neighbours repeat recorded items; repair them before recording"
+            )
+        if new:
+            self._append("parts", parts=[asdict(part) for part in new])
+
+    def close(self, rows_per_file: int) -> None:
+        """Take no more parts; from here on the layout of the table is fixed.
+
+        Raises:
+            ValueError: items are missing.
+        """
+        if not self.done.full:
+            raise ValueError(
+                f"{self.done.n_rows - len(self.done)} of {self.done.n_rows} items are not recorded yet"
+            )
+        self._append("close", rows_per_file=rows_per_file)
+
+    def record_file(self, file: TableFile) -> None:
+        """Make a table file count, in place of an earlier one of its name."""
+        self._append("file", file=asdict(file))
+
+    def publish(self) -> None:
+        """Say that the table is complete."""
+        self._append("published")
+
+    def check(self) -> None:
+        """Find a rival early, when there is nothing to record. Raises LedgerLost."""
+        if self._in_hand is None and self._state.exists(entry_path(self.view.entries)):
+            raise LedgerLost(self._rival())
+
+    def statuses(self) -> Counter[str]:
+        """Table rows by status in the parts of this generation."""
+        return total(part.statuses for part in self.view.parts)
+
+    def hosts(self) -> Counter[str]:
+        """Rows without a label by host, in the parts of this generation."""
+        return total(part.hosts for part in self.view.parts)
+
+    def _append(self, kind: Kind, **fields: Any) -> None:
+        self._settle()
+        entry = {
+            "format_version": 1,
+            "number": self.view.entries,
+            "previous": self.view.digest,
+            "kind": kind,
+            "driver": self._driver,
+            "nonce": uuid.uuid4().hex,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **fields,
+        }
+        payload = json.dumps(entry, separators=(",", ":")).encode()
+        after(self.view, entry, "")  # what would be damage later is a mistake now
+        self._in_hand = InHand(entry, payload)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring an entry in hand to an end; the storage takes these very bytes twice without complaint."""
+        if self._in_hand is None:
+            return
+        entry, payload = self._in_hand.entry, self._in_hand.payload
+        if entry["number"] == self.view.entries:
+            try:
+                self._state.create(entry_path(entry["number"]), payload)
+            except AlreadyExists:
+                raise LedgerLost(self._rival()) from None
+            self._take(json.loads(payload), payload)
+        self._in_hand = None
+
+    def _take(self, entry: Mapping[str, Any], payload: bytes) -> None:
+        """Bits first: setting them twice is harmless, and the view decides whether the entry was taken."""
+        view = after(self.view, entry, hashlib.sha256(payload).hexdigest())
+        self.done.remove(ranges_from(entry.get("reopened", ())))
+        for part in entry.get("parts", ()):
+            self.done.add(ranges_from(part["items"]))
+        self.view = view
+
+    def _rival(self) -> str:
+        path = entry_path(self.view.entries)
+        rival = json.loads(self._state.read(path))
+        who = f"{rival['driver']['host']}, pid {rival['driver']['pid']}"
+        return (
+            f"another driver ({who}) is at work on {self._state.uri}: it wrote {path} at {rival['at']}. "
+            "This one stops; what it recorded until then stays recorded"
+        )
+
+
+def read_entries(state: Storage) -> list[bytes]:
+    """Every entry's bytes in order; a gap shows when they are applied."""
+    paths = [entry.path for entry in state.list("ledger") if entry.path.endswith(".json")]
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(state.read, sorted(paths)))
+
+
+def refuse_other(found: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
+    """Raise RunMismatch that names every setting in which two runs differ."""
+    asked = json.loads(json.dumps(dict(asked)))
+    differing = [
+        f"{name} was {found.get(name)!r} and is now {asked.get(name)!r}"
+        for name in sorted({*found, *asked})
+        if found.get(name) != asked.get(name)
+    ]
+    if differing:
+        raise RunMismatch(
+            f"{uri} holds a different run: {'; '.join(differing)}. Use another output folder, "
+            "or the same inventory, bundle and settings to continue that run"
+        )
+
+
+def repeated(ranges: Sequence[Range]) -> bool:
+    """Whether any row is in two of the ranges."""
+    ordered = sorted(ranges)
+    return any(earlier[1] > later[0] for earlier, later in pairwise(ordered))
+
+
+def total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """The sum of counts by name."""
+    summed: Counter[str] = Counter()
+    for each in counts:
+        summed.update(each)
+    return summed
+
+
+def items_of(files: Iterable[TableFile | Part]) -> int:
+    """How many items the files hold."""
+    return sum(count(file.items) for file in files)
