@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage, taxonomy
+from pipelines.bundle import FLAT
 from pipelines.specs import ImageSpec
 from pipelines.taxonomy import Taxonomy
 
-FLAT = "labels"
-"""Name of the taxonomy whose ids are the labels themselves."""
 _FILES = ("config.json", "preprocessor_config.json", "iab_vision.json")
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, as Hugging Face writes them."""
@@ -41,6 +40,8 @@ class Checkpoint:
     class_ids: tuple[str, ...]
     """Ids in the order of the network's outputs."""
     taxonomy: Taxonomy
+    taxonomy_table: bytes | None
+    """The user's own table, which must travel with the bundle; None for a built-in one or flat labels."""
     image_spec: ImageSpec
     temperature: float
     thresholds: Mapping[str, float]
@@ -58,7 +59,9 @@ class Checkpoint:
         """The transformers model in float32 and evaluation mode."""
         import torch
         from transformers import AutoConfig, AutoModelForImageClassification
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
         known = {"eager"} if not _has_attention(config) else {attention}
         network = AutoModelForImageClassification.from_pretrained(
@@ -100,13 +103,15 @@ def read(folder: Path, source: str) -> Checkpoint:
         raise UnusableCheckpoint(f"{source} holds no *.safetensors; pickled weights are not read")
     ours = _json(folder / "iab_vision.json") or {}
     class_ids = _class_ids(config, ours, source)
+    name = str(ours.get("taxonomy", FLAT))
     return Checkpoint(
         folder=folder,
         source=source,
         sha256=_sha256([*(folder / name for name in _FILES), *weights]),
         config=config,
         class_ids=class_ids,
-        taxonomy=_taxonomy(ours.get("taxonomy", FLAT), class_ids),
+        taxonomy=_taxonomy(name, class_ids),
+        taxonomy_table=None if _is_known(name) else taxonomy.opened(name).encode(),
         image_spec=_image_spec(folder, config, ours),
         temperature=float(ours.get("temperature", 1.0)),
         thresholds=dict(ours.get("thresholds", {})),
@@ -140,6 +145,10 @@ def _taxonomy(name: str, class_ids: tuple[str, ...]) -> Taxonomy:
     return found
 
 
+def _is_known(name: str) -> bool:
+    return name in (FLAT, taxonomy.VECTORS) or name.removeprefix("iab-content-") in taxonomy.CATTAX
+
+
 def _image_spec(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Any]) -> ImageSpec:
     if "image_spec" in ours:
         spec = dict(ours["image_spec"])
@@ -159,8 +168,8 @@ def image_spec_of(processor: Mapping[str, Any]) -> ImageSpec:
     target = _sides(processor["crop_size"] if cropped else size)
     if cropped and (shorter or min(_sides(size))) != min(target):
         raise UnusableCheckpoint(
-            f"preprocessor_config.json resizes to {size} and crops {target}; here the crop takes the whole shorter "
-            "side. Write an iab_vision.json with the image_spec to use beside it"
+            f"preprocessor_config.json resizes to {size} and crops {target}; here the crop takes the whole "
+            "shorter side. Write an iab_vision.json with the image_spec to use beside it"
         )
     resample = _RESAMPLE.get(processor.get("resample", 2))
     if resample is None:

@@ -44,7 +44,7 @@ class Surroundings:
     multi_label: bool
 
 
-class PixelClassifier(nn.Module):
+class PixelClassifier(nn.Module):  # type: ignore[misc]
     """The network between normalisation and activation; both of them always in float32."""
 
     def __init__(self, network: nn.Module, around: Surroundings) -> None:
@@ -71,7 +71,7 @@ def convert(network: nn.Module, around: Surroundings, metadata: Mapping[str, str
     Raises:
         NotConvertible: torch.onnx knows no translation of an operation of the network.
     """
-    with _onnx_attention(network):
+    with onnx_attention(network):
         program = trace(network, around, opset=OPSET)
     return finish(program, metadata)
 
@@ -82,7 +82,7 @@ def trace(network: nn.Module, around: Surroundings, *, opset: int) -> onnx_ir.Mo
     # Three images, as torch.export takes a batch of 0 or 1 for a constant.
     example = torch.zeros((3, spec.height, spec.width, 3), dtype=torch.uint8)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 PixelClassifier(network, around).eval(),
                 (example,),
@@ -102,7 +102,8 @@ def trace(network: nn.Module, around: Surroundings, *, opset: int) -> onnx_ir.Mo
 
 def finish(model: onnx_ir.Model, metadata: Mapping[str, str]) -> bytes:
     """Serialise without anything that depends on this machine; checked against the ONNX standard."""
-    ClearMetadataAndDocStringPass()(model)  # 0.5 MB of stack traces with this machine's paths
+    with quiet():
+        ClearMetadataAndDocStringPass()(model)  # 0.5 MB of stack traces with this machine's paths
     model.metadata_props.update(sorted(metadata.items()))
     model.ir_version = IR_VERSION
     proto = onnx_ir.to_proto(model)
@@ -139,7 +140,7 @@ def metadata_of(checkpoint: Checkpoint, *, temperature: float, precision: str) -
 
 
 @contextmanager
-def _onnx_attention(network: Any) -> Iterator[None]:
+def onnx_attention(network: Any) -> Iterator[None]:
     """Let transformers call `_attention`: half the transposes of the default, no mask and no NaN guard."""
     from transformers import AttentionInterface
 
@@ -183,14 +184,16 @@ def _attention(  # noqa: PLR0913, PLR0917  (the signature is transformers')
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on packages that are not installed and on its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Silence the exporter's account of its steps, of missing packages and of its own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -14,7 +14,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
@@ -29,7 +29,7 @@ from pydantic_settings import (
 )
 
 from jobs.errors import InputError
-from pipelines import specs
+from pipelines import recipe, specs
 
 Spec = TypeVar("Spec")
 
@@ -65,9 +65,34 @@ def plain(value: Any) -> Any:
     return spec(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
 
 
-Fetch = typed(specs.FetchLimits)
-Decode = typed(specs.DecodeLimits)
-WorkerPools = typed(specs.Workers)
+if TYPE_CHECKING:  # the twins have the fields of what they validate
+    Fetch = specs.FetchLimits
+    Decode = specs.DecodeLimits
+    WorkerPools = specs.Workers
+    Measuring = specs.Measuring
+    Network = recipe.Network
+    Optimizer = recipe.Optimizer
+    Loss = recipe.Loss
+    Balance = recipe.Balance
+    Augment = recipe.Augment
+    Stopping = recipe.Stopping
+    Splits = recipe.Splits
+    Ingest = recipe.Ingest
+    Columns = recipe.Columns
+else:
+    Fetch = typed(specs.FetchLimits)
+    Decode = typed(specs.DecodeLimits)
+    WorkerPools = typed(specs.Workers)
+    Measuring = typed(specs.Measuring)
+    Network = typed(recipe.Network)
+    Optimizer = typed(recipe.Optimizer)
+    Loss = typed(recipe.Loss)
+    Balance = typed(recipe.Balance)
+    Augment = typed(recipe.Augment)
+    Stopping = typed(recipe.Stopping)
+    Splits = typed(recipe.Splits)
+    Ingest = typed(recipe.Ingest)
+    Columns = typed(recipe.Columns)
 
 
 class JobConfig(BaseSettings):
@@ -185,6 +210,109 @@ class RayConfig(JobConfig):
     """Logical CPUs of a cluster started on this machine; unset: enough for every pool."""
 
 
+class DatasetConfig(RayConfig):
+    """Settings of commands that read labelled images."""
+
+    dataset: str
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face image Parquet."""
+    taxonomy: str = "3.1"
+    """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
+    label_map: str | None = None
+    """Table whose first two columns rename labels; an empty target drops the image."""
+    tier: int | None = Field(default=None, ge=1)
+    """Lift every label to its ancestor of this tier."""
+    columns: Columns = Columns()
+    """Which columns of a table mean what."""
+    splits: Splits = Splits()
+    """How images are divided when the dataset does not say."""
+    ingest: Ingest = Ingest()
+    """How images are decoded and kept."""
+
+
+class RecipeConfig(DatasetConfig):
+    """Settings that make a training recipe; their defaults are the recipe's own."""
+
+    model: str = recipe.Recipe.model
+    """Hugging Face name, local folder, or `scratch:tiny|small|base` for random weights."""
+    image_size: int | None = None
+    """Height and width of the model's input, pixels; unset: the model's own, 224 from scratch."""
+    patch_size: int | None = None
+    """Patch side of a scratch model, pixels; unset: 16."""
+    layers: int | None = None
+    """Blocks of a scratch model; unset: the preset's."""
+    epochs: int = recipe.Recipe.epochs
+    """Passes over the training split (each image `augment.views` times)."""
+    batch_size: int = recipe.Recipe.batch_size
+    """Images per optimiser step, over all workers and micro-batches."""
+    seed: int = recipe.Recipe.seed
+    """Seed of the weights, the order, the augmentation and the dropout."""
+    precision: recipe.Precision = recipe.Recipe.precision
+    """Autocast type; `auto` is bf16 where the device computes in it, else fp32."""
+    select_by: str = recipe.Recipe.select_by
+    """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
+    network: Network = Network()
+    """What learns."""
+    optimizer: Optimizer = Optimizer()
+    """How it learns."""
+    loss: Loss = Loss()
+    """From what it learns."""
+    balance: Balance = Balance()
+    """Rare classes."""
+    augment: Augment = Augment()
+    """Random changes of images."""
+    stopping: Stopping = Stopping()
+    """Early end."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training workers: one per GPU, or processes on CPU."""
+    use_gpu: bool | None = None
+    """Give each worker a GPU; unset: when the cluster has one for each."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """Logical CPUs that Ray reserves for each worker."""
+
+
+class TrainConfig(RecipeConfig):
+    """Fine-tune a Vision Transformer on labelled images; the same command on an unfinished run continues it."""
+
+    output: str
+    """Folder of the run."""
+    checkpoint_every_steps: int = Field(default=0, ge=0)
+    """Also keep a checkpoint every so many steps within an epoch; 0: at the end of each epoch only."""
+    checkpoints_to_keep: int = Field(default=2, ge=1)
+    """Best checkpoints kept, beside the latest."""
+    max_failures: int = Field(default=3, ge=0)
+    """Lost workers or nodes from which the run recovers by itself."""
+
+
+class ExportConfig(JobConfig):
+    """Turn a checkpoint into an ONNX bundle; exit code 3 and no bundle when it differs from it."""
+
+    checkpoint: str
+    """Run folder of `train`, its `best/`, or any Hugging Face image classifier in safetensors."""
+    images: str
+    """Images to measure on: a labelled dataset (its held-out rows are used), a table of URIs, or a folder."""
+    output: str
+    """Folder for the bundle; must not exist."""
+    precisions: list[specs.Precision] = ["fp32"]
+    """`fp32`, `fp16` (for GPU) and `int8` (for CPU); fp32 is always made."""
+    measuring: Measuring = Measuring()
+    """How parity is measured."""
+
+
+class CertifyConfig(JobConfig):
+    """Measure an existing bundle on a provider of this machine and add the certificate to it."""
+
+    bundle: CliPositionalArg[str]
+    """Bundle made by `iab-vision export`."""
+    images: str
+    """Images to measure on: a labelled dataset, a table of URIs, or a folder."""
+    provider: specs.Provider = "cpu"
+    """Execution provider to certify."""
+    precisions: list[specs.Precision] = ["fp32"]
+    """Precisions to certify."""
+    measuring: Measuring = Measuring()
+    """How parity is measured."""
+
+
 class ClassifyConfig(RayConfig):
     """Label every image of an inventory with a bundle, exactly once, into a Parquet table."""
 
@@ -194,14 +322,18 @@ class ClassifyConfig(RayConfig):
     """Bundle made by `iab-vision export`."""
     output: str
     """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
-    uri_column: str = "uri"
-    """Column of the inventory that holds the URI."""
+    form: Literal["auto", "table", "images", "tars"] = "auto"
+    """What the inventory is, where its name or folder misleads."""
     all_files: bool = False
     """List every file of a folder or prefix, not only those with an image's extension."""
-    rename: dict[str, str] = Field(default_factory=dict)
-    """Carried columns to rename, `old=new`."""
+    rename: list[str] = Field(default_factory=list)
+    """Columns of the inventory under another name, `old=new`; `photo_url=uri` makes a column the URI."""
     drop_columns: list[str] = Field(default_factory=list)
     """Columns of the inventory not to carry over."""
+    payload_column: str = ""
+    """Column of a Parquet inventory that holds the images themselves; empty: found when there is no `uri`."""
+    keep_plan: bool = False
+    """Finish the plan frozen in the output, even if the inventory has changed since."""
     top_k: int = Field(default=5, ge=1)
     """Labels kept per image."""
     precision: specs.Precision = "fp32"
@@ -226,11 +358,11 @@ class ClassifyConfig(RayConfig):
     """On a finished output: run the rows that failed for passing reasons again and republish."""
     commit_every_s: float = Field(default=5.0, gt=0)
     """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
-    fetch: Fetch = Fetch()  # type: ignore[valid-type]
+    fetch: Fetch = Fetch()
     """Limits of each request."""
-    decode: Decode = Decode()  # type: ignore[valid-type]
+    decode: Decode = Decode()
     """Limits of each image."""
-    workers: WorkerPools = WorkerPools()  # type: ignore[valid-type]
+    workers: WorkerPools = WorkerPools()
     """Pools and grain of the work."""
 
 
@@ -249,7 +381,7 @@ class PredictConfig(JobConfig):
     """Print one JSON object per image instead of a table."""
     allow_uncertified: bool = False
     """Run a precision that no certificate covers."""
-    fetch: Fetch = Fetch()  # type: ignore[valid-type]
+    fetch: Fetch = Fetch()
     """Limits of each request."""
 
 

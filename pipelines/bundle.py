@@ -16,8 +16,9 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import storage
+from pipelines import storage, taxonomy
 from pipelines.specs import ImageSpec, Precision, Provider
+from pipelines.taxonomy import Taxonomy
 
 FORMAT_VERSION = 1
 MODEL_FILES: dict[Precision, str] = {
@@ -26,7 +27,11 @@ MODEL_FILES: dict[Precision, str] = {
     "int8": "model.int8.onnx",
 }
 LABELS_FILE = "labels.parquet"
+TAXONOMY_FILE = "taxonomy.csv"
+"""Only where the taxonomy is a table of the user's own."""
 MANIFEST_FILE = "manifest.json"
+FLAT = "labels"
+"""Taxonomy of a bundle whose ids are the labels themselves."""
 CERTIFICATES = "certificates"
 MARKER = f"{CERTIFICATES}/cpu-fp32.json"
 """Written last by an export: without it the export did not finish."""
@@ -224,6 +229,17 @@ class Bundle:
         """Class ids in the order of the graph's outputs."""
         return list(self.labels["id"].to_pylist())
 
+    def taxonomy(self) -> Taxonomy:
+        """The taxonomy that the classes belong to, as it was when the bundle was made."""
+        if self.taxonomy_name == FLAT:
+            return taxonomy.flat(self.class_ids)
+        record = self.manifest.files.get(TAXONOMY_FILE)
+        if record is None:
+            return taxonomy.load(self.taxonomy_name)
+        payload = _read_verified(storage.open_storage(self.uri), TAXONOMY_FILE, record)
+        version = hashlib.sha256(payload).hexdigest()[:12]
+        return Taxonomy(self.taxonomy_name, version, self.cattax, taxonomy.parse(payload.decode()))
+
     def model_bytes(self, precision: Precision, provider: Provider = "cpu") -> bytes:
         """The verified bytes of the ONNX file that `provider` runs for `precision`."""
         name = model_file(precision, provider)
@@ -332,7 +348,7 @@ def labels_bytes(labels: pa.Table) -> bytes:
     """`labels.parquet` of a table of schema `LABELS`; the same table gives the same bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(labels.cast(LABELS), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def _read_labels(payload: bytes) -> pa.Table:

@@ -154,6 +154,28 @@ class RuntimeSpec:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """On what, and in which session options, the parity of a bundle is measured."""
+
+    sample_images: int = 256
+    """Images of the user that are compared; awkward ones made by the project come on top."""
+    calibration_images: int = 512
+    """Images of the user that int8 ranges come from: others than those compared, while there are others."""
+    seed: int = 0
+    """Decides which images are drawn."""
+    batch_size: int = 16
+    """Images per session run; what classify uses on this provider."""
+    threads: int = 1
+    """CPU threads of a session; what classify uses."""
+    device_id: int = 0
+    """GPU of a CUDA or TensorRT session."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample_images", "calibration_images", "batch_size", "threads"):
+            at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
 class Workers:
     """The two pools of classify and the grain of the work."""
 

@@ -1,0 +1,209 @@
+"""One measurement: the same encoded images through the checkpoint and through a model as it would be run.
+
+`gather` takes the reference's side once; `measure` takes a candidate's and returns the document that
+becomes its certificate, with the verdict in it. Where the documents go is `release.py`'s business.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from export import diagnosis, parity
+from export.parity import LIMITS, Limits, Scores
+from export.reference import Network, activation, named
+from export.samples import Sample
+from pipelines import images
+from pipelines.images import ORIENTATION_TAG, Prepared
+from pipelines.runtime import OnnxModel
+from pipelines.specs import ImageSpec, Precision
+
+WORST_IMAGES = 8
+SPEED_S = 0.4
+"""Least time that a batch size's speed is measured over, seconds."""
+
+Prepare = Callable[[bytes, ImageSpec], Prepared]
+
+
+class NothingToCompare(ValueError):
+    """No image of the sample could be decoded."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What both sides must agree on about the outputs."""
+
+    class_ids: tuple[str, ...]
+    multi_label: bool
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The images of a measurement, the reference's view of them, and the reference to ask further."""
+
+    sample: tuple[Sample, ...]
+    undecodable: tuple[str, ...]
+    scores: Scores
+    targets_nc: np.ndarray
+    network: Network
+    spec: ImageSpec
+    description: str
+    """What the reference is, in words."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of running a bundle: everything between encoded bytes and the top k."""
+
+    model: OnnxModel
+    labels: Labels
+    spec: ImageSpec
+    prepare: Prepare = images.prepare
+
+
+def gather(  # noqa: PLR0913  (what a reference consists of)
+    sample: Sequence[Sample],
+    targets_nc: np.ndarray,
+    *,
+    network: Network,
+    labels: Labels,
+    spec: ImageSpec,
+    description: str,
+) -> Evidence:
+    """The reference's pixels, logits and probabilities; images that do not decode are set aside.
+
+    Raises:
+        NothingToCompare: none decodes.
+    """
+    prepared = [images.prepare(one.payload, spec).pixels_hwc for one in sample]
+    kept = [index for index, pixels in enumerate(prepared) if pixels is not None]
+    if not kept:
+        raise NothingToCompare(f"none of the {len(sample)} images could be decoded")
+    pixels_nhwc = np.stack([pixels for pixels in prepared if pixels is not None])
+    logits_nc = network(pixels_nhwc, spec)
+    probabilities_nc = activation(logits_nc, temperature=labels.temperature, multi_label=labels.multi_label)
+    return Evidence(
+        sample=tuple(sample[index] for index in kept),
+        undecodable=tuple(one.image_id for one, p in zip(sample, prepared, strict=True) if p is None),
+        scores=Scores(
+            labels.class_ids, pixels_nhwc, logits_nc, probabilities_nc, labels.temperature, labels.multi_label
+        ),
+        targets_nc=targets_nc[kept],
+        network=network,
+        spec=spec,
+        description=description,
+    )
+
+
+def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> dict[str, Any]:
+    """The certificate's document: numbers, limits, verdict, and what explains a refusal."""
+    started = time.monotonic()
+    limits = LIMITS[precision]
+    found = score(evidence.sample, candidate)
+    metrics = parity.compare(evidence.scores, found, limits, evidence.targets_nc)
+    batches = parity.batch_invariance(candidate.model, found.pixels_nhwc)
+    failures = parity.failures(metrics, batches, limits)
+    return {
+        "passed": not failures,
+        "failures": [asdict(failure) for failure in failures],
+        "findings": [asdict(finding) for finding in _findings(evidence, found, limits)] if failures else [],
+        "reference": evidence.description,
+        "images": images_summary(evidence),
+        "limits": parity.limits_json(limits),
+        "metrics": metrics,
+        "batches": batches,
+        "speed": speed(candidate.model, found.pixels_nhwc),
+        "worst": worst(evidence, found),
+        "temperature": candidate.labels.temperature,
+        "environment": candidate.model.environment(),
+        "seconds": round(time.monotonic() - started, 1),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def score(sample: Sequence[Sample], candidate: Candidate) -> Scores:
+    """The candidate's side; an image that it alone cannot decode is black, and so a difference."""
+    spec = candidate.spec
+    black = np.zeros((spec.height, spec.width, 3), np.uint8)
+    prepared = [candidate.prepare(one.payload, spec).pixels_hwc for one in sample]
+    pixels_nhwc = np.stack([black if pixels is None else pixels for pixels in prepared])
+    logits_nc, probabilities_nc = candidate.model.run(pixels_nhwc)
+    labels = candidate.labels
+    return Scores(
+        labels.class_ids, pixels_nhwc, logits_nc, probabilities_nc, labels.temperature, labels.multi_label
+    )
+
+
+def images_summary(evidence: Evidence) -> dict[str, Any]:
+    """How many images of which kind, and a hash over all of their bytes."""
+    digest = hashlib.sha256()
+    for one in evidence.sample:
+        digest.update(hashlib.sha256(one.payload).digest())
+    awkward = sum(one.awkward for one in evidence.sample)
+    return {
+        "compared": len(evidence.sample),
+        "own": len(evidence.sample) - awkward,
+        "awkward": awkward,
+        "undecodable": list(evidence.undecodable),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def speed(model: OnnxModel, pixels_nhwc: np.ndarray) -> dict[str, float]:
+    """Images per second of the session alone, by batch size."""
+    found = {}
+    for size in sorted({1, min(8, model.batch_size), model.batch_size}):
+        batch_nhwc = np.resize(pixels_nhwc, (size, *pixels_nhwc.shape[1:]))
+        model.run(batch_nhwc)
+        started, runs = time.monotonic(), 0
+        while time.monotonic() - started < SPEED_S:
+            model.run(batch_nhwc)
+            runs += 1
+        found[str(size)] = round(runs * size / (time.monotonic() - started), 1)
+    return found
+
+
+def worst(evidence: Evidence, found: Scores) -> list[dict[str, Any]]:
+    """The images whose logits differ most, with both sides' best labels."""
+    change = np.abs(found.logits_nc - evidence.scores.logits_nc).max(axis=1)
+    return [
+        {
+            "image_id": evidence.sample[row].image_id,
+            "row": int(row),
+            "max_logit": float(change[row]),
+            "reference": named(
+                evidence.scores.class_ids, evidence.scores.probabilities_nc[row], parity.TOP_K
+            ),
+            "candidate": named(found.class_ids, found.probabilities_nc[row], parity.TOP_K),
+        }
+        for row in np.argsort(-change, kind="stable")[:WORST_IMAGES]
+    ]
+
+
+def _findings(evidence: Evidence, found: Scores, limits: Limits) -> list[diagnosis.Finding]:
+    return diagnosis.diagnose(
+        evidence.scores,
+        found,
+        network=evidence.network,
+        spec=evidence.spec,
+        oriented=np.array([_is_oriented(one.payload) for one in evidence.sample]),
+        limits=limits,
+    )
+
+
+def _is_oriented(payload: bytes) -> bool:
+    """Whether the file says that it must be rotated or mirrored to be upright."""
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            return bool(image.getexif().get(ORIENTATION_TAG, 1) != 1)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        return (
+            False  # `images.prepare` reads formats that plain Pillow does not; none of them rotates by EXIF
+        )

@@ -1,0 +1,246 @@
+"""How close a released model comes to the checkpoint, and the limits that it must keep.
+
+Pure functions of arrays: the scores of both sides over the same images become metrics, metrics and
+limits become a verdict. All limits stand here, once, each with its reason. Why a difference arises
+is `diagnosis.py`'s question.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from export.reference import activation, top
+from pipelines import metrics
+from pipelines.runtime import OnnxModel
+from pipelines.specs import Precision
+
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a precision may differ; None is measured but not limited."""
+
+    max_logit: float | None
+    """Largest |Δ logit| over all images and classes."""
+    max_relative_logit: float
+    """L2 norm of the centred logits' difference over that of the reference, whole sample. Softmax ignores a
+    constant, so both are centred; and unlike the absolute limit it means the same for small logits."""
+    max_probability: float | None
+    """Largest |Δ probability|."""
+    max_activation_error: float
+    """Largest |probability - activation(own logits / temperature)|: the graph's tail against float64."""
+    min_top1_agreement: float
+    """Share of images with the reference's best label, ties apart."""
+    min_topk_agreement: float | None
+    """Share of images with the reference's ordered top 5, ties apart."""
+    tie_margin: float
+    """Two labels whose reference logits are closer than this are a tie: fixed beforehand, twice the
+    logit noise that the precision is granted."""
+    max_accuracy_loss: float
+    """Accuracy lost, as a share; a single image is always granted, being the least that can be lost."""
+    max_calibration_change: float
+    """Largest change of the expected calibration error; what a single image can cause is granted."""
+    max_batch_change: float
+    """Largest |Δ probability| of one image between batch sizes, paddings and batch-mates."""
+
+
+LIMITS: dict[Precision, Limits] = {
+    # float32 in another order of summation: 1e-6 is measured (onnx against torch), torch float32 against
+    # float64 gives as much. 1e-5 leaves room for other CPUs and sees 0.1 % in one layer's weights.
+    "fp32": Limits(1e-3, 1e-5, 5e-4, 1e-6, 1.0, 1.0, 2e-3, 0.0, 1e-3, 1e-5),
+    # 11 bits of mantissa: 0.7e-3 to 2e-3 relative is measured on ViT-tiny to base; bfloat16 would be 1.2e-2.
+    "fp16": Limits(None, 5e-3, 1e-2, 1e-6, 0.999, 0.99, 0.04, 0.002, 5e-3, 1e-2),
+    # 8 bits: 3e-2 relative is a well-behaved ViT. What counts is labels, so no tie is excused. Static
+    # quantisation has no business with batch-mates, so there the limit is zero.
+    "int8": Limits(None, 0.25, None, 1e-6, 0.98, None, 0.0, 0.005, 0.01, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One side's view of the same images."""
+
+    class_ids: tuple[str, ...]
+    pixels_nhwc: np.ndarray
+    logits_nc: np.ndarray
+    probabilities_nc: np.ndarray
+    temperature: float
+    multi_label: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One limit that was not kept."""
+
+    metric: str
+    value: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} is {self.value:.3g}; the limit is {self.limit:g}"
+
+
+def compare(reference: Scores, candidate: Scores, limits: Limits, targets_nc: np.ndarray) -> dict[str, Any]:
+    """Every number of the certificate that both sides' scores give."""
+    by_id = _aligned(candidate, reference.class_ids)
+    logits_nc, probabilities_nc = candidate.logits_nc[:, by_id], candidate.probabilities_nc[:, by_id]
+    logit_change = np.abs(logits_nc.astype(np.float64) - reference.logits_nc)
+    probability_change = np.abs(probabilities_nc.astype(np.float64) - reference.probabilities_nc)
+    k = min(TOP_K, len(reference.class_ids))
+    return {
+        "labels_differ": int(sorted(candidate.class_ids) != sorted(reference.class_ids)),
+        "pixels_differ": pixels_differ(reference, candidate),
+        "max_logit": float(logit_change.max()),
+        "mean_logit": float(logit_change.mean()),
+        "relative_logit": relative(logits_nc, reference.logits_nc),
+        "max_probability": float(probability_change.max()),
+        "mean_probability": float(probability_change.mean()),
+        "activation_error": activation_error(candidate),
+        "top1": agreement(reference.logits_nc, logits_nc, 1, limits.tie_margin),
+        "topk": {"k": k, **agreement(reference.logits_nc, logits_nc, k, limits.tie_margin)},
+        "labelled": labelled(reference.probabilities_nc, probabilities_nc, targets_nc, reference.multi_label),
+        "histograms": {
+            "logit": histogram(logit_change.max(axis=1)),
+            "probability": histogram(probability_change.max(axis=1)),
+        },
+    }
+
+
+def _aligned(candidate: Scores, class_ids: Sequence[str]) -> np.ndarray:
+    """Columns of the candidate in the reference's order of ids: a label is compared with itself."""
+    if sorted(candidate.class_ids) != sorted(class_ids):
+        return np.arange(len(class_ids))
+    column = {class_id: index for index, class_id in enumerate(candidate.class_ids)}
+    return np.array([column[class_id] for class_id in class_ids])
+
+
+def pixels_differ(reference: Scores, candidate: Scores) -> int:
+    """Images whose pixels are not the same bytes on both sides."""
+    if reference.pixels_nhwc.shape != candidate.pixels_nhwc.shape:
+        return len(reference.pixels_nhwc)
+    return int((reference.pixels_nhwc != candidate.pixels_nhwc).any(axis=(1, 2, 3)).sum())
+
+
+def relative(values_nc: np.ndarray, reference_nc: np.ndarray) -> float:
+    """L2 norm of the difference of centred logits over that of the reference."""
+    centred, expected = (
+        v.astype(np.float64) - v.mean(axis=1, keepdims=True, dtype=np.float64)
+        for v in (values_nc, reference_nc)
+    )
+    return float(np.linalg.norm(centred - expected) / max(float(np.linalg.norm(expected)), 1e-30))
+
+
+def activation_error(scores: Scores) -> float:
+    """How far the probabilities are from what the side's own logits and temperature give in float64."""
+    expected_nc = activation(scores.logits_nc, temperature=scores.temperature, multi_label=scores.multi_label)
+    return float(np.abs(scores.probabilities_nc - expected_nc).max())
+
+
+def agreement(reference_nc: np.ndarray, candidate_nc: np.ndarray, k: int, margin: float) -> dict[str, Any]:
+    """How many images have the same ordered top k; a swap within `margin` is a tie, counted apart.
+
+    At each rank the reference score of the candidate's label is held against the score that the
+    reference has at that rank.
+    """
+    expected, found = top(reference_nc, k), top(candidate_nc, k)
+    gap_nk = np.abs(
+        np.take_along_axis(reference_nc, expected, axis=1) - np.take_along_axis(reference_nc, found, axis=1)
+    )
+    same = (expected == found).all(axis=1)
+    tie = ~same & (gap_nk <= margin).all(axis=1) & (margin > 0)
+    return {
+        "same": int(same.sum()),
+        "ties": int(tie.sum()),
+        "different": int((~same & ~tie).sum()),
+        "share": float((same | tie).mean()),
+    }
+
+
+def labelled(
+    reference_nc: np.ndarray, candidate_nc: np.ndarray, targets_nc: np.ndarray, multi_label: bool
+) -> dict[str, Any] | None:
+    """Accuracy of the best label and calibration error of both sides, over the images that have labels."""
+    known = (targets_nc >= 0).all(axis=1)
+    if not known.any():
+        return None
+    truth_nc = targets_nc[known]
+    targets = truth_nc if multi_label else truth_nc.argmax(axis=1)
+    rows = np.arange(len(truth_nc))
+    sides = {"reference": reference_nc[known], "candidate": candidate_nc[known]}
+    right = {name: truth_nc[rows, side.argmax(axis=1)] == 1 for name, side in sides.items()}
+    error = {name: metrics.calibration_error(side, targets) for name, side in sides.items()}
+    return {
+        "images": int(known.sum()),
+        "accuracy": {name: float(hits.mean()) for name, hits in right.items()},
+        "calibration_error": error,
+        "lost": int((right["reference"] & ~right["candidate"]).sum()),
+        "gained": int((~right["reference"] & right["candidate"]).sum()),
+    }
+
+
+def histogram(values: np.ndarray) -> dict[str, list[float]]:
+    """Counts per decade of the differences: they span many, and a zero counts into the lowest."""
+    exponents = np.clip(np.floor(np.log10(np.maximum(values, 1e-12))), -9, 2).astype(int)
+    decades = np.arange(-9, 3)
+    return {
+        "from": [float(f"1e{decade}") for decade in decades],
+        "images": [int((exponents == decade).sum()) for decade in decades],
+    }
+
+
+def batch_invariance(model: OnnxModel, pixels_nhwc: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """The largest |Δ probability| that batch size, padding or batch-mates cause, by case."""
+    size = model.batch_size
+    pixels_nhwc = pixels_nhwc[: size + 1]
+    together_nc = model.run(pixels_nhwc)[1]
+    changes = {}
+    for batch in sorted({1, 2, size - 1, size, size + 1} & set(range(1, len(pixels_nhwc) + 1))):
+        pieces = [model.run(pixels_nhwc[i : i + batch])[1] for i in range(0, len(pixels_nhwc), batch)]
+        changes[f"batches of {batch}"] = float(np.abs(np.concatenate(pieces) - together_nc).max())
+    order = np.random.default_rng(seed).permutation(len(pixels_nhwc))
+    changes["shuffled"] = float(np.abs(model.run(pixels_nhwc[order])[1] - together_nc[order]).max())
+    changes["run twice"] = float(np.abs(model.run(pixels_nhwc)[1] - together_nc).max())
+    return {"images": len(pixels_nhwc), "max_change": max(changes.values()), "cases": changes}
+
+
+def failures(measured: dict[str, Any], batches: dict[str, Any], limits: Limits) -> list[Failure]:
+    """Every limit that the measurement does not keep; none means that the model may run."""
+    upper = {
+        "labels_differ": 0,
+        "pixels_differ": 0,
+        "max_logit": limits.max_logit,
+        "relative_logit": limits.max_relative_logit,
+        "max_probability": limits.max_probability,
+        "activation_error": limits.max_activation_error,
+    }
+    found = [Failure(n, measured[n], u) for n, u in upper.items() if u is not None and not measured[n] <= u]
+    for name, least in (("top1", limits.min_top1_agreement), ("topk", limits.min_topk_agreement)):
+        if least is not None and measured[name]["share"] < least:
+            found.append(Failure(f"{name} agreement", measured[name]["share"], least))
+    if not batches["max_change"] <= limits.max_batch_change:
+        found.append(Failure("batch change", batches["max_change"], limits.max_batch_change))
+    return [*found, *_labelled_failures(measured["labelled"], limits)]
+
+
+def _labelled_failures(measured: dict[str, Any] | None, limits: Limits) -> list[Failure]:
+    if measured is None:
+        return []
+    found = []
+    loss = (measured["lost"] - measured["gained"]) / measured["images"]
+    granted = max(limits.max_accuracy_loss, 1 / measured["images"])
+    if loss > granted:
+        found.append(Failure("accuracy loss", loss, granted))
+    error = measured["calibration_error"]
+    change = abs(error["candidate"] - error["reference"])
+    granted = max(limits.max_calibration_change, 1 / measured["images"])
+    if change > granted:
+        found.append(Failure("calibration change", change, granted))
+    return found
+
+
+def limits_json(limits: Limits) -> dict[str, float | None]:
+    """The limits as the certificate states them."""
+    return asdict(limits)

@@ -1,0 +1,32 @@
+"""`iab-vision certify`: adds the certificate of this machine's provider to an existing bundle.
+
+    iab-vision certify BUNDLE --images ../shared/photos --provider cuda --precisions fp16
+
+On a GPU node this makes what a CPU node exported runnable there. Exit code 3 when a precision differs too
+much; its certificate then says so, and classify does not run it.
+"""
+
+from jobs.config import CertifyConfig, plain
+from jobs.errors import JobFailed, Refused, checking_input
+
+
+def run(config: CertifyConfig) -> int:
+    from export import release
+    from pipelines.runtime import ProviderUnavailable
+
+    with checking_input():
+        try:
+            documents = release.certify(
+                config.bundle,
+                config.images,
+                provider=config.provider,
+                precisions=config.precisions,
+                measuring=plain(config.measuring),
+            )
+        except release.ParityRefused as error:
+            raise Refused(str(error)) from error
+        except ProviderUnavailable as error:
+            raise JobFailed(str(error)) from error
+    for (provider, precision), document in documents.items():
+        print(release.one_line(provider, precision, document))
+    return 0
