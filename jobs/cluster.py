@@ -17,6 +17,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def joins_cluster(address: str | None) -> bool:
+    """Whether a cluster that others started is joined, rather than one started on this machine."""
+    return bool(address or os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
     """Connect for the duration of a job, and disconnect; a cluster started here ends with it.

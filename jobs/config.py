@@ -385,6 +385,37 @@ class PredictConfig(JobConfig):
     """Limits of each request."""
 
 
+class EvaluateConfig(JobConfig):
+    """Measure a bundle or a trained run on labelled images, in this process."""
+
+    bundle: str | None = None
+    """Bundle made by `iab-vision export`; or give `checkpoint`."""
+    checkpoint: str | None = None
+    """Run made by `iab-vision train`, or any Hugging Face image classifier's folder; or give `bundle`."""
+    dataset: str
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
+    output: str
+    """Folder for `report.html` and `evaluation.json`."""
+    split: Literal["test", "validation", "train", "all"] = "test"
+    """Which images are asked about; `all` for a dataset that no model was trained on."""
+    label_map: str | None = None
+    """Table whose first two columns rename labels; an empty target drops the image."""
+    columns: Columns = Columns()
+    """Which columns of a table mean what."""
+    splits: Splits = Splits()
+    """How images are divided when the dataset does not say; as in training, to meet the same test split."""
+    precision: specs.Precision = "fp32"
+    """Which file of the bundle runs."""
+    provider: specs.Provider = "cpu"
+    """Execution provider of the bundle."""
+    batch_size: int = Field(default=16, ge=1)
+    """Images per session run of the bundle."""
+    threads: int = Field(default=0, ge=0)
+    """Decoding threads and CPU threads of the model; 0 is one per core."""
+    allow_uncertified: bool = False
+    """Run a precision and provider that no certificate covers."""
+
+
 class VerifyConfig(JobConfig):
     """Prove that a predictions folder or a bundle is whole and unaltered."""
 

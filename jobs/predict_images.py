@@ -25,12 +25,11 @@ def run(config: PredictConfig) -> int:
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """One row per image: the label columns of the predictions table, with the path of each label."""
-    import pyarrow as pa
-
     from pipelines import bundle as bundles
-    from pipelines import inference, runtime, taxonomy
+    from pipelines import taxonomy
     from pipelines.fetch import Fetcher
     from pipelines.images import prepare
+    from pipelines.prediction import loaded_table, open_predictor
     from pipelines.specs import RuntimeSpec
 
     if not config.images:
@@ -39,18 +38,17 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         bundle = bundles.open_bundle(config.bundle)
         if not config.allow_uncertified:
             bundle.certificate_for("cpu", config.precision)
-    paths = taxonomy.load(bundle.taxonomy_name)
-    labels = inference.labeller_of(bundle, config.top_k)
-    model = runtime.load(bundle, RuntimeSpec(precision=config.precision, batch_size=1))
+    predictor = open_predictor(bundle, RuntimeSpec(precision=config.precision, batch_size=1), config.top_k)
     fetcher = Fetcher(plain(config.fetch))
     try:
         arrived = [(index, fetcher.fetch(uri)) for index, uri in enumerate(config.images)]
     finally:
         fetcher.close()
     prepared = [prepare(f.payload, bundle.image_spec) for _, f in arrived if f.payload is not None]
-    loaded = inference.loaded_table(arrived, prepared, bundle.image_spec)
-    scored: pa.Table = inference.score(loaded, model, labels, bundle.image_spec)
-    return [present(uri, row, paths) for uri, row in zip(config.images, scored.to_pylist(), strict=True)]
+    pixels = [image.pixels_hwc for image in prepared]
+    scored = predictor.score(loaded_table(arrived, prepared, pixels, bundle.image_spec)).to_pylist()
+    paths = taxonomy.load(bundle.taxonomy_name)
+    return [present(uri, row, paths) for uri, row in zip(config.images, scored, strict=True)]
 
 
 def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:

@@ -1,0 +1,285 @@
+"""Kills parts of a running classification at random moments, and checks that nothing was lost or doubled.
+
+    python benchmarks/chaos.py --rounds 50
+
+Each round classifies the same drawn images into a fresh folder on a Ray cluster of two nodes on this
+machine, and SIGKILLs one victim: an ONNX actor, a load actor, a task worker, the driver at a random
+moment, the driver while it plans, writes the ledger or publishes, or the second node. A killed driver's
+command is simply run again. A round passes when the command ended with 0, `iab-vision verify` passes,
+and the published table holds every row of the inventory exactly once.
+"""
+
+import argparse
+import collections
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from jobs import drawings
+
+ATTEMPTS = 5
+TIMEOUT_S = 300
+
+
+@dataclass
+class Round:
+    """One classification and what was done to it."""
+
+    output: Path
+    inventory: Path
+    bundle: Path
+    ray_address: str
+    kills: list[str] = field(default_factory=list)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, "-m", "jobs", "classify", "--inventory", str(self.inventory),
+            "--bundle", str(self.bundle), "--output", str(self.output), "--ray-address", self.ray_address,
+            "--workers.load-actors", "2", "--workers.infer-actors", "2", "--workers.rows-per-part", "150",
+            "--workers.rows-per-chunk", "64", "--commit-every-s", "0.3", "--retry-pause-s", "0.1",
+        ]  # fmt: skip
+        log = self.output.with_suffix(".log").open("ab")
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+Strike = Callable[[Round, subprocess.Popen[bytes], random.Random], str | None]
+"""Waits for its moment and kills its victim; says what it did, or None when the moment never came."""
+
+
+def ray_workers(words: str) -> Iterator[psutil.Process]:
+    """Worker processes of this machine's cluster whose title holds `words`."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if (
+                process.cmdline()
+                and process.cmdline()[0].startswith("ray::")
+                and words in process.cmdline()[0]
+            ):
+                yield process
+        except psutil.Error:
+            continue
+
+
+def kill_worker(words: str) -> Strike:
+    def strike(_: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
+        delay = rng.uniform(0, 3)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and driver.poll() is None:
+            if victims := list(ray_workers(words)):
+                if delay > 0:
+                    time.sleep(delay)
+                    delay = 0
+                    continue
+                victim = rng.choice(victims)
+                victim.kill()
+                return victim.cmdline()[0] if victim.is_running() else words
+            time.sleep(0.02)
+        return None
+
+    return strike
+
+
+def kill_driver_at_random(_: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
+    time.sleep(rng.uniform(0.5, 12))
+    return kill_driver(driver, "driver")
+
+
+def kill_driver_when(name: str, moment: Callable[[Path], bool]) -> Strike:
+    def strike(round_: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
+        while driver.poll() is None:
+            if moment(round_.output):
+                time.sleep(rng.choice([0, 0, rng.uniform(0, 0.05)]))
+                return kill_driver(driver, name)
+            time.sleep(0.0005)
+        return None
+
+    return strike
+
+
+def kill_driver(driver: subprocess.Popen[bytes], name: str) -> str | None:
+    if driver.poll() is not None:
+        return None
+    driver.send_signal(signal.SIGKILL)
+    return name
+
+
+def planning(output: Path) -> bool:
+    return (output / "state" / "plan").is_dir()
+
+
+def writing_ledger(output: Path) -> bool:
+    return len(list((output / "state" / "ledger").glob("*.json"))) >= 3
+
+
+def publishing(output: Path) -> bool:
+    return (output / "table").is_dir()
+
+
+class TwoNodes:
+    """A Ray cluster of a head and one more node on this machine; the second can be shot and replaced."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+        )
+        self.address = self._cluster.address
+        self.second = self._add()
+
+    def _add(self) -> object:
+        node = self._cluster.add_node(num_cpus=4)
+        self._cluster.wait_for_nodes()
+        return node
+
+    def kill_second(self, _: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
+        time.sleep(rng.uniform(2, 9))
+        if driver.poll() is not None:
+            return None
+        self._cluster.remove_node(self.second, allow_graceful=False)
+        self.second = self._add()
+        return "node"
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+def run_round(round_: Round, strike: Strike, rng: random.Random) -> int:
+    """Run to the end, striking once; returns the last exit code."""
+    code = 1
+    for attempt in range(ATTEMPTS):
+        driver = round_.start()
+        if attempt == 0 and (done := strike(round_, driver, rng)):
+            round_.kills.append(done)
+        try:
+            code = driver.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            return -1
+        if code == 0:
+            break
+    return code
+
+
+def faults_of(round_: Round, code: int) -> list[str]:
+    """What is wrong with the round's outcome; nothing, if all is well."""
+    if code != 0:
+        return [f"exit code {code}, see {round_.output.with_suffix('.log')}"]
+    faults = []
+    check = [sys.executable, "-m", "jobs", "verify", str(round_.output)]
+    if subprocess.run(check, capture_output=True, check=False).returncode != 0:
+        faults.append("verify failed")
+    wanted = collections.Counter(pq.read_table(round_.inventory)["image_id"].to_pylist())
+    files = sorted((round_.output / "table").glob("*.parquet"))
+    found = collections.Counter(pads.dataset(files).to_table(columns=["image_id"])["image_id"].to_pylist())
+    if lost := wanted - found:
+        faults.append(f"{lost.total()} rows lost")
+    if doubled := found - wanted:
+        faults.append(f"{doubled.total()} rows doubled")
+    return faults
+
+
+def draw_inventory(folder: Path, images: int) -> Path:
+    """`images` rows over 500 drawn files, some of them broken, each row with its own URI."""
+    rng = np.random.default_rng(0)
+    sources = []
+    for number in range(500):
+        payload, extension = drawings.encode(drawings.draw(rng.choice(list(drawings.SUBJECTS)), rng), rng)
+        sources.append((payload, extension))
+    sources += [(payload, name.rsplit(".", 1)[1]) for name, payload in drawings.broken_files(1)]
+    uris = []
+    (folder / "images").mkdir(parents=True)
+    for number in range(images):
+        payload, extension = sources[number % len(sources)]
+        path = folder / "images" / f"{number:06d}.{extension}"
+        path.write_bytes(payload)
+        uris.append(str(path))
+    inventory = folder / "inventory.parquet"
+    pq.write_table(pa.table({"image_id": [f"image-{n}" for n in range(images)], "uri": uris}), inventory)
+    return inventory
+
+
+def make_bundle(folder: Path) -> Path:
+    """A certified bundle of a small ViT with random weights: what it says does not matter here."""
+    from export.demo_checkpoint import write_random_checkpoint
+
+    raise SystemExit(write_random_checkpoint(folder))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bundle", type=Path, help="a certified bundle; made here from random weights if not given"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the folders of rounds that passed")
+    arguments = parser.parse_args()
+
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    inventory = draw_inventory(folder, arguments.images)
+    bundle = arguments.bundle or make_bundle(folder)
+    nodes = TwoNodes()
+    strikes: dict[str, Strike] = {
+        "ONNX actor": kill_worker("Classifier"),
+        "load actor": kill_worker("Loader"),
+        "task worker": kill_worker("write_batch"),
+        "driver, any time": kill_driver_at_random,
+        "driver, planning": kill_driver_when("planning", planning),
+        "driver, ledger": kill_driver_when("ledger", writing_ledger),
+        "driver, publishing": kill_driver_when("publishing", publishing),
+        "second node": nodes.kill_second,
+    }
+    rng = random.Random(arguments.seed)
+    outcome = {name: collections.Counter[str]() for name in strikes}
+    try:
+        for number in range(arguments.rounds):
+            name = list(strikes)[number % len(strikes)]
+            round_ = Round(folder / f"round-{number:03d}", inventory, bundle, nodes.address)
+            started = time.monotonic()
+            faults = faults_of(round_, run_round(round_, strikes[name], rng))
+            outcome[name].update(
+                ["rounds", *(["killed"] if round_.kills else []), *([] if faults else ["passed"])]
+            )
+            print(f"{number + 1:3d} {name:20s} killed {round_.kills} {time.monotonic() - started:5.1f} s "
+                  f"{faults or 'ok'}", flush=True)  # fmt: skip
+            if not faults and not arguments.keep:
+                shutil.rmtree(round_.output)
+    finally:
+        nodes.shutdown()
+    show(outcome)
+    passed = sum(counts["passed"] for counts in outcome.values())
+    if passed == arguments.rounds and not arguments.keep:
+        shutil.rmtree(folder)
+    return 0 if passed == arguments.rounds else 1
+
+
+def show(outcome: dict[str, collections.Counter[str]]) -> None:
+    table = Table("killed", "rounds", "struck", "published and verified")
+    for name, counts in outcome.items():
+        table.add_row(name, *(str(counts[key]) for key in ("rounds", "killed", "passed")))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    sys.exit(main())
