@@ -1,0 +1,405 @@
+"""Turn any accepted labelled input into one table of images, class indices and splits.
+
+An image folder, a table of files and labels, or Hugging Face image Parquet come in; what goes out names
+each image, its classes in a taxonomy and its split. No image is opened here: `ingest.py` does.
+"""
+
+import json
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from pipelines import splits, taxonomy
+from pipelines.recipe import Columns, Splits
+from pipelines.taxonomy import Taxonomy
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif",
+)  # fmt: skip
+TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
+LABEL_SEPARATOR = "|"
+"""Between the labels of one image where a table has no list type (CSV)."""
+
+FOUND = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("container", pa.string()),
+        pa.field("position", pa.int64()),
+        pa.field("labels", pa.list_(pa.string()), nullable=False),
+        pa.field("split", pa.string()),
+        pa.field("group", pa.string()),
+    ]
+)
+"""One image as its dataset has it. `container` and `position` are the Parquet file and row that hold its bytes."""
+
+
+class DatasetError(ValueError):
+    """The dataset cannot be trained on: what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Images with their classes, divided into splits."""
+
+    rows: pa.Table
+    """uri, container, position, classes list<int32>, split; row number = row id."""
+    classes: tuple[str, ...]
+    """Class ids in the model's order."""
+    taxonomy: Taxonomy
+    taxonomy_reference: str
+    """What `taxonomy.load` finds it by; `labels` for flat ones."""
+    multi_label: bool
+    source: str
+    """Where it came from."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows left out while reading, by reason."""
+
+    @property
+    def splits(self) -> npt.NDArray[np.str_]:
+        return np.array(self.rows["split"].to_pylist(), dtype="<U10")
+
+    def indices(self, split: str) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self.splits == split)
+
+    def targets(self) -> npt.NDArray[Any]:
+        """Class indices int64[N]; multi-label: uint8[N, C]."""
+        classes = self.rows["classes"].combine_chunks()
+        if not self.multi_label:
+            return np.asarray(classes.flatten().to_numpy(), np.int64)
+        targets_nc = np.zeros((self.rows.num_rows, len(self.classes)), np.uint8)
+        parents = pa.compute.list_parent_indices(classes).to_numpy()
+        targets_nc[parents, classes.flatten().to_numpy()] = 1
+        return targets_nc
+
+    def class_counts(self, split: str) -> npt.NDArray[np.int64]:
+        targets = self.targets()[self.indices(split)]
+        if self.multi_label:
+            return np.asarray(targets.sum(axis=0, dtype=np.int64))
+        return np.bincount(targets, minlength=len(self.classes))
+
+
+def load(
+    dataset_uri: str,
+    *,
+    taxonomy_name: str = "3.1",
+    label_map: str | None = None,
+    tier: int | None = None,
+    columns: Columns | None = None,
+    split: Splits | None = None,
+) -> LabelledData:
+    """Read the dataset, resolve its labels and divide it.
+
+    `taxonomy_name` is a built-in version, a table in the same format, or `labels` (as they are). `label_map` is
+    a table whose first two columns rename labels; an empty target drops the image. `tier` lifts every label
+    to its ancestor of that tier.
+
+    Raises:
+        DatasetError: nothing there, a label that the taxonomy does not know, an impossible division.
+    """
+    split = split or Splits()
+    found, multi_label = read(dataset_uri, columns or Columns())
+    labels, dropped = renamed(found["labels"].to_pylist(), label_map)
+    keep = np.array([bool(names) or multi_label for names in labels])
+    if not keep.any():
+        raise DatasetError(f"{dataset_uri} holds no labelled image")
+    found = found.filter(pa.array(keep))
+    labels = [names for names, kept in zip(labels, keep, strict=True) if kept]
+    if not multi_label and any(len(names) != 1 for names in labels):
+        raise DatasetError(
+            "some rows have several labels; put them in a column `labels` for a multi-label model"
+        )
+    known, ids = resolved(labels, taxonomy_name, tier)
+    classes = tuple(in_order(known, {name for names in ids for name in names}))
+    if len(classes) < 2:
+        raise DatasetError(
+            f"{dataset_uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
+        )
+    table = divided(found, ids, classes, split)
+    return LabelledData(table, classes, known, taxonomy_name, multi_label, dataset_uri, dropped)
+
+
+def read(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
+    """Every image of the dataset in the schema FOUND, and whether an image can have several labels."""
+    fs, path = fsspec.core.url_to_fs(dataset_uri)
+    if not fs.exists(path):
+        raise DatasetError(f"{dataset_uri} does not exist; give a folder or a table of labelled images")
+    if not fs.isdir(path):
+        return read_tables(fs, [path], columns)
+    names = sorted(fs.find(path))
+    tables = [name for name in names if name.endswith(".parquet")]
+    if tables:
+        return read_tables(fs, tables, columns)
+    return read_folder(fs, path, names), False
+
+
+def read_folder(fs: Any, root: str, names: Sequence[str]) -> pa.Table:
+    """`root/<label>/…`, or `root/<split>/<label>/…`; folders that begin with a dot or underscore are skipped."""
+    paths = [(name, posixpath.relpath(name, root).split("/")) for name in names]
+    paths = [
+        (name, parts)
+        for name, parts in paths
+        if len(parts) > 1 and parts[0][0] not in "._" and name.lower().endswith(IMAGE_SUFFIXES)
+    ]
+    has_splits = bool(paths) and all(len(p) > 2 and p[0].lower() in splits.ALIASES for _, p in paths)
+    level = int(has_splits)
+    if not paths:
+        raise DatasetError(
+            f"{root} holds no images in folders named by their label; "
+            "give a folder `<label>/image.jpg`, or the table that names the labels"
+        )
+    return pa.table(
+        {
+            "uri": [fs.unstrip_protocol(name) for name, _ in paths],
+            "container": pa.nulls(len(paths), pa.string()),
+            "position": pa.nulls(len(paths), pa.int64()),
+            "labels": [[parts[level]] for _, parts in paths],
+            "split": [parts[0] if has_splits else None for _, parts in paths],
+            "group": pa.nulls(len(paths), pa.string()),
+        },
+        schema=FOUND,
+    )
+
+
+def read_tables(fs: Any, paths: Sequence[str], columns: Columns) -> tuple[pa.Table, bool]:
+    """Tables of URIs and labels, or of image bytes and labels."""
+    found = [read_table(fs, path, columns) for path in paths]
+    return pa.concat_tables([table for table, _ in found]), any(multi for _, multi in found)
+
+
+def read_table(fs: Any, path: str, columns: Columns) -> tuple[pa.Table, bool]:
+    raw = open_table(fs, path)
+    label_column = "labels" if "labels" in raw.column_names else columns.label
+    if label_column not in raw.column_names:
+        raise DatasetError(f"{path} has no column {columns.label!r} among {', '.join(raw.column_names)}")
+    if "image" in raw.column_names and not columns.file:
+        location = embedded(fs, path, raw["image"])
+        raw = raw.drop_columns(["image"])
+    else:
+        location = located(fs, path, raw, columns)
+    labels = label_lists(raw, label_column)
+    split = raw[columns.split] if columns.split in raw.column_names else [split_of_name(path)] * len(labels)
+    group = (
+        raw[columns.group].cast(pa.string()) if columns.group in raw.column_names else pa.nulls(len(labels))
+    )
+    table = pa.table(
+        {**location, "labels": labels, "split": as_column(split), "group": as_column(group)}, schema=FOUND
+    )
+    return table, label_column == "labels"
+
+
+def as_column(values: Any) -> Any:
+    return pa.array(values, pa.string()) if isinstance(values, list) else values.cast(pa.string())
+
+
+def open_table(fs: Any, path: str) -> pa.Table:
+    """A CSV (every column as text: ids such as `007` survive), JSON-lines or Parquet table."""
+    with fs.open(path, "rb") as file:
+        try:
+            if path.endswith(".csv"):
+                header = file.readline().decode("utf-8-sig").strip().split(",")
+                file.seek(0)
+                types = {name.strip('"'): pa.string() for name in header}
+                options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
+                return pa.csv.read_csv(file, convert_options=options)
+            if path.endswith((".jsonl", ".json")):
+                return pa.json.read_json(file)
+            if path.endswith(".parquet"):
+                return read_parquet(file)
+        except pa.ArrowInvalid as error:
+            raise DatasetError(f"{path} cannot be read as a table: {error}") from error
+    raise DatasetError(f"{path} is no folder and no table; tables end in {', '.join(TABLE_SUFFIXES)}")
+
+
+def read_parquet(file: Any) -> pa.Table:
+    """Every column but image bytes, of which only the presence is kept: they may not fit in memory."""
+    parquet = pq.ParquetFile(file)
+    schema = parquet.schema_arrow
+    names = [name for name in schema.names if name != "image"]
+    table = parquet.read(columns=names)
+    if "image" in schema.names:
+        table = table.append_column("image", pa.nulls(table.num_rows))
+    return table.replace_schema_metadata(schema.metadata)
+
+
+def embedded(fs: Any, path: str, image: pa.ChunkedArray) -> dict[str, Any]:
+    container = fs.unstrip_protocol(path)
+    return {
+        "uri": [f"{container}#{row}" for row in range(len(image))],
+        "container": [container] * len(image),
+        "position": list(range(len(image))),
+    }
+
+
+def located(fs: Any, path: str, raw: pa.Table, columns: Columns) -> dict[str, Any]:
+    """The URI of each image; a relative path is relative to the table."""
+    folder = posixpath.dirname(path)
+    if columns.file:
+        try:
+            names = [columns.file.format_map(row) for row in raw.to_pylist()]
+        except KeyError as error:
+            raise DatasetError(f"{columns.file!r} names {error}, which is no column of {path}") from error
+    else:
+        column = next((name for name in ("uri", "file") if name in raw.column_names), None)
+        if column is None:
+            raise DatasetError(
+                f"{path} has no column `uri` or `file`; name one, or give a template such as "
+                "`--columns.file 'images/{id}.jpg'`"
+            )
+        names = raw[column].to_pylist()
+    uris = [
+        name if "://" in name or name.startswith("/") else fs.unstrip_protocol(posixpath.join(folder, name))
+        for name in names
+    ]
+    return {"uri": uris, "container": pa.nulls(len(uris)), "position": pa.nulls(len(uris))}
+
+
+def label_lists(raw: pa.Table, column: str) -> list[list[str]]:
+    """The labels of each row as text; integer labels of Hugging Face Parquet by their names."""
+    names = class_names(raw.schema, column)
+    values = raw[column].to_pylist()
+    several = column == "labels"
+    if several and pa.types.is_string(raw.schema.field(column).type):
+        values = [[part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()] for value in values]
+    elif not several:
+        values = [[value] if value not in (None, "") else [] for value in values]
+    return [[names[v] if names else str(v) for v in row or []] for row in values]
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """The names that a Hugging Face dataset stores for an integer label column."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(metadata)["info"]["features"] if metadata else {}
+    feature = features.get(column, {})
+    feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
+    names = feature.get("names")
+    return list(names) if names else None
+
+
+def split_of_name(path: str) -> str | None:
+    """`train` for `train-00000-of-00002.parquet`, as Hugging Face names its files."""
+    head = posixpath.basename(path).split("-")[0].split(".")[0].lower()
+    return head if head in splits.ALIASES else None
+
+
+def renamed(labels: list[list[str]], label_map: str | None) -> tuple[list[list[str]], dict[str, int]]:
+    """Labels through the map, and how many rows it left without one."""
+    if label_map is None:
+        return labels, {"without a label": sum(not names for names in labels)}
+    fs, path = fsspec.core.url_to_fs(label_map)
+    table = open_table(fs, path)
+    if table.num_columns < 2:
+        raise DatasetError(
+            f"{label_map} has {table.num_columns} column; a label map needs two: label and target"
+        )
+    mapping = dict(zip(table[0].to_pylist(), table[1].to_pylist(), strict=True))
+    mapped = [[mapping.get(name, name) for name in names] for names in labels]
+    mapped = [[name for name in names if name] for names in mapped]
+    return mapped, {"without a label": sum(not names for names in mapped)}
+
+
+def resolved(
+    labels: Sequence[Sequence[str]], taxonomy_name: str, tier: int | None
+) -> tuple[Taxonomy, list[list[str]]]:
+    """The taxonomy, and each row's labels as its ids; every label that is refused is listed at once."""
+    distinct = sorted({name for names in labels for name in names})
+    known = taxonomy.flat(distinct) if taxonomy_name == "labels" else taxonomy.load(taxonomy_name)
+    ids: dict[str, str] = {}
+    refused: list[str] = []
+    for name in distinct:
+        try:
+            ids[name] = at_tier(known, known.resolve(name), tier)
+        except ValueError as error:
+            refused.append(str(error))
+    if refused:
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise DatasetError(
+            f"{len(refused)} of {len(distinct)} labels are not in taxonomy {taxonomy_name}: "
+            f"{'; '.join(refused[:5])}{more}. Use --label-map, or --taxonomy labels to take labels as they are"
+        )
+    return known, [sorted({ids[name] for name in names}) for names in labels]
+
+
+def at_tier(known: Taxonomy, node_id: str, tier: int | None) -> str:
+    """The node itself, or its ancestor of that tier when it lies deeper."""
+    if tier is None or known.node(node_id).tier <= tier:
+        return node_id
+    return next(ancestor for ancestor in known.ancestors(node_id) if known.node(ancestor).tier == tier)
+
+
+def in_order(known: Taxonomy, ids: set[str]) -> list[str]:
+    """The classes in the taxonomy's own order, so that siblings stand together in every report."""
+    return [node.id for node in known.nodes if node.id in ids]
+
+
+def divided(found: pa.Table, ids: list[list[str]], classes: Sequence[str], split: Splits) -> pa.Table:
+    """The rows with class indices and a split each, reduced to `split.limit`."""
+    index = {node_id: i for i, node_id in enumerate(classes)}
+    indices = [sorted(index[node_id] for node_id in names) for names in ids]
+    table = found.append_column("classes", pa.array(indices, pa.list_(pa.int32()))).drop_columns(["labels"])
+    strata = rarest(indices, len(classes))
+    names, groups = grouped(table)
+    if split.limit and split.limit < len(strata):
+        whole = table["split"].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy() + 1
+        share = split.limit / len(strata)
+        kept = divide_off(strata * (whole.max() + 1) + whole, share, seed=split.seed)
+        table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
+    chosen = chosen_splits(table, strata, groups, names, split)
+    return table.drop_columns(["split", "group"]).append_column(
+        "split", pa.array(chosen.tolist(), pa.string())
+    )
+
+
+def divide_off(strata: npt.NDArray[np.int64], share: float, *, seed: int) -> npt.NDArray[np.int64]:
+    """Indices of a seeded subset of this share, the same share of every stratum."""
+    _, strata = np.unique(strata, return_inverse=True)
+    parts = splits.divide(strata, np.arange(len(strata)), {"in": share, "out": 1 - share}, seed=seed)
+    return np.flatnonzero(parts == "in")
+
+
+def chosen_splits(
+    table: pa.Table,
+    strata: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    group_names: Sequence[str],
+    split: Splits,
+) -> npt.NDArray[np.str_]:
+    given = table["split"].to_pylist()
+    if not any(given):
+        shares = {
+            splits.TRAIN: 1 - split.validation - split.test,
+            splits.VALIDATION: split.validation,
+            splits.TEST: split.test,
+        }
+        return splits.divide(strata, groups, shares, seed=split.seed)
+    if not all(given):
+        raise DatasetError(
+            f"{given.count(None) + given.count('')} rows have no split; give all rows one, or none"
+        )
+    named = splits.named(given)
+    splits.refuse_straddling(named, groups, group_names)
+    return splits.complete(
+        named, strata, groups, validation_of_train=split.validation_of_train, seed=split.seed
+    )
+
+
+def rarest(indices: Sequence[Sequence[int]], n_classes: int) -> npt.NDArray[np.int64]:
+    """Each row's stratum: its rarest class; rows without any share one of their own."""
+    counts = np.bincount([i for row in indices for i in row], minlength=n_classes)
+    return np.array([min(row, key=lambda i: counts[i]) if row else n_classes for row in indices], np.int64)
+
+
+def grouped(table: pa.Table) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Names of the groups, and each row's group; a row without a group is one of its own."""
+    group = table["group"].combine_chunks()
+    alone = pa.array([f"row {row}" for row in range(len(group))])
+    encoded = pa.compute.coalesce(group, alone).dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)

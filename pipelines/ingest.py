@@ -1,0 +1,255 @@
+"""Turn labelled rows into decoded pixels on the cluster, and serve them to training workers.
+
+Ray Data fetches and decodes; `images.prepare` makes every pixel. Three ways of keeping the result: `memory`
+(decoded once, any image at any time, shared between the workers of a node through the object store),
+`disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again every epoch).
+"""
+
+import hashlib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import images
+from pipelines.recipe import Ingest
+from pipelines.schema import LOADED, Status, pixels_type
+from pipelines.specs import DecodeLimits, ImageSpec
+
+Pixels = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+SHUFFLE_ROWS = 4096
+"""Rows that are shuffled together when images arrive as a stream already in random order."""
+
+
+class IngestError(ValueError):
+    """Too many images cannot be used; the message names some and says why."""
+
+
+def schema_of(spec: ImageSpec) -> pa.Schema:
+    """One decoded image: what became of it, its classes, its pixels."""
+    return pa.schema(
+        [
+            *LOADED,
+            pa.field("classes", pa.list_(pa.int32())),
+            pa.field("pixels", pixels_type(spec.height, spec.width)),
+        ]
+    )
+
+
+def enlarged(spec: ImageSpec, margin: float) -> ImageSpec:
+    """The spec of stored training images, so that a crop does not have to be blown up."""
+    return replace(spec, height=math.ceil(spec.height * margin), width=math.ceil(spec.width * margin))
+
+
+def decoded(
+    rows: pa.Table, order: Rows, spec: ImageSpec, *, ingest: Ingest, limits: DecodeLimits | None = None
+) -> Any:
+    """A lazy Ray Dataset of these rows (row numbers of `rows`, in this order) in the schema `schema_of(spec)`."""
+    import ray
+
+    table = rows.take(pa.array(order)).append_column("row_id", pa.array(order, pa.int64()))
+    step = ingest.rows_per_task
+    chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
+    return ray.data.from_arrow(chunks).map_batches(
+        decode_batch,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"spec": spec, "limits": limits or DecodeLimits()},
+    )
+
+
+def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits) -> pa.Table:
+    """Fetch and decode; an image that cannot be used keeps its row and its reason."""
+    side = spec.height * spec.width * 3
+    pixels = np.zeros((batch.num_rows, side), np.uint8)
+    outcomes = []
+    for index, (status, error, payload) in enumerate(payloads(batch)):
+        outcome = (
+            images.prepare(payload, spec, limits) if payload is not None else images.Prepared(status, error)
+        )
+        if outcome.pixels_hwc is not None:
+            pixels[index] = outcome.pixels_hwc.reshape(-1)
+        digest = hashlib.sha256(payload).hexdigest() if payload is not None else None
+        outcomes.append((outcome, digest))
+    return pa.table(
+        {
+            "row_id": batch["row_id"],
+            "status": [str(outcome.status) for outcome, _ in outcomes],
+            "error": [outcome.error for outcome, _ in outcomes],
+            "sha256": [digest for _, digest in outcomes],
+            "width_px": [outcome.width_px for outcome, _ in outcomes],
+            "height_px": [outcome.height_px for outcome, _ in outcomes],
+            "format": [outcome.format for outcome, _ in outcomes],
+            "classes": batch["classes"],
+            "pixels": pa.FixedSizeBinaryArray.from_buffers(
+                pixels_type(spec.height, spec.width), batch.num_rows, [None, pa.py_buffer(pixels)]
+            ),
+        },
+        schema=schema_of(spec),
+    )
+
+
+Loaded = tuple[Status, str | None, bytes | None]
+
+
+def payloads(batch: pa.Table) -> Iterator[Loaded]:
+    """The encoded bytes of each row, in order, or why there are none."""
+    containers: dict[str, pq.ParquetFile] = {}
+    for uri, container, position in zip(
+        *(batch[name].to_pylist() for name in ("uri", "container", "position")), strict=True
+    ):
+        if container is None:
+            yield read_file(uri)
+        else:
+            if container not in containers:
+                containers[container] = pq.ParquetFile(fsspec.open(container, "rb").open())
+            yield Status.OK, None, read_embedded(containers[container], position)
+
+
+def read_file(uri: str) -> Loaded:
+    try:
+        with fsspec.open(uri, "rb") as file:
+            return Status.OK, None, file.read()
+    except FileNotFoundError as error:
+        return Status.NOT_FOUND, str(error), None
+    except PermissionError as error:
+        return Status.DENIED, str(error), None
+    except OSError as error:
+        return Status.CONNECTION_FAILED, str(error), None
+
+
+def read_embedded(file: pq.ParquetFile, position: int) -> bytes | None:
+    """The bytes in one row of a Parquet file's `image` column (binary, or Hugging Face's struct)."""
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if position < rows:
+            value = file.read_row_group(group, columns=["image"])["image"][position].as_py()
+            return value["bytes"] if isinstance(value, dict) else value
+        position -= rows
+    raise IndexError(f"row {position} lies beyond the end of the file")
+
+
+def outcomes(dataset: Any) -> pa.Table:
+    """Status, error and sha256 of every row of a decoded dataset, without its pixels."""
+    import ray
+
+    kept = dataset.select_columns(["row_id", "status", "error", "sha256"])
+    return pa.concat_tables(ray.get(kept.to_arrow_refs()))
+
+
+def broken(outcome: pa.Table, uris: Sequence[str], *, max_share: float) -> list[dict[str, str]]:
+    """The images that could not be used, with their reasons.
+
+    Raises:
+        IngestError: they are more than `max_share` of all.
+    """
+    bad = outcome.filter(pa.compute.not_equal(outcome["status"], Status.OK)).sort_by("row_id").to_pylist()
+    listed = [
+        {"uri": uris[row["row_id"]], "status": row["status"], "error": row["error"] or ""} for row in bad
+    ]
+    if len(bad) > max_share * outcome.num_rows:
+        examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
+        raise IngestError(
+            f"{len(bad)} of {outcome.num_rows} images cannot be used ({examples}); the limit is {max_share:.0%}. "
+            "Mend the dataset, or raise --ingest.max-broken-share"
+        )
+    return listed
+
+
+@dataclass(frozen=True)
+class Room:
+    """What decoded images may take, bytes."""
+
+    memory: int
+    disk: int
+
+
+def room(ingest: Ingest) -> Room:
+    """What this cluster can keep: the smallest node's object store, and the free disk behind it."""
+    import ray
+
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    return Room(int(min(stores) * ingest.memory_share), int(free * ingest.disk_share))
+
+
+def mode_for(ingest: Ingest, n_bytes: int, room: Room) -> str:
+    """How to keep decoded images of this size: the way asked for, or the fastest that fits."""
+    if ingest.mode != "auto":
+        return ingest.mode
+    if n_bytes <= room.memory:
+        return "memory"
+    return "disk" if n_bytes <= room.disk else "stream"
+
+
+def repeated(batch: pa.Table, times: npt.NDArray[np.int64]) -> pa.Table:
+    """Each row as often as `times[row_id]` says: 0 drops it, 2 draws it twice."""
+    return batch.take(pa.array(np.repeat(np.arange(batch.num_rows), times[batch["row_id"].to_numpy()])))
+
+
+def pixels_of(batch: pa.Table, spec: ImageSpec) -> Pixels:
+    """The pixel column as uint8 [n, height, width, 3], without copying one chunk."""
+    column = batch["pixels"].combine_chunks() if batch["pixels"].num_chunks != 1 else batch["pixels"].chunk(0)
+    side = spec.height * spec.width * 3
+    flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * side, column.offset * side)
+    return flat.reshape(len(column), spec.height, spec.width, 3)
+
+
+def dense(classes: pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.float32]:
+    """Class lists as a 0/1 matrix float32 [n, classes]."""
+    targets_nc = np.zeros((len(classes), n_classes), np.float32)
+    flat = classes.combine_chunks()
+    targets_nc[pa.compute.list_parent_indices(flat).to_numpy(), flat.flatten().to_numpy()] = 1
+    return targets_nc
+
+
+class PixelStore:
+    """Every decoded image of a dataset, mapped from the node's object store and not copied."""
+
+    def __init__(self, iterator: Any, spec: ImageSpec, n_classes: int) -> None:
+        blocks = [
+            block
+            for block in iterator.iter_batches(batch_size=None, batch_format="pyarrow")
+            if block.num_rows
+        ]
+        self.pixels = [pixels_of(block, spec) for block in blocks]
+        self.targets_nc = np.concatenate([dense(block["classes"], n_classes) for block in blocks])
+        self.row_ids = np.concatenate([block["row_id"].to_numpy() for block in blocks])
+        self.first = np.cumsum([0, *(len(pixels) for pixels in self.pixels)])
+        self.place = np.argsort(self.row_ids)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def take(self, row_ids: Rows) -> tuple[Pixels, npt.NDArray[np.float32]]:
+        """Pixels [n, height, width, 3] and targets [n, classes] of these rows."""
+        places = self.place[np.searchsorted(self.row_ids, row_ids, sorter=self.place)]
+        blocks = np.searchsorted(self.first, places, side="right") - 1
+        pixels = [
+            self.pixels[block][place - self.first[block]] for block, place in zip(blocks, places, strict=True)
+        ]
+        return np.stack(pixels), self.targets_nc[places]
+
+
+def stream_batches(
+    iterator: Any, spec: ImageSpec, n_classes: int, *, batch_size: int, seed: int
+) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
+    """One pass over this worker's shard in whole batches, shuffled within a window."""
+    for batch in iterator.iter_batches(
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        drop_last=True,
+        local_shuffle_buffer_size=max(SHUFFLE_ROWS, 4 * batch_size),
+        local_shuffle_seed=seed,
+    ):
+        yield pixels_of(batch, spec), dense(batch["classes"], n_classes)

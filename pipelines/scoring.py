@@ -1,0 +1,74 @@
+"""Raw logits of a trained model for decoded images, computed on the cluster in float32.
+
+The PyTorch side of evaluation: what calibration is fitted on and what export is compared with. Serving
+runs the exported graph instead.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.checkpoints import Sidecar
+from pipelines.ingest import pixels_of
+
+BATCH = 256
+
+
+class Scorer:
+    """One model on one device; batches of decoded images in, their logits out."""
+
+    def __init__(self, files: Mapping[str, bytes], sidecar: Sidecar, device: str) -> None:
+        import torch
+        from transformers import AutoModelForImageClassification
+
+        with tempfile.TemporaryDirectory() as folder:
+            for name, payload in files.items():
+                Path(folder, name).write_bytes(payload)
+            model = AutoModelForImageClassification.from_pretrained(
+                folder, attn_implementation="sdpa", dtype=torch.float32, use_safetensors=True
+            )
+        self.model = model.to(device).eval()
+        self.sidecar, self.device = sidecar, device
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        import torch
+
+        spec = self.sidecar.image_spec
+        pixels = torch.from_numpy(pixels_of(batch, spec).copy()).to(self.device)
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (spec.mean, spec.std))
+        with torch.inference_mode():
+            images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+            logits = self.model(pixel_values=images).logits.cpu().numpy()
+        values = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
+        return pa.table({"row_id": batch["row_id"], "logits": values})
+
+
+def score(
+    dataset: Any,
+    rows: npt.NDArray[np.int64],
+    files: Mapping[str, bytes],
+    sidecar: Sidecar,
+    *,
+    workers: int,
+    use_gpu: bool,
+) -> npt.NDArray[np.float32]:
+    """Logits [len(rows), classes] of these rows of a decoded dataset, in their order."""
+    import ray
+
+    scored = dataset.map_batches(
+        Scorer,
+        fn_constructor_args=(dict(files), sidecar, "cuda" if use_gpu else "cpu"),
+        batch_size=BATCH,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_gpus=1 if use_gpu else None,
+    )
+    table = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by("row_id")
+    places = np.searchsorted(table["row_id"].to_numpy(), rows)
+    flat = table["logits"].combine_chunks().flatten().to_numpy()
+    return flat.reshape(table.num_rows, -1)[places]

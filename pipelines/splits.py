@@ -1,0 +1,130 @@
+"""Divide labelled rows into train, validation and test: stratified, repeatable, groups kept whole.
+
+Arrays in, arrays out. A group is everything that must stay together (a page, a domain, a person); rows
+without one are their own group. No image is opened here.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+ALIASES = {
+    "train": TRAIN, "training": TRAIN,
+    "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION,
+    "test": TEST, "testing": TEST,
+}  # fmt: skip
+"""Names of splits as datasets spell them."""
+
+
+class SplitError(ValueError):
+    """The dataset's own splits cannot be used as they are."""
+
+
+def divide(
+    strata: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], shares: Mapping[str, float], *, seed: int
+) -> npt.NDArray[np.str_]:
+    """Give every row one of the names in `shares`, so that each stratum is divided in those shares.
+
+    Groups are dealt out largest first, each to the split that lacks most of the group's main stratum;
+    among equals the order is random but fixed by `seed`.
+    """
+    names = list(shares)
+    wanted_sc = np.outer(list(shares.values()), np.bincount(strata))
+    filled_sc = np.zeros_like(wanted_sc)
+    chosen = np.zeros(len(strata), np.int64)
+    for members in shuffled_groups(groups, seed):
+        counts = np.bincount(strata[members], minlength=wanted_sc.shape[1])
+        main = counts.argmax()
+        lacking = wanted_sc[:, main] - filled_sc[:, main]
+        split = int(lacking.argmax())
+        chosen[members] = split
+        filled_sc[split] += counts
+    return np.array(names)[chosen]
+
+
+def shuffled_groups(groups: npt.NDArray[np.int64], seed: int) -> list[npt.NDArray[np.int64]]:
+    """Row indices of each group, larger groups first, equal ones in an order fixed by `seed`."""
+    order = np.random.default_rng(seed).permutation(len(groups))
+    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+    by_group = np.argsort(inverse, kind="stable")
+    members = np.split(order[by_group], np.cumsum(np.bincount(inverse))[:-1])
+    rank = np.lexsort((first, [-len(rows) for rows in members]))
+    return [members[g] for g in rank]
+
+
+def named(values: Sequence[str]) -> npt.NDArray[np.str_]:
+    """The dataset's split column in our words.
+
+    Raises:
+        SplitError: a name that is none of the known ones.
+    """
+    unknown = sorted({value for value in values if value.strip().lower() not in ALIASES})
+    if unknown:
+        raise SplitError(
+            f"the split column holds {', '.join(map(repr, unknown[:5]))}; "
+            f"it must hold {', '.join(sorted(ALIASES))}"
+        )
+    return np.array([ALIASES[value.strip().lower()] for value in values])
+
+
+def refuse_straddling(
+    splits: npt.NDArray[np.str_], groups: npt.NDArray[np.int64], names: Sequence[str]
+) -> None:
+    """Raise SplitError when rows of one group lie in several of the dataset's own splits."""
+    pairs = np.unique(np.stack([groups, np.unique(splits, return_inverse=True)[1]]), axis=1)
+    straddling = [group for group, n in Counter(pairs[0].tolist()).items() if n > 1]
+    if straddling:
+        examples = ", ".join(repr(names[group]) for group in straddling[:3])
+        raise SplitError(
+            f"{len(straddling)} groups have rows in several splits (such as {examples}); "
+            "mend the split column, or remove it to have groups kept whole"
+        )
+
+
+def complete(
+    splits: npt.NDArray[np.str_],
+    strata: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    *,
+    validation_of_train: float,
+    seed: int,
+) -> npt.NDArray[np.str_]:
+    """Carve a validation split out of the training one when the dataset has none."""
+    train = np.flatnonzero(splits == TRAIN)
+    if not len(train):
+        raise SplitError("the split column holds no training rows; at least one must say `train`")
+    if (splits == VALIDATION).any() or not validation_of_train:
+        return splits
+    carved = divide(
+        strata[train],
+        groups[train],
+        {TRAIN: 1 - validation_of_train, VALIDATION: validation_of_train},
+        seed=seed,
+    )
+    completed = splits.astype(f"<U{len(VALIDATION)}")
+    completed[train] = carved
+    return completed
+
+
+def duplicates_to_drop(sha256: Sequence[str | None], splits: npt.NDArray[np.str_]) -> npt.NDArray[np.bool_]:
+    """Rows whose very bytes are also in a split that comes first: test before validation before train.
+
+    Equal images within one split stay: they are the dataset's own weighting, and leak nothing.
+    """
+    order = {TEST: 0, VALIDATION: 1, TRAIN: 2}
+    first: dict[str, int] = {}
+    for digest, split in zip(sha256, splits, strict=True):
+        if digest is not None:
+            first[digest] = min(first.get(digest, 2), order[split])
+    return np.array(
+        [
+            digest is not None and order[split] > first[digest]
+            for digest, split in zip(sha256, splits, strict=True)
+        ],
+        bool,
+    )
