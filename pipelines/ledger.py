@@ -23,10 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from itertools import pairwise
 from typing import Any, Literal
 
-from pipelines.rowset import Range, RowSet, count
+from pipelines.rowset import Range, RowSet, repeated
 from pipelines.storage import AlreadyExists, Storage
 
 RUN_JSON = "run.json"
@@ -97,7 +96,7 @@ class View:
 
     entries: int = 0
     digest: str = ""
-    """sha256 of the last entry, which the next one repeats."""
+    """Checksum of the last entry, which the next one repeats."""
     generation: int = 1
     """1 for the first run; each rerun of failed rows is another."""
     state: State = State.RUNNING
@@ -118,10 +117,27 @@ class InHand:
 
     entry: Mapping[str, Any]
     payload: bytes
+    digest: str
+
+
+def sealed(entry: Mapping[str, Any]) -> tuple[bytes, str]:
+    """An entry's stored bytes, one JSON object that ends in its own sha256, and that checksum."""
+    body = json.dumps(entry, separators=(",", ":"))
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{body[:-1]},"sha256":"{digest}"}}'.encode(), digest
+
+
+def unsealed(payload: bytes) -> tuple[dict[str, Any], str]:
+    """The inverse of `sealed`. Raises LedgerDamaged if a byte was changed."""
+    body, _, tail = payload.decode(errors="replace").rpartition(',"sha256":"')
+    body, digest = body + "}", tail.removesuffix('"}')
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        raise LedgerDamaged(f"a ledger entry was altered or cut short: {payload[:80]!r}…")
+    return json.loads(body), digest
 
 
 def after(view: View, entry: Mapping[str, Any], digest: str) -> View:
-    """The view once `entry`, whose bytes hash to `digest`, is in the ledger.
+    """The view once `entry`, whose checksum is `digest`, is in the ledger.
 
     Raises:
         LedgerDamaged: no driver could have written this entry here.
@@ -194,7 +210,7 @@ class Ledger:
         self.done = RowSet(n_items)
         """Items that are recorded, in this generation or an earlier one."""
         for payload in read_entries(state):
-            self._take(json.loads(payload), payload)
+            self._take(*unsealed(payload))
 
     @classmethod
     def open(
@@ -301,27 +317,26 @@ class Ledger:
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             **fields,
         }
-        payload = json.dumps(entry, separators=(",", ":")).encode()
         after(self.view, entry, "")  # what would be damage later is a mistake now
-        self._in_hand = InHand(entry, payload)
+        self._in_hand = InHand(entry, *sealed(entry))
         self._settle()
 
     def _settle(self) -> None:
         """Bring an entry in hand to an end; the storage takes these very bytes twice without complaint."""
         if self._in_hand is None:
             return
-        entry, payload = self._in_hand.entry, self._in_hand.payload
-        if entry["number"] == self.view.entries:
+        hand = self._in_hand
+        if hand.entry["number"] == self.view.entries:
             try:
-                self._state.create(entry_path(entry["number"]), payload)
+                self._state.create(entry_path(hand.entry["number"]), hand.payload)
             except AlreadyExists:
                 raise LedgerLost(self._rival()) from None
-            self._take(json.loads(payload), payload)
+            self._take(hand.entry, hand.digest)
         self._in_hand = None
 
-    def _take(self, entry: Mapping[str, Any], payload: bytes) -> None:
+    def _take(self, entry: Mapping[str, Any], digest: str) -> None:
         """Bits first: setting them twice is harmless, and the view decides whether the entry was taken."""
-        view = after(self.view, entry, hashlib.sha256(payload).hexdigest())
+        view = after(self.view, entry, digest)
         self.done.remove(ranges_from(entry.get("reopened", ())))
         for part in entry.get("parts", ()):
             self.done.add(ranges_from(part["items"]))
@@ -329,7 +344,7 @@ class Ledger:
 
     def _rival(self) -> str:
         path = entry_path(self.view.entries)
-        rival = json.loads(self._state.read(path))
+        rival, _ = unsealed(self._state.read(path))
         who = f"{rival['driver']['host']}, pid {rival['driver']['pid']}"
         return (
             f"another driver ({who}) is at work on {self._state.uri}: it wrote {path} at {rival['at']}. "
@@ -359,20 +374,9 @@ def refuse_other(found: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -
         )
 
 
-def repeated(ranges: Sequence[Range]) -> bool:
-    """Whether any row is in two of the ranges."""
-    ordered = sorted(ranges)
-    return any(earlier[1] > later[0] for earlier, later in pairwise(ordered))
-
-
 def total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     """The sum of counts by name."""
     summed: Counter[str] = Counter()
     for each in counts:
         summed.update(each)
     return summed
-
-
-def items_of(files: Iterable[TableFile | Part]) -> int:
-    """How many items the files hold."""
-    return sum(count(file.items) for file in files)

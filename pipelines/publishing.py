@@ -20,14 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.ledger import Ledger, Part, State, TableFile, View
 from pipelines.output import ROW_ID, counts, parts_folder, read_part
 from pipelines.plan import Plan
-from pipelines.rerun import replaced
-from pipelines.rowset import Range, merged, row_ids_of
+from pipelines.rerun import replaced, row_sequence
+from pipelines.rowset import Range, RowSet, merged, ranges_of, row_ids_of
+from pipelines.schema import TRANSIENT
 from pipelines.storage import Storage, is_local, local_path, sha256_of
 
 SUCCESS = "_SUCCESS"
@@ -90,6 +92,17 @@ def finish(ledger: Ledger, state: Storage, table: Storage) -> None:
         for folder in (parts_folder(generation), spool_folder(generation)):
             for entry in state.list(folder):
                 state.delete(entry.path)
+
+
+def failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:
+    """The items of a published table whose rows failed for passing reasons."""
+    failed = RowSet(plan.n_items)
+    for file in ledger.view.files.values():
+        if any(status.value in file.statuses for status in TRANSIENT):
+            statuses = pq.read_table(table.open_input(file.name), columns=["status"])["status"]
+            passing = pc.is_in(statuses, pa.array([status.value for status in TRANSIENT])).to_numpy()
+            failed.add(ranges_of(np.unique(row_sequence(file.items, plan)[passing])))
+    return failed.present([(0, plan.n_items)])
 
 
 def refuse_foreign_files(ledger: Ledger, table: Storage) -> None:

@@ -1,4 +1,4 @@
-"""A rerun of failed rows: which items of a published table failed in passing, and their rows put in place.
+"""A rerun of failed rows: the published files again, with the rows of the rerun items put in place.
 
 The table's files do not say which plan item a row answers for; their ledger entries list the items in
 file order, and the plan says how many rows each has.
@@ -15,30 +15,10 @@ from pipelines import schema
 from pipelines.ledger import Ledger, Part, TableFile
 from pipelines.output import ROW_ID, read_part
 from pipelines.plan import Plan
-from pipelines.rowset import Range, RowSet, ranges_of, row_ids_of
-from pipelines.schema import TRANSIENT
+from pipelines.rowset import Range, row_ids_of
 from pipelines.storage import Storage
 
 ITEMS_AT_ONCE = 65_536
-
-
-def reopen_failed(ledger: Ledger, plan: Plan, table: Storage) -> int:
-    """Open the next generation over the items that failed for passing reasons; returns how many."""
-    failed = RowSet(plan.n_items)
-    for file in ledger.view.files.values():
-        if any(status.value in file.statuses for status in TRANSIENT):
-            failed.add(failed_items(file, plan, table))
-    items = failed.present([(0, plan.n_items)])
-    if items:
-        ledger.reopen(items)
-    return len(failed)
-
-
-def failed_items(file: TableFile, plan: Plan, table: Storage) -> list[Range]:
-    """The items of a published file whose rows failed for a passing reason."""
-    statuses = pq.read_table(table.open_input(file.name), columns=["status"])["status"]
-    failed = pc.is_in(statuses, pa.array([status.value for status in TRANSIENT])).to_numpy()
-    return ranges_of(np.unique(row_sequence(file.items, plan)[failed]))
 
 
 def row_sequence(items: Sequence[Range], plan: Plan) -> np.ndarray:

@@ -4,6 +4,7 @@ Ranges are half-open pairs (start, stop), the one form in which row ids travel b
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -106,6 +107,12 @@ def row_ids_of(ranges: Sequence[Range]) -> np.ndarray:
 def count(ranges: Iterable[Range]) -> int:
     """How many rows the ranges hold."""
     return sum(stop - start for start, stop in ranges)
+
+
+def repeated(ranges: Sequence[Range]) -> bool:
+    """Whether any row is in two of the ranges."""
+    ordered = sorted(ranges)
+    return any(earlier[1] > later[0] for earlier, later in pairwise(ordered))
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:
