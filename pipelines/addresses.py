@@ -6,7 +6,7 @@ credentials. Only globally routable unicast addresses pass, also when they are w
 
 import socket
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 
 CLOUD_ENDPOINTS = frozenset({"168.63.129.16"})
@@ -14,6 +14,9 @@ CLOUD_ENDPOINTS = frozenset({"168.63.129.16"})
 
 NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 """IPv6 prefixes whose last 32 bits are an IPv4 address (RFC 6052, RFC 8215)."""
+
+SPECIAL = (ip_network("192.0.0.0/24"), ip_network("fec0::/10"))
+"""Protocol assignments (one cloud's metadata among them) and IPv6 site-local: global to Python 3.11."""
 
 BLOCKED_ERRNO = 700_001
 """Marks our refusal among the errors of connecting; no operating system uses it."""
@@ -33,10 +36,11 @@ def refusal(address: str) -> str | None:
         address: numeric IPv4 or IPv6, with or without a zone.
     """
     ip = ip_address(address.partition("%")[0])
-    for inner in (ip, *wrapped(ip)):
+    judged: Sequence[IPv4Address | IPv6Address] = wrapped(ip) or [ip]
+    for inner in judged:
         if str(inner) in CLOUD_ENDPOINTS:
             return "a cloud's endpoint for its machines"
-        if not inner.is_global or inner.is_multicast or inner.is_reserved:
+        if not inner.is_global or inner.is_multicast or inner.is_reserved or _in(inner, SPECIAL):
             return _range(inner)
     return None
 
@@ -46,9 +50,13 @@ def wrapped(ip: IPv4Address | IPv6Address) -> list[IPv4Address]:
     if isinstance(ip, IPv4Address):
         return []
     found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-    if any(ip in network for network in NAT64):
+    if _in(ip, NAT64):
         found.append(IPv4Address(int(ip) & 0xFFFFFFFF))
     return [inner for inner in found if inner is not None]
+
+
+def _in(ip: IPv4Address | IPv6Address, networks: Sequence[IPv4Network | IPv6Network]) -> bool:
+    return any(ip in network for network in networks)
 
 
 def _range(ip: IPv4Address | IPv6Address) -> str:
@@ -68,7 +76,7 @@ def guarded_socket(allowed_networks: Sequence[str]) -> Callable[[Any], socket.so
     def open_socket(address_info: Any) -> socket.socket:
         family, kind, protocol, _, socket_address = address_info
         address = socket_address[0]
-        allowed = any(ip_address(address.partition("%")[0]) in network for network in networks)
+        allowed = _in(ip_address(address.partition("%")[0]), networks)
         reason = None if allowed else refusal(address)
         if reason:
             raise BlockedAddress(address, reason)

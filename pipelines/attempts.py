@@ -1,19 +1,18 @@
-"""What one request came to, and when the next one may be made: pure arithmetic over statuses and delays."""
+"""What one request came to, and whether and when the next one may be made."""
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import random
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from pipelines.schema import TRANSIENT, Status
+from pipelines.specs import FetchLimits
 
 BACKOFF_FACTOR = 2.5
 """Four attempts 1, 2.5 and 6 seconds apart outlast the usual hiccup without holding a place for long."""
-
-SMALL_BYTES = 256 << 10
-"""Objects up to this size are bounded by the number of requests alone and reserve nothing."""
 
 STATUS_OF_CODE = {
     401: Status.DENIED,
@@ -68,84 +67,58 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float | No
     return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
 
 
-@contextlib.contextmanager
-def paused(timeout: asyncio.Timeout) -> Iterator[None]:
-    """Stop a request's clock while it waits for something of ours: a slot, a pause of its host, memory."""
-    clock = asyncio.get_running_loop().time
-    deadline, began = timeout.when(), clock()
-    timeout.reschedule(None)
-    yield
-    if deadline is not None:
-        timeout.reschedule(deadline + clock() - began)
+class Host:
+    """One web host: how many requests it serves us at once, and until when it asked for peace."""
 
+    def __init__(self, limits: FetchLimits) -> None:
+        self._slots = asyncio.Semaphore(limits.per_host)
+        self.resume_at = 0.0
+        self.users = 0
 
-class ByteBudget:
-    """Bounds the bytes of large objects in memory, first come first served; lives on one event loop."""
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        self.users += 1
+        try:
+            async with self._slots:
+                yield
+        finally:
+            self.users -= 1
 
-    def __init__(self, max_bytes: int) -> None:
-        self._free = max_bytes
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
-
-    async def take(self, n_bytes: int) -> None:
-        if self._waiting or n_bytes > self._free:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((n_bytes, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                self._abandon(n_bytes, turn)
-                raise
-        else:
-            self._free -= n_bytes
-
-    def give(self, n_bytes: int) -> None:
-        self._free += n_bytes
-        while self._waiting and self._waiting[0][0] <= self._free:
-            wanted, turn = self._waiting.pop(0)
-            if not turn.done():
-                self._free -= wanted
-                turn.set_result(None)
-
-    def _abandon(self, n_bytes: int, turn: asyncio.Future[None]) -> None:
-        if turn.done() and not turn.cancelled():
-            self.give(n_bytes)
-        else:
-            self._waiting = [(wanted, other) for wanted, other in self._waiting if other is not turn]
-            self.give(0)
+    def is_busy(self, now: float) -> bool:
+        return self.users > 0 or self.resume_at > now
 
 
 @dataclass
-class Reservation:
-    """One request's share of the budget and of its time; waiting for bytes costs it no time."""
+class Attempts:
+    """The attempts at one object: when the next may be made, and whether there is one."""
 
-    budget: ByteBudget
+    limits: FetchLimits
     timeout: asyncio.Timeout
-    max_bytes: int
-    held: int = 0
+    host: Host
+    number: int = 0
 
-    async def cover(self, received: int, expected: int | None) -> None:
-        """Make sure that `received` bytes may be held; called before memory grows beyond a small object.
+    def pause_s(self) -> float:
+        """How long the host's wish for peace still lasts.
 
-        Raises Failure (`too_large`).
+        Raises Failure (`throttled`) if that is longer than an object may take.
         """
-        if max(received, expected or 0) > self.max_bytes:
-            size = f"{expected:,} bytes" if expected and expected > self.max_bytes else "more"
-            raise Failure(
-                Status.TOO_LARGE, f"{size}, over the limit of {self.max_bytes:,} bytes (--fetch.max-bytes)"
-            )
-        if self.held or max(received, expected or 0) <= SMALL_BYTES:
-            return
-        # Once and in full: whoever holds a share never waits for more, so that shares cannot deadlock.
-        wanted = expected if expected and received <= expected else self.max_bytes
-        with paused(self.timeout):
-            await self.budget.take(wanted)
-        self.held = wanted
+        pause_s = max(0.0, self.host.resume_at - asyncio.get_running_loop().time())
+        if pause_s > self.limits.total_timeout_s:
+            error = f"the host asked for {pause_s:.0f} s without requests"
+            raise Failure(Status.THROTTLED, error, final=True)
+        return pause_s
 
-    def shrink(self, n_bytes: int) -> None:
-        """Keep only what the payload takes."""
-        kept = min(self.held, n_bytes)
-        self.budget.give(self.held - kept)
-        self.held = kept
-
-    def release(self) -> None:
-        self.shrink(0)
+    async def wait_after(self, failure: Failure) -> bool:
+        """Whether there is another attempt, after the wait that is due; never waits into the time-out."""
+        loop = asyncio.get_running_loop()
+        if failure.retry_after_s:
+            self.host.resume_at = max(self.host.resume_at, loop.time() + failure.retry_after_s)
+        if failure.final or self.number >= self.limits.max_attempts:
+            return False
+        wait_s = backoff_s(self.number, self.limits.backoff_s, random.random())
+        wait_s = max(wait_s, failure.retry_after_s or 0.0)
+        deadline = self.timeout.when()
+        if deadline is not None and loop.time() + wait_s >= deadline:
+            return False
+        await asyncio.sleep(wait_s)
+        return True

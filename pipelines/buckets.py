@@ -8,7 +8,8 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipelines.attempts import Failure, Reservation, status_of_code
+from pipelines.attempts import Failure, status_of_code
+from pipelines.budget import Reservation
 from pipelines.object_storage import OBJECT_SCHEMES, store_settings
 from pipelines.schema import Status
 from pipelines.specs import FetchLimits

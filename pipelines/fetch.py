@@ -6,22 +6,22 @@ files go through plain threads. Nothing here raises for an object, and what is i
 """
 
 import asyncio
-import contextlib
 import hashlib
-import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import pyarrow as pa
 
 from pipelines import buckets, files
-from pipelines.attempts import SMALL_BYTES, ByteBudget, Failure, Reservation, backoff_s, paused
+from pipelines.attempts import Attempts, Failure, Host
 from pipelines.buckets import BucketClient
+from pipelines.budget import SMALL_BYTES, ByteBudget, Reservation, paused
+from pipelines.delivery import Arrival, Delivery
+from pipelines.embedded import EmbeddedReader, Place, read_embedded
 from pipelines.object_storage import OBJECT_SCHEMES
 from pipelines.schema import Status
 from pipelines.specs import FetchLimits
@@ -101,72 +101,6 @@ class ThreadClient:
         return await loop.run_in_executor(None, files.read_any, uri, span), uri
 
 
-class Host:
-    """One web host: how many requests it serves us at once, and until when it asked for peace."""
-
-    def __init__(self, limits: FetchLimits) -> None:
-        self._slots = asyncio.Semaphore(limits.per_host)
-        self.resume_at = 0.0
-        self.users = 0
-
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        self.users += 1
-        try:
-            async with self._slots:
-                yield
-        finally:
-            self.users -= 1
-
-    def is_busy(self, now: float) -> bool:
-        return self.users > 0 or self.resume_at > now
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A finished object on its way to the consumer."""
-
-    index: int
-    fetched: Fetched | Exception
-    """An exception is a mistake of ours: it is raised where the consumer is, instead of stalling it."""
-    held_bytes: int = 0
-    """To be given back to the budget when the object was consumed."""
-
-
-class Delivery:
-    """What one `fetch_many` waits for; after `abandon`, late arrivals only give their memory back."""
-
-    def __init__(self, give_back: Callable[[int], object]) -> None:
-        self.tasks: list[asyncio.Task[None]] = []
-        self._give_back = give_back
-        self._arrived: SimpleQueue[Arrival] = SimpleQueue()
-        self._abandoned = False
-
-    def put(self, arrival: Arrival) -> None:
-        self._arrived.put(arrival)
-        if self._abandoned:
-            self._drain()
-
-    def take(self) -> Arrival:
-        return self._arrived.get()
-
-    def consumed(self, arrival: Arrival) -> None:
-        if arrival.held_bytes:
-            self._give_back(arrival.held_bytes)
-
-    def abandon(self) -> None:
-        """Called on the event loop."""
-        self._abandoned = True
-        for task in self.tasks:
-            task.cancel()
-        self._drain()
-
-    def _drain(self) -> None:
-        with contextlib.suppress(Empty):
-            while True:
-                self.consumed(self._arrived.get_nowait())
-
-
 class Fetcher:
     """Owns the event loop, the connection pools and the threads of one process; any thread may use it."""
 
@@ -179,6 +113,7 @@ class Fetcher:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()
         self._hosts: dict[str, Host] = {}
+        self._tables = EmbeddedReader()
         self._running: set[asyncio.Task[None]] = set()
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
@@ -217,8 +152,19 @@ class Fetcher:
 
     def fetch_many(self, sources: Sequence[Source]) -> Iterator[tuple[int, Fetched]]:
         """Each source's index and outcome, as they arrive; requests go on while the caller works."""
-        delivery = Delivery(self._give_back)
-        waiting = iter(enumerate(sources))
+        inside = [
+            Place(source.location, source.payload_column, source.offset or 0, index)
+            for index, source in enumerate(sources)
+            if source.payload_column
+        ]
+        apart = [(index, source) for index, source in enumerate(sources) if not source.payload_column]
+        yield from self._fetch_apart(apart)
+        for index, outcome in read_embedded(self._tables, inside, self._limits.max_bytes):
+            yield index, embedded_row(outcome, sources[index])
+
+    def _fetch_apart(self, sources: Sequence[tuple[int, Source]]) -> Iterator[tuple[int, Fetched]]:
+        delivery: Delivery[Fetched] = Delivery(self._give_back)
+        waiting = iter(sources)
         window = WINDOWS * self._limits.concurrency
         under_way = 0
         try:
@@ -231,10 +177,12 @@ class Fetcher:
                     return
                 arrival = delivery.take()
                 under_way -= 1
-                if isinstance(arrival.fetched, Exception):
-                    raise arrival.fetched
-                yield arrival.index, arrival.fetched
-                delivery.consumed(arrival)
+                if isinstance(arrival.outcome, Exception):
+                    raise arrival.outcome
+                try:
+                    yield arrival.index, arrival.outcome
+                finally:
+                    delivery.consumed(arrival)
         finally:
             if under_way:
                 self._loop.call_soon_threadsafe(delivery.abandon)
@@ -242,7 +190,7 @@ class Fetcher:
     def _give_back(self, n_bytes: int) -> None:
         self._loop.call_soon_threadsafe(self._budget.give, n_bytes)
 
-    def _start(self, sources: Sequence[tuple[int, Source]], delivery: Delivery) -> None:
+    def _start(self, sources: Sequence[tuple[int, Source]], delivery: Delivery[Fetched]) -> None:
         remote = []
         for index, source in sources:
             if is_local(source.location):
@@ -252,14 +200,14 @@ class Fetcher:
         if remote:
             self._loop.call_soon_threadsafe(self._start_remote, remote, delivery)
 
-    def _start_remote(self, sources: Sequence[tuple[int, Source]], delivery: Delivery) -> None:
+    def _start_remote(self, sources: Sequence[tuple[int, Source]], delivery: Delivery[Fetched]) -> None:
         for index, source in sources:
             task = self._loop.create_task(self._arrive(index, source, delivery))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             delivery.tasks.append(task)
 
-    def _arrive_from_disk(self, index: int, source: Source, delivery: Delivery) -> None:
+    def _arrive_from_disk(self, index: int, source: Source, delivery: Delivery[Fetched]) -> None:
         held = 0
 
         def reserve(n_bytes: int) -> None:
@@ -273,7 +221,7 @@ class Fetcher:
         except Exception as error:  # ours, not the file's: the consumer shall raise it, not wait for ever
             delivery.put(Arrival(index, error, held))
 
-    async def _arrive(self, index: int, source: Source, delivery: Delivery) -> None:
+    async def _arrive(self, index: int, source: Source, delivery: Delivery[Fetched]) -> None:
         try:
             fetched, reservation = await self._fetch(source)
         except Exception as error:  # ours, not the object's: as above
@@ -287,10 +235,10 @@ class Fetcher:
         async with host.place():
             timeout = asyncio.timeout(self._limits.total_timeout_s)
             reservation = Reservation(self._budget, timeout, self._limits.max_bytes)
-            made = Attempts(self._limits, timeout, host, reservation)
+            made = Attempts(self._limits, timeout, host)
             try:
                 async with timeout:
-                    return await self._attempt_all(source, made), reservation
+                    return await self._attempt_all(source, made, reservation), reservation
             except TimeoutError:
                 error = f"not complete within {self._limits.total_timeout_s:g} s (--fetch.total-timeout-s)"
                 return Fetched(Status.TIMEOUT, error, None, made.number, source.location), reservation
@@ -298,18 +246,21 @@ class Fetcher:
                 reservation.release()
                 raise
 
-    async def _attempt_all(self, source: Source, made: "Attempts") -> Fetched:
+    async def _attempt_all(self, source: Source, made: Attempts, reservation: Reservation) -> Fetched:
         client = self._client(source.location)
         while True:
             try:
-                await made.begin(self._slots)
+                with paused(made.timeout):
+                    await asyncio.sleep(made.pause_s())
+                    await self._slots.acquire()
+                made.number += 1
                 try:
-                    payload, final_uri = await client.get(source.location, made.reservation, source.span)
+                    payload, final_uri = await client.get(source.location, reservation, source.span)
                 finally:
                     self._slots.release()
                 return complete(payload, source, made.number, final_uri)
             except Failure as failure:
-                made.reservation.release()
+                reservation.release()
                 if not await made.wait_after(failure):
                     return Fetched(failure.status, failure.error, None, made.number, source.location)
 
@@ -334,6 +285,13 @@ class Fetcher:
         return self._hosts[name]
 
 
+def embedded_row(outcome: bytes | Failure, source: Source) -> Fetched:
+    """A row of a table that holds the images themselves."""
+    if isinstance(outcome, Failure):
+        return Fetched(outcome.status, outcome.error, None, 1, source.uri)
+    return Fetched(Status.OK, None, outcome, 1, source.uri)
+
+
 def read_file(source: Source, max_bytes: int, reserve: Callable[[int], None]) -> Fetched:
     """A file of this machine."""
     if not source.location:
@@ -351,44 +309,3 @@ def complete(payload: bytes, source: Source, attempts: int, final_uri: str) -> F
         error = f"{len(payload):,} of {source.length:,} bytes: the container ends before this member does"
         return Fetched(Status.TRUNCATED, error, None, attempts, final_uri)
     return Fetched(Status.OK, None, payload, attempts, final_uri)
-
-
-@dataclass
-class Attempts:
-    """The attempts at one object: when the next may be made, and whether there is one."""
-
-    limits: FetchLimits
-    timeout: asyncio.Timeout
-    host: Host
-    reservation: Reservation
-    number: int = 0
-
-    async def begin(self, slots: asyncio.Semaphore) -> None:
-        """Wait for the host's peace and for a slot, which the caller releases.
-
-        Raises Failure (`throttled`) if the host wants longer peace than an object may take.
-        """
-        pause_s = self.host.resume_at - asyncio.get_running_loop().time()
-        if pause_s > self.limits.total_timeout_s:
-            raise Failure(
-                Status.THROTTLED, f"the host asked for {pause_s:.0f} s without requests", final=True
-            )
-        with paused(self.timeout):
-            await asyncio.sleep(max(0.0, pause_s))
-            await slots.acquire()
-        self.number += 1
-
-    async def wait_after(self, failure: Failure) -> bool:
-        """Whether there is another attempt, after the wait that is due; never waits into the time-out."""
-        loop = asyncio.get_running_loop()
-        if failure.retry_after_s:
-            self.host.resume_at = max(self.host.resume_at, loop.time() + failure.retry_after_s)
-        if failure.final or self.number >= self.limits.max_attempts:
-            return False
-        wait_s = backoff_s(self.number, self.limits.backoff_s, random.random())
-        wait_s = max(wait_s, failure.retry_after_s or 0.0)
-        deadline = self.timeout.when()
-        if deadline is not None and loop.time() + wait_s >= deadline:
-            return False
-        await asyncio.sleep(wait_s)
-        return True

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from pipelines.attempts import Failure
+from pipelines.budget import check_size
 from pipelines.schema import Status
 from pipelines.uris import redact, scheme_of
 
@@ -67,13 +68,6 @@ def _read(
     ):
         payload += more
     return payload
-
-
-def check_size(n_bytes: int, max_bytes: int) -> None:
-    """Raise Failure (`too_large`) for an object over the limit."""
-    if n_bytes > max_bytes:
-        limit = f"{max_bytes:,} bytes (--fetch.max-bytes)"
-        raise Failure(Status.TOO_LARGE, f"{n_bytes:,} bytes, over the limit of {limit}")
 
 
 def check_scheme(uri: str, allow_private_addresses: bool) -> None:

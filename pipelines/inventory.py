@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import duplicates, listing, tables
+from pipelines import duplicates, embedded, listing, shards, tables
 from pipelines.listing import Found, InventoryError
 from pipelines.plan import LOCATION, PLAN_JSON, Plan, PlanMismatch, item_schema, open_plan, write_plan
 from pipelines.schema import RESERVED
@@ -100,9 +100,21 @@ def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Ite
     return pa.schema([]), items()
 
 
+def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
+    carried = pa.schema([shards.MEMBERS.field("key")])
+
+    def items() -> Iterator[pa.Table]:
+        for rows in shards.members([file.uri for file in found.files], all_files=options.all_files):
+            yield to_items(rows, np.arange(rows.num_rows + 1), carried)
+
+    return carried, items()
+
+
 def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
     uris = [file.uri for file in found.files]
     schema = tables.schema_of(uris)
+    if column := _payload_column(schema, options):
+        return _read_embedded(uris, schema, column, options)
     columns = choose_columns(schema, options)
 
     def batches(names: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -132,6 +144,51 @@ def _table_items(
     for start, batch in batches(columns.names):
         for rows, offsets in duplicates.group(start, _with_known_uris(columns.pick(batch)), spill):
             yield _with_containers(to_items(rows, offsets, columns.carried), base)
+
+
+def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
+    """The column of images: the one named, or the only one of a table that has no URIs."""
+    if name := options.payload_column:
+        if name not in schema.names or not embedded.is_payload(schema.field(name).type):
+            raise InventoryError(
+                f"--payload-column {name} is no column of binaries; there are: {schema.names}"
+            )
+        return name
+    if "uri" in schema.names or any(pair.endswith("=uri") for pair in options.rename):
+        return None
+    return embedded.payload_column(schema)
+
+
+def _read_embedded(uris: Sequence[str], schema: pa.Schema, column: str, options: InventoryOptions) -> Items:
+    """One item per row, whether or not two hold the same bytes: they are told apart without opening them."""
+    described = schema.remove(schema.get_field_index(column))
+    path = f"{column}_path"
+    if embedded.has_paths(schema, column):
+        described = described.append(pa.field(path, pa.string()))
+    if "uri" not in described.names:
+        described = described.append(pa.field("uri", pa.string()))
+    columns = choose_columns(described, options)
+
+    def items() -> Iterator[pa.Table]:
+        for uri in uris:
+            for start, n_rows, beside in embedded.rows_beside(uri, described, column, path):
+                rows = _placed(beside, uri, np.arange(start, start + n_rows), columns)
+                rows = rows.append_column("payload_column", pa.array([column] * n_rows))
+                yield to_items(rows, np.arange(n_rows + 1), columns.carried)
+
+    return columns.carried, items()
+
+
+def _placed(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:
+    """A file's rows with their places in it; the URI of a row that gives none is `<file>#<row>`."""
+    text = pa.array(numbers).cast(pa.string())
+    places = pc.binary_join_element_wise(file_uri, text, "#")
+    given = beside.get(columns.source["uri"])
+    uris = places if given is None else pc.coalesce(given.cast(pa.string()), places)
+    arrays = {new: beside[old] for new, old in columns.source.items() if new != "uri" and old in beside}
+    if "image_id" in arrays:
+        arrays["image_id"] = arrays["image_id"].cast(pa.string())
+    return pa.table({"uri": uris, "container": [file_uri] * len(numbers), "offset": numbers, **arrays})
 
 
 def _known(uris: pa.Array) -> pa.Array:
@@ -236,4 +293,5 @@ def _check_key(key: str, field: pa.Field) -> None:
 READERS: dict[str, Callable[[Found, InventoryOptions, Path], Items]] = {
     "images": _read_images,
     "table": _read_table,
+    "tars": _read_tars,
 }

@@ -87,7 +87,8 @@ def _fit(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=wanted)
 
 
-def _open(uri: str) -> Any:
+def open_input(uri: str) -> Any:
+    """A pyarrow file over one file by its whole URI, unpacked if its name ends in `.gz`."""
     folder, name = split(uri)
     file = open_storage(folder).open_input(name)
     if uri.lower().endswith(".gz"):
@@ -99,7 +100,7 @@ def _file_schema(uri: str) -> pa.Schema:
     kind = format_of(uri)
     try:
         if kind == "parquet":
-            return pq.ParquetFile(_open(uri)).schema_arrow.remove_metadata()
+            return pq.ParquetFile(open_input(uri)).schema_arrow.remove_metadata()
         if kind == "csv":
             return pa.schema([pa.field(name, pa.string()) for name in _csv_header(uri)])
         if kind == "json":
@@ -112,7 +113,7 @@ def _file_schema(uri: str) -> pa.Schema:
 def _file_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     kind = format_of(uri)
     if kind == "parquet":
-        file = pq.ParquetFile(_open(uri), buffer_size=1 << 20)
+        file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20)
         present = [name for name in columns if name in file.schema_arrow.names]
         return file.iter_batches(BATCH_ROWS, columns=present)  # type: ignore[no-any-return]
     if kind == "csv":
@@ -121,7 +122,7 @@ def _file_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterat
 
 
 def _csv_header(uri: str) -> list[str]:
-    with _open(uri) as stream, _csv_reader(uri, stream, pa.csv.ConvertOptions()) as reader:
+    with open_input(uri) as stream, _csv_reader(uri, stream, pa.csv.ConvertOptions()) as reader:
         names: list[str] = reader.schema.names
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
@@ -145,7 +146,7 @@ def _csv_batches(uri: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     convert = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False, include_columns=present
     )
-    with _open(uri) as stream, _csv_reader(uri, stream, convert) as reader:
+    with open_input(uri) as stream, _csv_reader(uri, stream, convert) as reader:
         yield from reader
 
 
@@ -170,7 +171,7 @@ def _json_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterat
 def _lines(uri: str) -> Iterator[bytes]:
     """Blocks of whole lines."""
     rest = b""
-    with _open(uri) as stream:
+    with open_input(uri) as stream:
         while block := stream.read(BLOCK_BYTES):
             whole, newline, tail = (rest + block).rpartition(b"\n")
             rest = tail

@@ -13,7 +13,8 @@ import aiohttp
 from yarl import URL
 
 from pipelines.addresses import BLOCKED_ERRNO, guarded_socket
-from pipelines.attempts import SMALL_BYTES, Failure, Reservation, retry_after_s, status_of_code
+from pipelines.attempts import Failure, retry_after_s, status_of_code
+from pipelines.budget import SMALL_BYTES, Reservation
 from pipelines.schema import Status
 from pipelines.specs import FetchLimits
 from pipelines.uris import redact
@@ -73,7 +74,7 @@ class WebClient:
                     if response.status not in REDIRECTS or "Location" not in response.headers:
                         return await self._payload(response, reservation, span), str(url)
                     url = follow(url, response.headers["Location"])
-        except (aiohttp.ClientError, OSError) as error:  # OSError: TimeoutError, resets
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # OSError: TimeoutError, resets
             raise failure_of(error) from error
         raise Failure(Status.REDIRECT_LOOP, f"more than {self._limits.max_redirects} redirects")
 
@@ -97,34 +98,31 @@ def parse(uri: str) -> URL:
     """An absolute http(s) URL. Raises Failure (`invalid_uri`)."""
     try:
         url = URL(uri, encoded=not NEEDS_QUOTING.search(uri))
+        if url.scheme in ("http", "https") and url.host and url.port is not None:
+            return url
     except ValueError as error:
-        raise Failure(Status.INVALID_URI, f"not a URL: {redact(str(error))}") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise Failure(Status.INVALID_URI, f"not an absolute http(s) URL: {redact(uri)[:200]}")
-    return url
+        raise Failure(Status.INVALID_URI, f"not a URL: {redact(str(error))[:200]}") from error
+    raise Failure(Status.INVALID_URI, f"not an absolute http(s) URL: {redact(uri)[:200]}")
 
 
 def follow(url: URL, location: str) -> URL:
     """Where a redirect leads. Raises Failure for anything but http(s)."""
+    shown = redact(" ".join(location.split()))[:200]
     try:
         target = url.join(URL(location, encoded=not NEEDS_QUOTING.search(location)))
+        if target.scheme in ("http", "https") and target.host and target.port is not None:
+            return target
     except ValueError as error:
-        raise Failure(
-            Status.HTTP_ERROR, f"redirect to something that is not a URL: {redact(location)[:200]}"
-        ) from error
-    if target.scheme not in ("http", "https") or not target.host:
-        raise Failure(
-            Status.BLOCKED_ADDRESS, f"redirect to {redact(str(target))[:200]}: only http(s) is followed"
-        )
-    return target
+        raise Failure(Status.HTTP_ERROR, f"redirect to what is not a URL: {shown}") from error
+    raise Failure(Status.BLOCKED_ADDRESS, f"redirect to {shown}: only http(s) is followed")
 
 
-def failure_of(error: aiohttp.ClientError | OSError) -> Failure:
+def failure_of(error: aiohttp.ClientError | OSError | ValueError) -> Failure:
     """The status of a request that got no answer, or only a part of one."""
-    text = redact(f"{type(error).__name__}: {error}")[:300]
+    text = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
     if isinstance(error, TimeoutError):
         return Failure(Status.TIMEOUT, text)
-    if isinstance(error, aiohttp.InvalidURL):
+    if isinstance(error, ValueError):  # aiohttp.InvalidURL, and names that IDNA cannot write
         return Failure(Status.INVALID_URI, text)
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, OSError) and cause.errno == BLOCKED_ERRNO:

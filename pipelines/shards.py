@@ -1,0 +1,89 @@
+"""WebDataset tar shards -> where each image lies inside: a byte range that is then fetched by itself.
+
+Headers are read in one pass over each shard; bodies are skipped where they are larger than a read. The
+samples' other members (captions, labels) are not read; `key` joins predictions to them.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import pyarrow as pa
+
+from pipelines.listing import IMAGE_SUFFIXES, InventoryError
+from pipelines.tables import open_input
+
+READ_BYTES = 1 << 20
+"""Smaller members are read over, larger ones sought over: on an object store a request costs as much."""
+
+SHARDS_AT_ONCE = 8
+
+MEMBERS = pa.schema(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("container", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("key", pa.string()),
+    ]
+)
+"""One row per image: `uri` is `<shard>#<member>`, `key` the member's path up to the first dot of its name."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
+    """The images of each shard, shard by shard in the order given.
+
+    Raises:
+        InventoryError: a shard is no plain tar, or ends in the middle of a member.
+    """
+    with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
+        yield from _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
+
+
+def _in_order(threads: ThreadPoolExecutor, call: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
+    """Like `map`, but never more than a few results ahead of the caller."""
+    waiting = iter(inputs)
+    started: list[Future[R]] = [threads.submit(call, item) for item in islice(waiting, SHARDS_AT_ONCE)]
+    while started:
+        yield started.pop(0).result()
+        started += [threads.submit(call, item) for item in islice(waiting, 1)]
+
+
+def _members_of(uri: str, all_files: bool) -> pa.Table:
+    rows = []
+    name = "its first member"
+    try:
+        with (
+            open_input(uri) as file,
+            tarfile.open(fileobj=io.BufferedReader(file, READ_BYTES), mode="r:") as tar,
+        ):
+            for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member of a shard of millions
+                name = member.name
+                if member.isreg() and not member.issparse() and (all_files or _is_image(name)):
+                    rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
+    except tarfile.TarError as error:
+        raise InventoryError(
+            f"{uri} cannot be read as a tar at {name}: {error}. Shards must be whole and not compressed: "
+            "an image inside is fetched by its byte range"
+        ) from error
+    columns = zip(*rows, strict=True) if rows else ([] for _ in MEMBERS)
+    return pa.table(
+        [pa.array(list(column), field.type) for column, field in zip(columns, MEMBERS, strict=True)], MEMBERS
+    )
+
+
+def _is_image(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return not last.startswith(".") and last.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _key(name: str) -> str:
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.split(".", 1)[0]

@@ -1,0 +1,222 @@
+"""An HTTP server that misbehaves on request: each path is one fault, and every request to it is counted.
+
+Written on bare sockets, since no HTTP library sends a wrong length, a reset or one byte a second. It
+listens on 127.0.0.2, so that a test may allow that address and see 127.0.0.1 refused.
+"""
+
+import asyncio
+import contextlib
+import gzip
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+
+BODY = b"\xff\xd8\xff" + bytes(range(256)) * 40
+"""What a healthy path serves: ten kilobytes."""
+
+ADDRESS = "127.0.0.2"
+
+Writer = asyncio.StreamWriter
+Respond = Callable[["FaultServer", Writer, str, int], Awaitable[None]]
+
+
+def head(status: str, **headers: object) -> bytes:
+    lines = [f"HTTP/1.1 {status}", *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def whole(body: bytes, status: str = "200 OK", **headers: object) -> bytes:
+    return head(status, Content_Length=len(body), **headers) + body
+
+
+class FaultServer:
+    """Runs on an event loop in a thread of its own; `requests` counts by path, `most_at_once` by overlap."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        self.paths_in_order: list[str] = []
+        self.most_at_once = 0
+        self._now = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        started = asyncio.start_server(self._serve, ADDRESS, 0)
+        self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.port}"
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _shut(self) -> None:
+        self._server.close()
+        answering = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in answering:
+            task.cancel()
+        await asyncio.gather(*answering, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while True:
+                request = await reader.readuntil(b"\r\n\r\n")
+                path = request.split(b" ", 2)[1].decode()
+                self.requests[path] += 1
+                self.paths_in_order.append(path)
+                self._now += 1
+                self.most_at_once = max(self.most_at_once, self._now)
+                try:
+                    await self._answer(writer, path)
+                finally:
+                    self._now -= 1
+        with contextlib.suppress(ConnectionError):
+            writer.close()
+
+    async def _answer(self, writer: Writer, path: str) -> None:
+        fault = FAULTS.get(path.partition("?")[0].strip("/").partition("/")[0], not_found)
+        await fault(self, writer, path, self.requests[path])
+        await writer.drain()
+
+
+@contextlib.contextmanager
+def fault_server() -> Iterator[FaultServer]:
+    server = FaultServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def witness() -> Iterator[tuple[int, list[object]]]:
+    """A port on 127.0.0.1, and whoever connected to it."""
+    seen: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+        stop = threading.Event()
+
+        def listen() -> None:
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError, OSError):
+                    seen.append(listener.accept())
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1], seen
+        finally:
+            stop.set()
+            thread.join()
+
+
+def fixed(response: bytes) -> Respond:
+    async def respond(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+        writer.write(response)
+
+    return respond
+
+
+def at_first(failing: int, first: bytes, then: bytes) -> Respond:
+    """`first` for that many requests, `then` afterwards."""
+
+    async def respond(_server: FaultServer, writer: Writer, _path: str, count: int) -> None:
+        writer.write(first if count <= failing else then)
+
+    return respond
+
+
+def cut(response: bytes) -> Respond:
+    async def respond(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+        writer.write(response)
+        await writer.drain()
+        writer.close()
+
+    return respond
+
+
+async def silent(_server: FaultServer, _writer: Writer, _path: str, _count: int) -> None:
+    await asyncio.sleep(30)
+
+
+async def drip(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    """One byte a second would take three hours: never silent for long, never done."""
+    writer.write(head("200 OK", Content_Length=len(BODY)))
+    for byte in BODY:
+        writer.write(bytes([byte]))
+        await writer.drain()
+        await asyncio.sleep(0.3)
+
+
+async def endless(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    writer.write(head("200 OK", Transfer_Encoding="chunked"))
+    while True:
+        writer.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+        await writer.drain()
+
+
+async def reset(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    """Half a body, and then a RST instead of an end."""
+    writer.write(head("200 OK", Content_Length=len(BODY)) + BODY[:500])
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def slow(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    await asyncio.sleep(0.05)
+    writer.write(whole(BODY))
+
+
+async def redirect(server: FaultServer, writer: Writer, path: str, _count: int) -> None:
+    """`/redirect?target`, or `/redirect` to a healthy path, relative."""
+    target = path.partition("?")[2] or "../ok"
+    writer.write(whole(b"", "302 Found", Location=target))
+
+
+async def hops(_server: FaultServer, writer: Writer, path: str, _count: int) -> None:
+    """`/hops/3` redirects three times."""
+    left = int(path.rpartition("/")[2])
+    writer.write(whole(BODY) if left == 0 else whole(b"", "301 Moved", Location=f"/hops/{left - 1}"))
+
+
+not_found = fixed(whole(b"gone", "404 Not Found"))
+
+FAULTS: dict[str, Respond] = {
+    "ok": fixed(whole(BODY)),
+    "slow": slow,
+    "403": fixed(whole(b"", "403 Forbidden")),
+    "404": not_found,
+    "410": fixed(whole(b"", "410 Gone")),
+    "418": fixed(whole(b"", "418 I'm a teapot")),
+    "429-once": at_first(1, whole(b"", "429 Too Many Requests", Retry_After=1), whole(BODY)),
+    "429-for-ever": fixed(whole(b"", "429 Too Many Requests", Retry_After=0)),
+    "429-for-an-hour": fixed(whole(b"", "429 Too Many Requests", Retry_After=3600)),
+    "500": fixed(whole(b"", "500 Internal Server Error")),
+    "503-twice": at_first(2, whole(b"", "503 Service Unavailable"), whole(BODY)),
+    "silent": silent,
+    "drip": drip,
+    "truncated": cut(head("200 OK", Content_Length=len(BODY)) + BODY[:500]),
+    "length-too-small": fixed(head("200 OK", Content_Length=500) + BODY),
+    "length-of-terabytes": fixed(head("200 OK", Content_Length=10**13) + BODY),
+    "length-is-text": fixed(head("200 OK", Content_Length="many") + BODY),
+    "not-http": cut(b"220 smtp.example ESMTP\r\n"),
+    "loop": fixed(whole(b"", "302 Found", Location="/loop")),
+    "hops": hops,
+    "redirect": redirect,
+    "html": fixed(whole(b"<!doctype html><title>Not here</title>", Content_Type="text/html")),
+    "empty": fixed(whole(b"")),
+    "endless": endless,
+    "reset": reset,
+    "gzip": fixed(whole(gzip.compress(BODY), Content_Encoding="gzip")),
+    "gzip-bomb": fixed(whole(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip")),
+    "brotli": fixed(whole(BODY, Content_Encoding="br")),
+}

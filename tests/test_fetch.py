@@ -1,0 +1,358 @@
+"""Fetching gives every object its bytes or the reason, within its limits, whatever the other side does."""
+
+import asyncio
+import io
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fault_server import ADDRESS, BODY, FaultServer, fault_server, witness
+
+from pipelines.addresses import refusal
+from pipelines.attempts import backoff_s, retry_after_s
+from pipelines.fetch import Fetched, Fetcher, Source
+from pipelines.inventory import plan
+from pipelines.schema import Status
+from pipelines.specs import FetchLimits
+from pipelines.storage import open_storage
+
+LIMITS = FetchLimits(
+    connect_timeout_s=0.5,
+    read_timeout_s=0.7,
+    total_timeout_s=3.0,
+    max_attempts=3,
+    backoff_s=0.05,
+    max_bytes=1_000_000,
+    max_buffered_bytes=4_000_000,
+    per_host=64,
+    allowed_networks=(f"{ADDRESS}/32",),
+)
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with fault_server() as running:
+        yield running
+
+
+@pytest.fixture
+def fetcher() -> Iterator[Fetcher]:
+    running = Fetcher(LIMITS)
+    yield running
+    running.close()
+
+
+def outcomes(fetcher: Fetcher, uris: list[str]) -> list[Fetched]:
+    found = dict(fetcher.fetch_many([Source(uri) for uri in uris]))
+    assert sorted(found) == list(range(len(uris)))
+    return [found[index] for index in range(len(uris))]
+
+
+FAULT_TABLE = {
+    "ok": (Status.OK, 1),
+    "404": (Status.NOT_FOUND, 1),
+    "403": (Status.DENIED, 1),
+    "410": (Status.NOT_FOUND, 1),
+    "418": (Status.HTTP_ERROR, 1),
+    "429-once": (Status.OK, 2),
+    "429-for-ever": (Status.THROTTLED, 3),
+    "500": (Status.SERVER_ERROR, 3),
+    "503-twice": (Status.OK, 3),
+    "silent": (Status.TIMEOUT, 3),
+    "drip": (Status.TIMEOUT, 1),
+    "truncated": (Status.CONNECTION_FAILED, 3),
+    "length-too-small": (Status.CONNECTION_FAILED, 3),
+    "length-of-terabytes": (Status.TOO_LARGE, 1),
+    "length-is-text": (Status.CONNECTION_FAILED, 3),
+    "not-http": (Status.CONNECTION_FAILED, 3),
+    "loop": (Status.REDIRECT_LOOP, 1),
+    "redirect": (Status.OK, 1),
+    "hops/5": (Status.OK, 1),
+    "hops/6": (Status.REDIRECT_LOOP, 1),
+    "redirect?http://127.0.0.1:WITNESS/": (Status.BLOCKED_ADDRESS, 1),
+    "redirect?http://localhost:WITNESS/": (Status.BLOCKED_ADDRESS, 1),
+    "redirect?http://169.254.169.254/latest/meta-data/": (Status.BLOCKED_ADDRESS, 1),
+    "redirect?file:///etc/passwd": (Status.BLOCKED_ADDRESS, 1),
+    "html": (Status.OK, 1),
+    "empty": (Status.OK, 1),
+    "endless": (Status.TOO_LARGE, 1),
+    "reset": (Status.CONNECTION_FAILED, 3),
+    "gzip": (Status.OK, 1),
+    "gzip-bomb": (Status.TOO_LARGE, 1),
+    "brotli": (Status.HTTP_ERROR, 1),
+}
+
+
+def test_every_http_fault_has_its_status_and_attempts(server: FaultServer, fetcher: Fetcher) -> None:
+    with witness() as (port, seen):
+        paths = [fault.replace("WITNESS", str(port)) for fault in FAULT_TABLE]
+        began = time.monotonic()
+        found = outcomes(fetcher, [f"{server.url}/{path}" for path in paths])
+        seconds = time.monotonic() - began
+    print(f"\n{len(found)} faults at once in {seconds:.1f} s\n\n| fault | status | attempts | error |")
+    print("|---|---|---|---|")
+    for fault, fetched in zip(FAULT_TABLE, found, strict=True):
+        print(f"| {fault} | {fetched.status} | {fetched.attempts} | {fetched.error or ''} |")
+    assert {
+        fault: (one.status, one.attempts) for fault, one in zip(FAULT_TABLE, found, strict=True)
+    } == FAULT_TABLE
+    assert seconds < LIMITS.total_timeout_s + 1
+    assert seen == []
+
+
+def test_body_arrives_whole_through_redirects_and_packing(server: FaultServer, fetcher: Fetcher) -> None:
+    found = outcomes(
+        fetcher, [f"{server.url}/{path}" for path in ("ok", "redirect", "hops/3", "gzip", "503-twice")]
+    )
+    assert [fetched.payload for fetched in found] == [BODY] * 5
+    assert found[2].final_uri == f"{server.url}/hops/0"
+
+
+def test_retry_after_is_waited_for_and_never_into_the_time_out(server: FaultServer, fetcher: Fetcher) -> None:
+    began = time.monotonic()
+    assert fetcher.fetch(f"{server.url}/429-once").status is Status.OK
+    assert 0.9 < time.monotonic() - began < 2
+    began = time.monotonic()
+    fetched = fetcher.fetch(f"{server.url}/429-for-an-hour")
+    assert (fetched.status, fetched.attempts) == (Status.THROTTLED, 1)
+    assert time.monotonic() - began < 0.5
+
+
+def test_host_that_asks_for_an_hour_of_peace_gets_it(server: FaultServer, fetcher: Fetcher) -> None:
+    fetcher.fetch(f"{server.url}/429-for-an-hour")
+    asked = server.requests.total()
+    found = outcomes(fetcher, [f"{server.url}/ok?{n}" for n in range(50)])
+    assert {(fetched.status, fetched.attempts) for fetched in found} == {(Status.THROTTLED, 0)}
+    assert server.requests.total() == asked
+
+
+def test_host_sees_no_more_requests_at_once_than_allowed(server: FaultServer) -> None:
+    fetcher = Fetcher(FetchLimits(per_host=5, allow_private_addresses=True))
+    assert {one.status for one in outcomes(fetcher, [f"{server.url}/slow?{n}" for n in range(60)])} == {
+        Status.OK
+    }
+    assert server.most_at_once == 5
+    fetcher.close()
+
+
+def test_crowded_host_does_not_hold_up_the_others(server: FaultServer) -> None:
+    """Forty objects of a slow host come first in the plan; another host behind them need not wait."""
+    fetcher = Fetcher(FetchLimits(per_host=2, allow_private_addresses=True, concurrency=100))
+    sources = [Source(f"{server.url}/slow?{n}") for n in range(40)]
+    with fault_server() as other:
+        arrivals = [index for index, _ in fetcher.fetch_many([*sources, Source(f"{other.url}/ok")])]
+    assert arrivals.index(40) < 10
+    fetcher.close()
+
+
+def test_signed_query_is_sent_as_given_and_never_told(server: FaultServer, fetcher: Fetcher) -> None:
+    query = "X-Amz-Signature=0123%2Fabc%3D%3d&x=%7Etilde+plus"
+    fetched = fetcher.fetch(f"{server.url}/403?{query}")
+    assert server.paths_in_order == [f"/403?{query}"]
+    blocked = fetcher.fetch("http://user:secret@127.0.0.1/?X-Amz-Signature=0123")
+    assert "0123" not in f"{fetched.error}{blocked.error}"
+    assert "secret" not in f"{blocked.error}"
+
+
+def test_address_is_judged_where_the_connection_is_made(fetcher: Fetcher) -> None:
+    with witness() as (port, seen):
+        hosts = ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "0x7f.1", "127.1"]
+        found = outcomes(fetcher, [f"http://{host}:{port}/" for host in hosts])
+    assert {fetched.status for fetched in found} <= {Status.BLOCKED_ADDRESS, Status.INVALID_URI}
+    assert seen == []
+
+
+REFUSED = """
+    127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.100.100.200 168.63.129.16
+    224.0.0.1 255.255.255.255 240.0.0.1 192.0.0.192 198.18.0.1
+    ::1 :: fe80::1%eth0 fd00:ec2::254 fec0::1 ff02::1 2001:db8::1 ::7f00:1
+    ::ffff:10.0.0.1 64:ff9b::a9fe:a9fe 64:ff9b:1::7f00:1 2002:7f00:1::
+"""
+
+
+@pytest.mark.parametrize("address", REFUSED.split())
+def test_addresses_that_are_not_the_public_internet_are_refused(address: str) -> None:
+    assert refusal(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "2606:2800:220:1::1", "::ffff:93.184.216.34", "64:ff9b::5db8:d822"]
+)
+def test_public_addresses_are_not_refused(address: str) -> None:
+    assert refusal(address) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "status"),
+    [
+        ("", Status.INVALID_URI),
+        ("http://", Status.INVALID_URI),
+        ("http:///x.jpg", Status.INVALID_URI),
+        ("http://[::1/x", Status.INVALID_URI),
+        ("http://a:99999/x", Status.INVALID_URI),
+        ("what://x/y.jpg", Status.INVALID_URI),
+        ("s3://bucket", Status.INVALID_URI),
+        ("s3://bucket/", Status.INVALID_URI),
+        ("bad\0name.jpg", Status.INVALID_URI),
+        ("/dev/zero", Status.INVALID_URI),
+        ("/", Status.INVALID_URI),
+        ("/no/such/file.jpg", Status.NOT_FOUND),
+        ("memory://nothing/here.jpg", Status.NOT_FOUND),
+        ("ftp://127.0.0.1/x.jpg", Status.BLOCKED_ADDRESS),
+        ("simplecache::http://127.0.0.1/x.jpg", Status.BLOCKED_ADDRESS),
+        ("http://no-such-host.invalid/x.jpg", Status.CONNECTION_FAILED),
+    ],
+)
+def test_uri_that_leads_nowhere_gets_a_status(fetcher: Fetcher, uri: str, status: Status) -> None:
+    fetched = fetcher.fetch(uri)
+    assert (fetched.status, fetched.payload) == (status, None)
+    assert fetched.error
+    assert "\n" not in fetched.error
+
+
+def test_local_names_of_every_kind_are_found(fetcher: Fetcher, tmp_path: Path) -> None:
+    for name in ("a b.jpg", "100%.jpg", "q?x#y.jpg", "ü.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+        assert fetcher.fetch(str(tmp_path / name)).payload == name.encode()
+        assert fetcher.fetch((tmp_path / name).as_uri()).payload == name.encode()
+
+
+def test_named_pipe_and_file_over_the_limit_cost_nothing(fetcher: Fetcher, tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(LIMITS.max_bytes + 1)
+    assert fetcher.fetch(str(tmp_path / "pipe.jpg")).status is Status.INVALID_URI
+    assert fetcher.fetch(str(tmp_path / "large.jpg")).status is Status.TOO_LARGE
+
+
+def test_large_objects_share_a_bounded_memory(tmp_path: Path) -> None:
+    """Twenty files of 900 kB, four megabytes for them: all arrive, though the caller is slow."""
+    for n in range(20):
+        (tmp_path / f"{n}.jpg").write_bytes(bytes(900_000))
+    fetcher = Fetcher(LIMITS)
+    arrived = 0
+    for _, fetched in fetcher.fetch_many([Source(str(tmp_path / f"{n}.jpg")) for n in range(20)]):
+        arrived += len(fetched.payload or b"")
+        time.sleep(0.01)
+        free = fetcher._budget._free
+        assert 0 <= free < LIMITS.max_buffered_bytes
+    assert arrived == 20 * 900_000
+    fetcher.close()
+
+
+def test_caller_that_stops_listening_leaves_nothing_held(server: FaultServer, tmp_path: Path) -> None:
+    (tmp_path / "large.jpg").write_bytes(bytes(900_000))
+    fetcher = Fetcher(LIMITS)
+    sources = [Source(f"{server.url}/silent"), *[Source(str(tmp_path / "large.jpg"))] * 30]
+    for _ in fetcher.fetch_many(sources):
+        break
+    deadline = time.monotonic() + 3
+    while fetcher._budget._free != LIMITS.max_buffered_bytes and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert fetcher._budget._free == LIMITS.max_buffered_bytes
+    assert fetcher.fetch(f"{server.url}/ok").status is Status.OK
+    fetcher.close()
+
+
+def test_two_threads_fetch_at_once_and_each_gets_its_own(server: FaultServer, fetcher: Fetcher) -> None:
+    found: dict[str, set[str]] = {}
+
+    def work(name: str) -> None:
+        sources = [Source(f"{server.url}/ok?{name}{n}") for n in range(100)]
+        found[name] = {fetched.final_uri[-3] for _, fetched in fetcher.fetch_many(sources)}
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found["a"] <= {"a", "?"}
+    assert found["b"] <= {"b", "?"}
+
+
+def test_close_ends_requests_that_hang(server: FaultServer) -> None:
+    fetcher = Fetcher(FetchLimits(allow_private_addresses=True))
+    waiting = fetcher.fetch_many([Source(f"{server.url}/silent"), Source(f"{server.url}/ok")])
+    next(waiting)
+    began = time.monotonic()
+    fetcher.close()
+    assert time.monotonic() - began < 1
+
+
+def test_member_of_a_tar_is_read_by_its_byte_range(fetcher: Fetcher, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as tar:
+        for n in range(3):
+            for name, payload in ((f"d/{n}.jpg", BODY[n:]), (f"d/{n}.json", b"{}")):
+                member = tarfile.TarInfo(name)
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+    frozen = plan(str(tmp_path / "shard-000.tar"), open_storage(str(tmp_path / "state")))
+    items = frozen.read(0, frozen.n_items)
+    assert [row[0]["key"] for row in items["rows"].to_pylist()] == ["d/0", "d/1", "d/2"]
+    payloads = dict(fetcher.fetch_items(items))
+    assert [payloads[n].payload for n in range(3)] == [BODY[n:] for n in range(3)]
+    with (tmp_path / "shard-000.tar").open("r+b") as file:
+        file.truncate(items["offset"][2].as_py() + 10)
+    cut = dict(fetcher.fetch_items(items))
+    assert [cut[n].status for n in range(3)] == [Status.OK, Status.OK, Status.TRUNCATED]
+
+
+@pytest.mark.parametrize("hugging_face", [True, False])
+def test_images_inside_parquet_are_read_in_place(
+    fetcher: Fetcher, tmp_path: Path, hugging_face: bool
+) -> None:
+    payloads = [bytes([n]) * (n * 100) for n in range(1, 60)] + [None, bytes(LIMITS.max_bytes + 1)]
+    values = (
+        [{"bytes": one, "path": f"{n}.jpg"} for n, one in enumerate(payloads)] if hugging_face else payloads
+    )
+    table = pa.table({"image": pa.array(values), "label": list(range(61))})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=7)
+    frozen = plan(str(tmp_path), open_storage(str(tmp_path / "state")))
+    items = frozen.read(0, frozen.n_items)
+    rows = [row for rows in items["rows"].to_pylist() for row in rows]
+    assert [row["label"] for row in rows] == list(range(61))
+    assert rows[3].get("image_path") == ("3.jpg" if hugging_face else None)
+    found = dict(fetcher.fetch_items(items))
+    assert [found[n].payload for n in range(59)] == payloads[:59]
+    assert [found[59].status, found[60].status] == [Status.EMPTY, Status.TOO_LARGE]
+    backwards = items.take(list(range(58, -1, -1)))
+    assert {index: one.payload for index, one in fetcher.fetch_items(backwards)} == {
+        58 - n: payloads[n] for n in range(59)
+    }
+    (tmp_path / "train.parquet").unlink()
+    assert {one.status for _, one in fetcher.fetch_items(frozen.read(30, 40))} == {Status.NOT_FOUND}
+
+
+def test_back_off_grows_with_jitter_and_retry_after_reads_dates() -> None:
+    assert [backoff_s(n, 1.0, 0.5) for n in (1, 2, 3)] == [1.0, 2.5, 6.25]
+    assert backoff_s(1, 1.0, 0.0) == 0.5
+    now = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
+    assert retry_after_s("Sat, 21 Nov 2026 12:00:07 GMT", now) == 7
+    assert retry_after_s("120", now) == 120
+    assert [retry_after_s(text, now) for text in (None, "", "soon", "nan")][:3] == [None, None, None]
+
+
+def test_unexpected_mistake_is_raised_and_does_not_hang(
+    monkeypatch: pytest.MonkeyPatch, fetcher: Fetcher
+) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(fetcher._web, "get", broken)
+    with pytest.raises(KeyError, match="ours"):
+        fetcher.fetch("http://example.com/x.jpg")
+
+
+def test_fetcher_works_inside_a_running_event_loop(server: FaultServer, fetcher: Fetcher) -> None:
+    async def inside() -> Fetched:
+        return fetcher.fetch(f"{server.url}/empty")
+
+    assert asyncio.run(inside()).payload == b""
