@@ -294,7 +294,8 @@ class Ledger:
 
     def check(self) -> None:
         """Find a rival early, when there is nothing to record. Raises LedgerLost."""
-        if self._in_hand is None and self._state.exists(entry_path(self.view.entries)):
+        self._settle()
+        if self._state.exists(entry_path(self.view.entries)):
             raise LedgerLost(self._rival())
 
     def statuses(self) -> Counter[str]:

@@ -84,9 +84,7 @@ def verify(predictions_uri: str) -> Report:
 def verify_table(table: Storage, state: Storage) -> Report:
     """Check a table against its state folder, wherever the two lie. Raises NotPredictions."""
     if not any(state.exists(path) for path in (RUN_JSON, PLAN_JSON)):
-        raise NotPredictions(
-            f"{state.uri} holds neither {RUN_JSON} nor {PLAN_JSON}: classify did not write it"
-        )
+        raise NotPredictions(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
     try:
         plan = checked_plan(state)
     except (PlanDamaged, NoPlan) as error:
