@@ -11,19 +11,20 @@ import numpy as np
 import torch
 
 from pipelines.metrics import Array
+from pipelines.specs import ImageSpec
 
 
 class NoAttention(ValueError):
     """The model hands out no attention over a grid of patches (it is no plain Vision Transformer)."""
 
 
-def rollout(model: Any, inputs_nchw: torch.Tensor) -> Array:
+def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     """`float32[N, rows, columns]` in [0, 1] per patch, 1 where the model looked most.
 
     Args:
         model: a Hugging Face image classifier; its attention implementation is switched for the call,
             since the fused ones do not return what they attended to.
-        inputs_nchw: normalised pixels, on the model's device.
+        pixels_nhwc: uint8 RGB of the size that `spec` says.
 
     Raises:
         NoAttention: the model has no attention over patches.
@@ -34,13 +35,21 @@ def rollout(model: Any, inputs_nchw: torch.Tensor) -> Array:
     model.eval()
     try:
         with torch.no_grad():
-            attentions = model(inputs_nchw, output_attentions=True).attentions
+            inputs_nchw = normalised(pixels_nhwc, spec, model.device)
+            attentions = model(pixel_values=inputs_nchw, output_attentions=True).attentions
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
     if not attentions:
         raise NoAttention(f"{type(model).__name__} returns no attention")
     return _scaled(_multiplied(attentions), rows, columns)
+
+
+def normalised(pixels_nhwc: Array, spec: ImageSpec, device: torch.device) -> torch.Tensor:
+    """What the model takes: float32 [N, 3, height, width], scaled and standardised as the spec says."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (spec.mean, spec.std))
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels_nhwc)).to(device)
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def grid(config: Any) -> tuple[int, int]:

@@ -70,13 +70,10 @@ def by_tier(
     for tier in np.unique(tiers):
         columns = np.flatnonzero(tiers == tier)
         known = truth[:, columns].any(axis=1)
-        if known.any():
-            rows.append(
-                {
-                    "tier": int(tier),
-                    **_of_tier(scores[known][:, columns], truth[known][:, columns], multi_label),
-                }
-            )
+        # A single category to choose from would always be right.
+        if known.any() and (multi_label or len(columns) > 1):
+            judged = _of_tier(scores[known][:, columns], truth[known][:, columns], multi_label)
+            rows.append({"tier": int(tier), **judged})
     return rows
 
 
@@ -84,7 +81,7 @@ def _of_tier(scores_nc: Array, truth_nc: Array, multi_label: bool) -> dict[str, 
     n = scores_nc.shape[1]
     best = scores_nc.argmax(axis=1)
     given_nc = (scores_nc >= 0.5) if multi_label else metrics.indicator(best, n) > 0
-    counts = metrics.per_class(given_nc.astype(np.uint8), truth_nc.astype(np.uint8), n)
+    counts = metrics.per_class(given_nc, truth_nc, n)
     occurring = counts.support > 0
     row: dict[str, Any] = {
         "categories": n,

@@ -236,10 +236,9 @@ class PerClass:
 
 def per_class(given: Array, targets: Array, n_classes: int) -> PerClass:
     """Count each class: `given` and `targets` are both class indices, or both 0/1 matrices."""
-    given_nc, targets_nc = indicator(given, n_classes), indicator(targets, n_classes)
-    confusion = sk.multilabel_confusion_matrix(targets_nc, given_nc, labels=np.arange(n_classes))
-    correct = confusion[:, 1, 1]
-    return PerClass(correct + confusion[:, 1, 0], correct + confusion[:, 0, 1], correct)
+    given_nc, targets_nc = (indicator(labels, n_classes) > 0 for labels in (given, targets))
+    support, chosen, correct = (nc.sum(axis=0) for nc in (targets_nc, given_nc, given_nc & targets_nc))
+    return PerClass(support, chosen, correct)
 
 
 def coverage_curve(scores: Array, right: Array, *, points: int = 200) -> dict[str, list[float]]:

@@ -242,7 +242,11 @@ def coverage(curve: Mapping[str, Sequence[float]]) -> str:
 def learning_curves(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Losses, scores and learning rate of each evaluation of a training run; None without two of them."""
     panels = [
-        ("Loss", "cross entropy (nats)", [name for name in _numbers(history) if name.endswith("loss")]),
+        (
+            "Loss",
+            "cross entropy (nats)",
+            [name for name in _numbers(history) if name.endswith("loss") and name != "log_loss"],
+        ),
         ("Validation scores", "score (0 to 1)", [name for name in _numbers(history) if _is_score(name)]),
         ("Learning rate", "per step", [name for name in _numbers(history) if name.endswith("learning_rate")]),
     ]

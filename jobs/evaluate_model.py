@@ -1,0 +1,212 @@
+"""`iab-vision evaluate`: a bundle or a trained run on labelled images: every number, and a page to look at.
+
+    iab-vision evaluate --bundle bundle --dataset photos/labels.csv --output evaluation
+    iab-vision evaluate --checkpoint run --dataset photos/labels.csv --output evaluation
+
+One process, no cluster: decoding threads around one model. 1,750 photos through a small ViT take less than
+a minute on 2 cores. A bundle is measured as it is served (ONNX Runtime, its own precision); a run as it was
+trained (PyTorch, float32, CPU), with its learning curves and attention maps.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jobs.config import EvaluateConfig, plain
+from jobs.errors import InputError, JobFailed, checking_input
+
+log = logging.getLogger(__name__)
+
+HEADLINES = ("accuracy", "accuracy@3", "balanced_accuracy", "map", "f1_micro", "f1_macro", "ece")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is judged, whatever it is stored as."""
+
+    name: str
+    class_ids: tuple[str, ...]
+    taxonomy: Any
+    taxonomy_reference: str
+    """What `taxonomy.load` finds it by; `labels` for flat ones."""
+    image_spec: Any
+    thresholds: Any
+    multi_label: bool
+    run: Any
+    """`examination.Run`."""
+    network: Any = None
+    """The PyTorch model, where there is one."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of its metrics.jsonl."""
+
+
+def run(config: EvaluateConfig) -> int:
+    """Measure, write `report.html` and `evaluation.json`, and say the most important numbers."""
+    if (config.bundle is None) == (config.checkpoint is None):
+        raise InputError("give either --bundle or --checkpoint")
+    with subject(config) as judged:
+        evaluation = examine(config, judged)
+    numbers = [f"{name} {evaluation.overall[name]:.4f}" for name in HEADLINES if name in evaluation.overall]
+    log.info("%d images: %s", evaluation.n_images, ", ".join(numbers))
+    log.info("report: %s", config.output.rstrip("/") + "/report.html")
+    return 0
+
+
+def examine(config: EvaluateConfig, judged: Subject) -> Any:
+    """Ask, measure, illustrate, write; returns the `Evaluation`."""
+    from pipelines import examination
+    from pipelines.evaluation import evaluate
+    from pipelines.gallery import gallery
+    from pipelines.report import write_report
+
+    with checking_input():
+        data = labelled(config, judged)
+        asked = examination.questions(
+            data, config.split, judged.class_ids, judged.taxonomy, multi_label=judged.multi_label
+        )
+    for label, images in asked.uncovered.items():
+        log.warning("no class of the model covers %s (%d images)", label, images)
+    try:
+        answers = examination.answered(
+            asked, judged.run, judged.class_ids, judged.image_spec, threads=config.threads or cores()
+        )
+    except examination.NothingToExamine as error:
+        raise JobFailed(str(error)) from error
+    for image in answers.broken[:20]:
+        log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
+    about = {
+        "model": judged.name,
+        "dataset": config.dataset,
+        "split": config.split,
+        "taxonomy": judged.taxonomy.name,
+        "unreadable images": str(len(answers.broken)),
+    }
+    found = evaluate(answers.scored, judged.taxonomy, thresholds=judged.thresholds, about=about)
+    shown = gallery(
+        answers.scored, judged.taxonomy, answers.images, judged.image_spec, network=judged.network
+    )
+    counts = {name: class_counts(data, name) for name in ("train", "validation", "test")}
+    material = replace(shown, history=judged.history, class_counts={k: v for k, v in counts.items() if v})
+    write_report(found, config.output, material)
+    return found
+
+
+def labelled(config: EvaluateConfig, judged: Subject) -> Any:
+    from pipelines import datasets
+
+    return datasets.load(
+        config.dataset,
+        taxonomy_name=judged.taxonomy_reference,
+        label_map=config.label_map,
+        columns=plain(config.columns),
+        split=plain(config.splits),
+    )
+
+
+def class_counts(data: Any, split: str) -> dict[str, int]:
+    """Images of each label in a split; empty where the dataset has no such split."""
+    if not len(data.indices(split)):
+        return {}
+    return dict(zip(data.classes, data.class_counts(split).tolist(), strict=True))
+
+
+@contextmanager
+def subject(config: EvaluateConfig) -> Iterator[Subject]:
+    """The bundle or the run that the settings name."""
+    with ExitStack() as stack:
+        with checking_input():
+            if config.bundle is not None:
+                judged = bundle_subject(config, config.bundle)
+            else:
+                from export import checkpoint as checkpoints
+
+                found = stack.enter_context(checkpoints.opened(config.checkpoint or ""))
+                judged = checkpoint_subject(found, config.checkpoint or "")
+        yield judged
+
+
+def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
+    """The bundle's ONNX model, in the session that classify would use."""
+    from pipelines import bundle as bundles
+    from pipelines import runtime, storage
+    from pipelines.specs import RuntimeSpec
+
+    bundle = bundles.open_bundle(uri)
+    if not config.allow_uncertified:
+        bundle.certificate_for(config.provider, config.precision)
+    spec = RuntimeSpec(
+        provider=config.provider,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        threads=config.threads or cores(),
+    )
+    own_table = storage.join(uri, bundles.TAXONOMY_FILE)
+    return Subject(
+        name=f"{storage.redact(uri)} ({bundle.model_id}, {config.precision} on {config.provider})",
+        class_ids=tuple(bundle.class_ids),
+        taxonomy=bundle.taxonomy(),
+        taxonomy_reference=own_table
+        if bundles.TAXONOMY_FILE in bundle.manifest.files
+        else bundle.taxonomy_name,
+        image_spec=bundle.image_spec,
+        thresholds=bundle.thresholds,
+        multi_label=bundle.multi_label,
+        run=runtime.load(bundle, spec).run,
+    )
+
+
+def checkpoint_subject(found: Any, uri: str) -> Subject:
+    """The checkpoint's PyTorch model, with the run that it came from where there is one."""
+    import torch
+
+    from pipelines import metrics
+    from pipelines.attention import normalised
+
+    network = found.network("sdpa")
+
+    def run(pixels_nhwc: Any) -> tuple[Any, Any]:
+        with torch.inference_mode():
+            inputs_nchw = normalised(pixels_nhwc, found.image_spec, network.device)
+            logits_nc = network(pixel_values=inputs_nchw).logits.numpy()
+        scores_nc = metrics.probabilities(
+            logits_nc, temperature=found.temperature, multi_label=found.multi_label
+        )
+        return logits_nc, scores_nc
+
+    return Subject(
+        name=f"{found.source} ({found.architecture})",
+        class_ids=found.class_ids,
+        taxonomy=found.taxonomy,
+        taxonomy_reference=taxonomy_reference(found),
+        image_spec=found.image_spec,
+        thresholds=found.thresholds,
+        multi_label=found.multi_label,
+        run=run,
+        network=network,
+        history=history(uri),
+    )
+
+
+def taxonomy_reference(found: Any) -> str:
+    """A built-in name, `labels`, or where training found the user's own table."""
+    if found.taxonomy_table is None:
+        return str(found.taxonomy.name)
+    return str(json.loads((found.folder / "iab_vision.json").read_text())["taxonomy"])
+
+
+def history(uri: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where the folder is not a run's."""
+    from pipelines import storage
+
+    folder = storage.open_storage(uri)
+    if not folder.exists("metrics.jsonl"):
+        return []
+    return [json.loads(line) for line in folder.read("metrics.jsonl").splitlines() if line.strip()]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,147 @@
+"""Turn any model and a labelled split into `Scored`, in one process: decoding threads around one model.
+
+The labels of the dataset meet the classes of the model here: a label below a class counts as that class,
+and one that no class covers is left out and counted.
+"""
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import ingest
+from pipelines.datasets import LabelledData
+from pipelines.evaluation import Scored
+from pipelines.metrics import Array
+from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.status import Status
+from pipelines.taxonomy import Taxonomy
+
+ROWS_PER_CHUNK = 64
+"""Images that a thread decodes at once, and that the model then takes."""
+CHUNKS_AHEAD = 2
+"""Decoded chunks in hand per thread: 64 images of 224 pixels are 10 MB."""
+
+Run = Callable[[Array], tuple[Array, Array]]
+"""uint8 pixels [n, height, width, 3] -> logits and probabilities, float32 [n, classes]."""
+
+
+class NothingToExamine(ValueError):
+    """No image of the dataset can be judged: the message says which split or label is at fault."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The images to be asked about and the right answers."""
+
+    images: pa.Table
+    """Rows of `LabelledData.rows`, with their `row_id`."""
+    targets: Array
+    """Class indices `[N]` of the model, or a 0/1 matrix for a multi-label one."""
+    uncovered: Mapping[str, int]
+    """Labels that no class of the model covers, and the images that have them."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came of the questions."""
+
+    scored: Scored
+    images: pa.Table
+    """The rows of `scored`, in its order."""
+    broken: list[dict[str, str]]
+    """Images that could not be decoded: uri, status, error."""
+
+
+def questions(
+    data: LabelledData, split: str, class_ids: Sequence[str], taxonomy: Taxonomy, *, multi_label: bool
+) -> Questions:
+    """The split's images with their labels as classes of the model; `split` may be `all`.
+
+    Raises:
+        NothingToExamine: the split is empty, no label fits, or images have several labels for a model of one.
+    """
+    if data.multi_label and not multi_label:
+        raise NothingToExamine(f"{data.source} has several labels per image; the model gives one")
+    rows = np.arange(data.rows.num_rows) if split == "all" else data.indices(split)
+    if not len(rows):
+        counts = ", ".join(f"{n} {name}" for name, n in sorted(Counter(data.splits.tolist()).items()))
+        raise NothingToExamine(f"{data.source} has no image in split {split!r} ({counts}); use --split all")
+    images = data.rows.take(pa.array(rows)).append_column("row_id", pa.array(rows, pa.int64()))
+    covering = np.array([covering_class(one, class_ids, taxonomy) for one in data.classes])
+    labels = [covering[indices] for indices in images["classes"].to_pylist()]
+    missed = Counter(
+        data.classes[i] for indices in images["classes"].to_pylist() for i in indices if covering[i] < 0
+    )
+    kept = np.array([multi_label or bool((found >= 0).all()) for found in labels])
+    if not kept.any():
+        listed = ", ".join(list(missed)[:5])
+        raise NothingToExamine(f"no class of the model covers the labels of {data.source}: {listed}")
+    targets_nc = np.zeros((len(labels), len(class_ids)), np.uint8)
+    for row, found in enumerate(labels):
+        targets_nc[row, found[found >= 0]] = 1
+    targets = targets_nc[kept] if multi_label else targets_nc[kept].argmax(axis=1)
+    return Questions(images.filter(pa.array(kept)), targets, missed)
+
+
+def covering_class(node_id: str, class_ids: Sequence[str], taxonomy: Taxonomy) -> int:
+    """Index of the class that is the label or its nearest ancestor; -1 where there is none."""
+    if node_id not in taxonomy:
+        return -1
+    index = {class_id: i for i, class_id in enumerate(class_ids)}
+    return next((index[one] for one in (node_id, *taxonomy.ancestors(node_id)) if one in index), -1)
+
+
+def answered(
+    asked: Questions, run: Run, class_ids: Sequence[str], spec: ImageSpec, *, threads: int
+) -> Answers:
+    """Decode and score every image; one that cannot be decoded is left out and listed.
+
+    Raises:
+        NothingToExamine: none could be decoded.
+    """
+    heads, outputs = [], []
+    for loaded in decoded(asked.images, spec, threads=threads):
+        heads.append(loaded.select(["row_id", "status", "error"]))
+        ok = usable(loaded)
+        if ok.any():
+            outputs.append(run(ingest.pixels_of(loaded, spec)[ok]))
+    outcome = pa.concat_tables(heads)
+    keep = usable(outcome)
+    missing = asked.images.select(["uri"]).filter(pa.array(~keep))["uri"].to_pylist()
+    reasons = outcome.filter(pa.array(~keep)).to_pylist()
+    broken = [
+        {"uri": uri, "status": row["status"], "error": row["error"] or ""}
+        for uri, row in zip(missing, reasons, strict=True)
+    ]
+    if not outputs:
+        raise NothingToExamine(f"none of {len(keep)} images can be decoded, such as {broken[0]}")
+    logits_nc, probabilities_nc = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+    scored = Scored(tuple(class_ids), logits_nc, probabilities_nc, asked.targets[keep])
+    return Answers(scored, asked.images.filter(pa.array(keep)), broken)
+
+
+def usable(outcome: pa.Table) -> Array:
+    """Which rows have pixels, `bool[N]`."""
+    return np.array([status == Status.OK for status in outcome["status"].to_pylist()])
+
+
+def decoded(images: pa.Table, spec: ImageSpec, *, threads: int) -> Iterator[pa.Table]:
+    """The images in chunks, in order, decoded ahead of their use by so many threads."""
+    chunks = iter(
+        [images.slice(start, ROWS_PER_CHUNK) for start in range(0, images.num_rows, ROWS_PER_CHUNK)]
+    )
+    with ThreadPoolExecutor(threads) as pool:
+
+        def submit(count: int) -> list[Future[pa.Table]]:
+            some = itertools.islice(chunks, count)
+            return [pool.submit(ingest.decode_batch, chunk, spec, DecodeLimits()) for chunk in some]
+
+        waiting = deque(submit(threads * CHUNKS_AHEAD))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(submit(1))
