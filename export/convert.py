@@ -156,7 +156,7 @@ def onnx_attention(network: Any) -> Iterator[None]:
         network.set_attn_implementation(before)
 
 
-def _attention(  # noqa: PLR0913, PLR0917  (the signature is transformers')
+def _attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

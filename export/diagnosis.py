@@ -30,7 +30,7 @@ class Finding:
     detail: str
 
 
-def diagnose(  # noqa: PLR0913  (both sides, and what the reference can be asked)
+def diagnose(
     reference: Scores,
     candidate: Scores,
     *,
@@ -97,7 +97,9 @@ def _logits(candidate: Scores, network: Network, spec: ImageSpec, limits: Limits
 def _hypotheses(
     pixels_nhwc: np.ndarray, found_nc: np.ndarray, expected_nc: np.ndarray, network: Network, spec: ImageSpec
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    yield "channel_order", "the graph takes BGR", network(pixels_nhwc[..., ::-1], spec)
+    bgr_nhwc, reversed_spec = pixels_nhwc[..., ::-1], replace(spec, mean=spec.mean[::-1], std=spec.std[::-1])
+    yield "channel_order", "the graph takes BGR", network(bgr_nhwc, spec)
+    yield "channel_order", "the graph hands on BGR", network(bgr_nhwc, reversed_spec)
     red, green, blue = (value or 1e-6 for value in spec.mean)
     others = {"mean and std swapped": (spec.std, (red, green, blue)), **_OTHER_NORMALISATIONS}
     for name, (mean, std) in others.items():

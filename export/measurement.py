@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from export import diagnosis, parity
+from export import diagnosis, parity, samples
 from export.parity import LIMITS, Limits, Scores
 from export.reference import Network, activation, named
 from export.samples import Sample
-from pipelines import images
-from pipelines.images import ORIENTATION_TAG, Prepared
+from pipelines.images import ORIENTATION_TAG
 from pipelines.runtime import OnnxModel
 from pipelines.specs import ImageSpec, Precision
 
@@ -28,7 +27,7 @@ WORST_IMAGES = 8
 SPEED_S = 0.4
 """Least time that a batch size's speed is measured over, seconds."""
 
-Prepare = Callable[[bytes, ImageSpec], Prepared]
+Decode = Callable[[Sequence[bytes], ImageSpec], list[np.ndarray | None]]
 
 
 class NothingToCompare(ValueError):
@@ -65,10 +64,10 @@ class Candidate:
     model: OnnxModel
     labels: Labels
     spec: ImageSpec
-    prepare: Prepare = images.prepare
+    decode: Decode = samples.decode
 
 
-def gather(  # noqa: PLR0913  (what a reference consists of)
+def gather(
     sample: Sequence[Sample],
     targets_nc: np.ndarray,
     *,
@@ -82,16 +81,16 @@ def gather(  # noqa: PLR0913  (what a reference consists of)
     Raises:
         NothingToCompare: none decodes.
     """
-    prepared = [images.prepare(one.payload, spec).pixels_hwc for one in sample]
-    kept = [index for index, pixels in enumerate(prepared) if pixels is not None]
+    decoded = samples.decode([one.payload for one in sample], spec)
+    kept = [index for index, pixels in enumerate(decoded) if pixels is not None]
     if not kept:
         raise NothingToCompare(f"none of the {len(sample)} images could be decoded")
-    pixels_nhwc = np.stack([pixels for pixels in prepared if pixels is not None])
+    pixels_nhwc = np.stack([pixels for pixels in decoded if pixels is not None])
     logits_nc = network(pixels_nhwc, spec)
     probabilities_nc = activation(logits_nc, temperature=labels.temperature, multi_label=labels.multi_label)
     return Evidence(
         sample=tuple(sample[index] for index in kept),
-        undecodable=tuple(one.image_id for one, p in zip(sample, prepared, strict=True) if p is None),
+        undecodable=tuple(one.image_id for one, p in zip(sample, decoded, strict=True) if p is None),
         scores=Scores(
             labels.class_ids, pixels_nhwc, logits_nc, probabilities_nc, labels.temperature, labels.multi_label
         ),
@@ -132,8 +131,8 @@ def score(sample: Sequence[Sample], candidate: Candidate) -> Scores:
     """The candidate's side; an image that it alone cannot decode is black, and so a difference."""
     spec = candidate.spec
     black = np.zeros((spec.height, spec.width, 3), np.uint8)
-    prepared = [candidate.prepare(one.payload, spec).pixels_hwc for one in sample]
-    pixels_nhwc = np.stack([black if pixels is None else pixels for pixels in prepared])
+    decoded = candidate.decode([one.payload for one in sample], spec)
+    pixels_nhwc = np.stack([black if pixels is None else pixels for pixels in decoded])
     logits_nc, probabilities_nc = candidate.model.run(pixels_nhwc)
     labels = candidate.labels
     return Scores(

@@ -20,7 +20,7 @@ from export.measurement import Candidate, Evidence, Labels, gather, measure
 from export.precision import Graph
 from export.reference import Network, torch_reference
 from export.samples import Sample
-from pipelines import bundle, images, storage
+from pipelines import bundle, storage
 from pipelines.bundle import Bundle, Manifest
 from pipelines.runtime import OnnxModel
 from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
@@ -78,7 +78,7 @@ def export(
         graphs = dict(_graphs(trained, network, precisions, further))
         files, manifest = contents(trained, graphs)
     documents: Documents = {
-        ("cpu", name): measure(evidence, _candidate(files, manifest, trained, name, measuring), name)
+        ("cpu", name): measure(evidence, _candidate(files, manifest, name, measuring), name)
         for name in graphs
     }
     if not all(document["passed"] for document in documents.values()):
@@ -122,7 +122,7 @@ def _graphs(
     if "fp16" in precisions:
         yield "fp16", precision.half(network, around, metadata("fp16"))
     if "int8" in precisions:
-        pixels = [images.prepare(one.payload, trained.image_spec).pixels_hwc for one in further]
+        pixels = samples.decode([one.payload for one in further], trained.image_spec)
         readable_nhwc = np.array([one for one in pixels if one is not None])
         yield "int8", precision.quantised(portable, readable_nhwc, around, metadata("int8"))
 
@@ -171,10 +171,12 @@ def labels_table(trained: Checkpoint) -> pa.Table:
 
 
 def _candidate(
-    files: Mapping[str, bytes], manifest: Manifest, trained: Checkpoint, name: Precision, measuring: Measuring
+    files: Mapping[str, bytes], manifest: Manifest, name: Precision, measuring: Measuring
 ) -> Candidate:
+    """A precision as a reader of the bundle would run it: everything comes from the files to be written."""
+    class_ids = tuple(bundle.read_labels(files[bundle.LABELS_FILE])["id"].to_pylist())
     model = OnnxModel(files[bundle.model_file(name)], _runtime(measuring, "cpu", name))
-    labels = Labels(trained.class_ids, manifest.multi_label, manifest.temperatures[name])
+    labels = Labels(class_ids, manifest.multi_label, manifest.temperatures[name])
     return Candidate(model, labels, manifest.image_spec)
 
 

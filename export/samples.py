@@ -16,14 +16,18 @@ from PIL import Image
 
 from pipelines import datasets, storage, tables
 from pipelines.datasets import IMAGE_SUFFIXES, DatasetError
+from pipelines.decoder import DecoderProcess
+from pipelines.images import ORIENTATION_TAG
 from pipelines.recipe import Columns
+from pipelines.schema import Status
+from pipelines.specs import ImageSpec
 from pipelines.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
 
 HELD_OUT = ("validation", "test")
 """Splits that training never saw, so accuracy on them means something."""
 DATASET_TABLE = "labels.csv"
 """A folder that holds this file is a labelled dataset, and the file says which image is what."""
-ORIENTATION = 0x0112
+DECODE_BATCH = 64
 
 
 class NoImages(ValueError):
@@ -137,6 +141,17 @@ def _embedded(container: str, position: int) -> bytes:
     raise NoImages(f"{container} has no row {position}")
 
 
+def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None]:
+    """uint8 [height, width, 3] of each, or None; by classify's decoding processes, which survive a crash."""
+    found: list[np.ndarray | None] = []
+    with DecoderProcess(spec) as decoder:
+        for start in range(0, len(payloads), DECODE_BATCH):
+            prepared, pixels_nhwc = decoder.prepare_batch(payloads[start : start + DECODE_BATCH])
+            pairs = zip(prepared, pixels_nhwc, strict=True)
+            found += [pixels.copy() if image.status is Status.OK else None for image, pixels in pairs]
+    return found
+
+
 def awkward(seed: int = 0) -> list[Sample]:
     """Pictures that have broken pipelines: tiny, huge, long, grey, CMYK, 16-bit, transparent, rotated."""
     picture = _picture(seed)
@@ -174,7 +189,7 @@ def _transparent(picture: Image.Image) -> Image.Image:
 
 def _jpeg(picture: Image.Image, *, orientation: int = 1) -> bytes:
     exif = Image.Exif()
-    exif[ORIENTATION] = orientation
+    exif[ORIENTATION_TAG] = orientation
     return _saved(picture, "JPEG", quality=90, exif=exif)
 
 

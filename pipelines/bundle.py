@@ -8,33 +8,42 @@ unpickled, and every byte handed out was hashed in memory first. It deliberately
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage, taxonomy
+from pipelines.manifest import (
+    CERTIFICATES,
+    MANIFEST_FILE,
+    MODEL_FILES,
+    BundleDamaged,
+    Certificate,
+    FileRecord,
+    Manifest,
+    NotABundle,
+    NotCertified,
+    model_file,
+    record,
+)  # fmt: skip
 from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.taxonomy import Taxonomy
 
-FORMAT_VERSION = 1
-MODEL_FILES: dict[Precision, str] = {
-    "fp32": "model.onnx",
-    "fp16": "model.fp16.onnx",
-    "int8": "model.int8.onnx",
-}
+__all__ = [
+    "CERTIFICATES", "FLAT", "LABELS", "LABELS_FILE", "MANIFEST_FILE", "MODEL_FILES", "TAXONOMY_FILE",
+    "Bundle",
+    "BundleDamaged", "Certificate", "FileRecord", "Manifest", "NotABundle", "NotCertified", "add_certificate",
+    "check_graph", "labels_bytes", "model_file", "open_bundle", "read_labels", "record", "write_bundle",
+]  # fmt: skip
+
 LABELS_FILE = "labels.parquet"
 TAXONOMY_FILE = "taxonomy.csv"
 """Only where the taxonomy is a table of the user's own."""
-MANIFEST_FILE = "manifest.json"
 FLAT = "labels"
 """Taxonomy of a bundle whose ids are the labels themselves."""
-CERTIFICATES = "certificates"
-MARKER = f"{CERTIFICATES}/cpu-fp32.json"
-"""Written last by an export: without it the export did not finish."""
 
 LABELS = pa.schema(
     [
@@ -49,145 +58,7 @@ LABELS = pa.schema(
 
 MAX_JSON_BYTES = 16 << 20
 """A manifest or certificate of 10,000 classes is under 2 MB; more is not ours and is not read."""
-MAX_FILE_BYTES = (2 << 30) - 1
-"""Protobuf cannot hold more in one message, so no ONNX file of ours is larger."""
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class NotABundle(ValueError):
-    """The folder holds no bundle, or one of a format that this version cannot read."""
-
-
-class BundleDamaged(ValueError):
-    """A file of the bundle is missing, truncated or altered."""
-
-
-class NotCertified(ValueError):
-    """No passing certificate covers the provider and precision asked for."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What one file of the bundle must be."""
-
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Everything about the model that its users need; its content determines `model_id`."""
-
-    image_spec: ImageSpec
-    """How bytes become the pixels that the graph takes."""
-    taxonomy: str
-    """Name of the taxonomy that the class ids belong to."""
-    cattax: int
-    """The taxonomy's AdCOM number."""
-    multi_label: bool
-    """Whether the probabilities are independent (sigmoid) rather than a distribution (softmax)."""
-    thresholds: Mapping[str, float]
-    """Least probability, by class id, at which an image is given the class in `cat`."""
-    temperatures: Mapping[str, float]
-    """By precision: what the logits are divided by inside the graph."""
-    opset: int
-    """ONNX opset of the portable graph."""
-    ir_version: int
-    """ONNX IR version of every graph."""
-    versions: Mapping[str, str]
-    """Libraries that made the bundle."""
-    source: Mapping[str, Any]
-    """Where the checkpoint came from: architecture, sha256 of its weights, licence."""
-    files: Mapping[str, FileRecord]
-    """Every other file of the bundle, certificates apart."""
-    format_version: int = FORMAT_VERSION
-    model_id: str = field(init=False)
-    """Short hash of all of the above."""
-
-    def __post_init__(self) -> None:
-        canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        object.__setattr__(self, "model_id", hashlib.sha256(canonical.encode()).hexdigest()[:16])
-
-    def _content(self) -> dict[str, Any]:
-        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model_id"}
-        content["image_spec"] = asdict(self.image_spec)
-        content["files"] = {name: asdict(record) for name, record in self.files.items()}
-        return content
-
-    def to_json(self) -> bytes:
-        """The bytes of `manifest.json`."""
-        document = {"model_id": self.model_id, **self._content()}
-        return (json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> Self:
-        """Parse `manifest.json`; raises `NotABundle` or `BundleDamaged`."""
-        document = _parse_json(payload, MANIFEST_FILE)
-        version = document.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise NotABundle(
-                f"{MANIFEST_FILE} has format_version {version!r}; this iab-vision reads {FORMAT_VERSION}"
-            )
-        stated_id = document.pop("model_id", None)
-        try:
-            spec = document.pop("image_spec")
-            colours = {"mean": tuple(spec["mean"]), "std": tuple(spec["std"])}
-            document["image_spec"] = ImageSpec(**{**spec, **colours})
-            document["files"] = {name: FileRecord(**record) for name, record in document["files"].items()}
-            manifest = cls(**document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleDamaged(f"{MANIFEST_FILE} is not a manifest of format {version}: {error}") from error
-        manifest._check(stated_id)
-        return manifest
-
-    def _check(self, stated_id: str | None) -> None:
-        if self.model_id != stated_id:
-            raise BundleDamaged(
-                f"{MANIFEST_FILE} was altered: it says model_id {stated_id}, its content {self.model_id}"
-            )
-        for name, record in self.files.items():
-            if not _PLAIN_NAME.fullmatch(name):
-                raise BundleDamaged(
-                    f"{MANIFEST_FILE} lists {name!r}; a bundle's files lie directly in its folder"
-                )
-            if not 0 <= record.bytes <= MAX_FILE_BYTES:
-                raise BundleDamaged(
-                    f"{MANIFEST_FILE} says {name} has {record.bytes} bytes; the limit is {MAX_FILE_BYTES}"
-                )
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """One parity measurement of one file on one provider (`export/parity.py` makes them)."""
-
-    provider: Provider
-    precision: Precision
-    passed: bool
-    manifest_sha256: str
-    model_sha256: str
-    content: Mapping[str, Any]
-    """The whole document: limits, metrics, environment, worst images."""
-
-    @property
-    def name(self) -> str:
-        """Path of the certificate inside the bundle."""
-        return f"{CERTIFICATES}/{self.provider}-{self.precision}.json"
-
-    @classmethod
-    def from_json(cls, payload: bytes, path: str) -> Self:
-        """Parse a certificate; raises `BundleDamaged`."""
-        document = _parse_json(payload, path)
-        try:
-            keys = ("provider", "precision", "manifest_sha256", "model_sha256")
-            provider, precision, manifest_sha256, model_sha256 = (document[key] for key in keys)
-            certificate = cls(
-                provider, precision, document["passed"] is True, manifest_sha256, model_sha256, document
-            )
-        except KeyError as error:
-            raise BundleDamaged(f"{path} is not a certificate: it has no {error}") from error
-        if certificate.name != path:
-            raise BundleDamaged(f"{path} speaks of {certificate.provider}-{certificate.precision}")
-        return certificate
+_KNOWN_DOMAINS = {"", "ai.onnx", "com.microsoft"}
 
 
 @dataclass(frozen=True)
@@ -274,15 +145,6 @@ class Bundle:
         return ", ".join(f"{c.provider}-{c.precision}" for c in self.certificates if c.passed) or "none"
 
 
-def model_file(precision: Precision, provider: Provider = "cpu") -> str:
-    """Name of the ONNX file that `provider` runs for `precision`.
-
-    TensorRT lowers the portable float32 graph to fp16 itself: its parser does not know the fused
-    operators of the fp16 file, which are written for the CUDA provider.
-    """
-    return MODEL_FILES["fp32" if provider == "tensorrt" else precision]
-
-
 def open_bundle(uri: str, *, verify: bool = True) -> Bundle:
     """Open the bundle at `uri`; `verify` hashes every file now rather than when it is read.
 
@@ -301,7 +163,9 @@ def open_bundle(uri: str, *, verify: bool = True) -> Bundle:
     if verify:
         for name, record in manifest.files.items():
             _verify(folder, name, record)
-    labels = _read_labels(_read_verified(folder, LABELS_FILE, manifest.files[LABELS_FILE]))
+        for name in manifest.files.keys() & set(MODEL_FILES.values()):
+            check_graph(_read_verified(folder, name, manifest.files[name]), name)
+    labels = read_labels(_read_verified(folder, LABELS_FILE, manifest.files[LABELS_FILE]))
     return Bundle(
         uri, manifest, hashlib.sha256(payload).hexdigest(), labels, tuple(_read_certificates(folder))
     )
@@ -339,9 +203,31 @@ def add_certificate(
     storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", payload)
 
 
-def record(payload: bytes) -> FileRecord:
-    """The manifest's entry for a file of these bytes."""
-    return FileRecord(hashlib.sha256(payload).hexdigest(), len(payload))
+def check_graph(payload: bytes, name: str) -> None:
+    """Refuse an ONNX file that reaches beyond itself: weights in other files, operators of unknown libraries.
+
+    Raises:
+        BundleDamaged: it does, or it cannot be parsed.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        graph = onnx.load_model_from_string(payload).graph
+    except DecodeError as error:
+        raise BundleDamaged(f"{name} is not an ONNX file: {error}") from error
+    outside = [
+        tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    if outside:
+        raise BundleDamaged(
+            f"{name} keeps {outside[0]} in another file; a bundle's models hold their own weights"
+        )
+    domains = {node.domain for node in graph.node} - _KNOWN_DOMAINS
+    if domains:
+        raise BundleDamaged(
+            f"{name} uses operators of {', '.join(sorted(domains))}; known are {_KNOWN_DOMAINS}"
+        )
 
 
 def labels_bytes(labels: pa.Table) -> bytes:
@@ -351,7 +237,8 @@ def labels_bytes(labels: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _read_labels(payload: bytes) -> pa.Table:
+def read_labels(payload: bytes) -> pa.Table:
+    """The table behind the bytes of `labels.parquet`, in the order of the graph's outputs."""
     try:
         labels = pq.read_table(pa.BufferReader(payload))
         labels = labels.select(LABELS.names).cast(LABELS)
@@ -405,13 +292,3 @@ def _check_hash(name: str, expected: FileRecord, found: str) -> None:
         raise BundleDamaged(
             f"{name} was altered: its sha256 is {found}; the manifest expects {expected.sha256}"
         )
-
-
-def _parse_json(payload: bytes, name: str) -> dict[str, Any]:
-    try:
-        document = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise BundleDamaged(f"{name} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise BundleDamaged(f"{name} holds a {type(document).__name__}; expected an object")
-    return document

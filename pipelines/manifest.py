@@ -1,0 +1,186 @@
+"""What a bundle says of itself: `manifest.json`, the certificates, and the errors of a bundle that lies.
+
+Parses and checks documents; it opens no folder (`bundle.py` does) and runs no model (`runtime.py` does).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from pipelines.specs import ImageSpec, Precision, Provider
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+CERTIFICATES = "certificates"
+MODEL_FILES: dict[Precision, str] = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "int8": "model.int8.onnx",
+}
+MAX_FILE_BYTES = (2 << 30) - 1
+"""Protobuf cannot hold more in one message, so no ONNX file of ours is larger."""
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class NotABundle(ValueError):
+    """The folder holds no bundle, or one of a format that this version cannot read."""
+
+
+class BundleDamaged(ValueError):
+    """A file of the bundle is missing, truncated or altered."""
+
+
+class NotCertified(ValueError):
+    """No passing certificate covers the provider and precision asked for."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What one file of the bundle must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about the model that its users need; its content determines `model_id`."""
+
+    image_spec: ImageSpec
+    """How bytes become the pixels that the graph takes."""
+    taxonomy: str
+    """Name of the taxonomy that the class ids belong to."""
+    cattax: int
+    """The taxonomy's AdCOM number."""
+    multi_label: bool
+    """Whether the probabilities are independent (sigmoid) rather than a distribution (softmax)."""
+    thresholds: Mapping[str, float]
+    """Least probability, by class id, at which an image is given the class in `cat`."""
+    temperatures: Mapping[str, float]
+    """By precision: what the logits are divided by inside the graph."""
+    opset: int
+    """ONNX opset of the portable graph."""
+    ir_version: int
+    """ONNX IR version of every graph."""
+    versions: Mapping[str, str]
+    """Libraries that made the bundle."""
+    source: Mapping[str, Any]
+    """Where the checkpoint came from: architecture, sha256 of its weights, licence."""
+    files: Mapping[str, FileRecord]
+    """Every other file of the bundle, certificates apart."""
+    format_version: int = FORMAT_VERSION
+    model_id: str = field(init=False)
+    """Short hash of all of the above."""
+
+    def __post_init__(self) -> None:
+        canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        object.__setattr__(self, "model_id", hashlib.sha256(canonical.encode()).hexdigest()[:16])
+
+    def _content(self) -> dict[str, Any]:
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model_id"}
+        content["image_spec"] = asdict(self.image_spec)
+        content["files"] = {name: asdict(record) for name, record in self.files.items()}
+        return content
+
+    def to_json(self) -> bytes:
+        """The bytes of `manifest.json`."""
+        document = {"model_id": self.model_id, **self._content()}
+        return (json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, payload: bytes) -> Self:
+        """Parse `manifest.json`; raises `NotABundle` or `BundleDamaged`."""
+        document = parse_json(payload, MANIFEST_FILE)
+        version = document.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise NotABundle(
+                f"{MANIFEST_FILE} has format_version {version!r}; this iab-vision reads {FORMAT_VERSION}"
+            )
+        stated_id = document.pop("model_id", None)
+        try:
+            spec = document.pop("image_spec")
+            colours = {"mean": tuple(spec["mean"]), "std": tuple(spec["std"])}
+            document["image_spec"] = ImageSpec(**{**spec, **colours})
+            document["files"] = {name: FileRecord(**record) for name, record in document["files"].items()}
+            manifest = cls(**document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleDamaged(f"{MANIFEST_FILE} is not a manifest of format {version}: {error}") from error
+        manifest._check(stated_id)
+        return manifest
+
+    def _check(self, stated_id: str | None) -> None:
+        if self.model_id != stated_id:
+            raise BundleDamaged(
+                f"{MANIFEST_FILE} was altered: it says model_id {stated_id}, its content {self.model_id}"
+            )
+        for name, record in self.files.items():
+            if not _PLAIN_NAME.fullmatch(name):
+                raise BundleDamaged(
+                    f"{MANIFEST_FILE} lists {name!r}; a bundle's files lie directly in its folder"
+                )
+            if not 0 <= record.bytes <= MAX_FILE_BYTES:
+                raise BundleDamaged(
+                    f"{MANIFEST_FILE} says {name} has {record.bytes} bytes; the limit is {MAX_FILE_BYTES}"
+                )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One parity measurement of one file on one provider (`export/parity.py` makes them)."""
+
+    provider: Provider
+    precision: Precision
+    passed: bool
+    manifest_sha256: str
+    model_sha256: str
+    content: Mapping[str, Any]
+    """The whole document: limits, metrics, environment, worst images."""
+
+    @property
+    def name(self) -> str:
+        """Path of the certificate inside the bundle."""
+        return f"{CERTIFICATES}/{self.provider}-{self.precision}.json"
+
+    @classmethod
+    def from_json(cls, payload: bytes, path: str) -> Self:
+        """Parse a certificate; raises `BundleDamaged`."""
+        document = parse_json(payload, path)
+        try:
+            keys = ("provider", "precision", "manifest_sha256", "model_sha256")
+            provider, precision, manifest_sha256, model_sha256 = (document[key] for key in keys)
+            certificate = cls(
+                provider, precision, document["passed"] is True, manifest_sha256, model_sha256, document
+            )
+        except KeyError as error:
+            raise BundleDamaged(f"{path} is not a certificate: it has no {error}") from error
+        if certificate.name != path:
+            raise BundleDamaged(f"{path} speaks of {certificate.provider}-{certificate.precision}")
+        return certificate
+
+
+def model_file(precision: Precision, provider: Provider = "cpu") -> str:
+    """Name of the ONNX file that `provider` runs for `precision`.
+
+    TensorRT lowers the portable float32 graph to fp16 itself: its parser does not know the fused
+    operators of the fp16 file, which are written for the CUDA provider.
+    """
+    return MODEL_FILES["fp32" if provider == "tensorrt" else precision]
+
+
+def record(payload: bytes) -> FileRecord:
+    """The manifest's entry for a file of these bytes."""
+    return FileRecord(hashlib.sha256(payload).hexdigest(), len(payload))
+
+
+def parse_json(payload: bytes, name: str) -> dict[str, Any]:
+    """The object in a JSON file of the bundle; raises `BundleDamaged`."""
+    try:
+        document = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise BundleDamaged(f"{name} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise BundleDamaged(f"{name} holds a {type(document).__name__}; expected an object")
+    return document

@@ -1,0 +1,211 @@
+"""A bundle opens only when it is whole, and runs only where a certificate covers it."""
+
+import json
+import os
+from pathlib import Path
+
+import onnx
+import pytest
+
+from pipelines import bundle
+from pipelines.bundle import BundleDamaged, NotABundle, NotCertified, open_bundle
+from tests.small_models import CLASS_IDS, small_bundle
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    small_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def rewrite_manifest(folder: Path, change) -> None:
+    """What someone who edits the manifest by hand would leave, model_id made to agree."""
+    document = json.loads((folder / "manifest.json").read_text())
+    change(document)
+    (folder / "manifest.json").write_text(json.dumps(document))
+
+
+def test_opened_bundle_tells_everything_about_its_model(folder):
+    opened = open_bundle(str(folder))
+    assert opened.class_ids == list(CLASS_IDS)
+    assert (opened.taxonomy_name, opened.cattax, opened.multi_label) == ("iab-content-3.1", 9, False)
+    assert (opened.image_spec.height, opened.image_spec.width) == (4, 6)
+    assert opened.thresholds == {"483": 0.5}
+    assert opened.certificate_for("cpu", "fp32").passed
+
+
+def replace_model(folder: Path, payload: bytes) -> None:
+    """A bundle with another model, its manifest made to agree."""
+    manifest = bundle.Manifest.from_json((folder / "manifest.json").read_bytes())
+    files = {**manifest.files, "model.onnx": bundle.record(payload)}
+    (folder / "manifest.json").write_bytes(bundle.Manifest(**{**_fields(manifest), "files": files}).to_json())
+    (folder / "model.onnx").write_bytes(payload)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "labels.parquet"])
+def test_one_changed_byte_is_found_and_named(folder, name):
+    payload = bytearray((folder / name).read_bytes())
+    payload[len(payload) // 2] ^= 1
+    (folder / name).write_bytes(payload)
+    with pytest.raises(BundleDamaged, match=f"{name} was altered: its sha256 is .*the manifest expects"):
+        open_bundle(str(folder))
+
+
+def test_truncated_model_is_found_by_its_size(folder):
+    payload = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(payload[:-10])
+    with pytest.raises(
+        BundleDamaged, match=rf"model.onnx has {len(payload) - 10} bytes.*expects {len(payload)}"
+    ):
+        open_bundle(str(folder))
+
+
+def test_missing_file_is_named(folder):
+    (folder / "model.onnx").unlink()
+    with pytest.raises(BundleDamaged, match=r"model\.onnx is missing"):
+        open_bundle(str(folder))
+
+
+def test_model_altered_after_opening_is_not_handed_out(folder):
+    """The bytes that run are the bytes that were hashed: checked again when they are read."""
+    opened = open_bundle(str(folder))
+    payload = bytearray((folder / "model.onnx").read_bytes())
+    payload[-1] ^= 1
+    (folder / "model.onnx").write_bytes(payload)
+    with pytest.raises(BundleDamaged, match="was altered"):
+        opened.model_bytes("fp32")
+
+
+def test_edited_manifest_no_longer_has_its_model_id(folder):
+    rewrite_manifest(folder, lambda document: document["thresholds"].update({"483": 0.01}))
+    with pytest.raises(BundleDamaged, match=r"manifest.json was altered"):
+        open_bundle(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../outside.onnx", "/etc/passwd", "sub/model.onnx", ".hidden", "a\\b"])
+def test_manifest_that_points_outside_its_folder_is_refused(folder, name):
+    """Even when its model_id was made to agree."""
+    manifest = bundle.Manifest.from_json((folder / "manifest.json").read_bytes())
+    wandering = {**manifest.files, name: bundle.record(b"")}
+    altered = bundle.Manifest(**{**_fields(manifest), "files": wandering})
+    (folder / "manifest.json").write_bytes(altered.to_json())
+    with pytest.raises(BundleDamaged, match="lie directly in its folder"):
+        open_bundle(str(folder))
+
+
+def test_file_larger_than_any_model_is_refused_before_it_is_read(folder):
+    manifest = bundle.Manifest.from_json((folder / "manifest.json").read_bytes())
+    huge = {**manifest.files, "model.onnx": bundle.FileRecord("0" * 64, 1 << 40)}
+    altered = bundle.Manifest(**{**_fields(manifest), "files": huge})
+    (folder / "manifest.json").write_bytes(altered.to_json())
+    with pytest.raises(BundleDamaged, match="the limit is 2147483647"):
+        open_bundle(str(folder))
+
+
+def test_weights_in_a_file_elsewhere_are_refused(folder):
+    """Even when every hash of the bundle agrees: ONNX Runtime would open the path that the graph names."""
+    model = onnx.load_model_from_string((folder / "model.onnx").read_bytes())
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../../etc/passwd")
+    replace_model(folder, model.SerializeToString())
+    with pytest.raises(BundleDamaged, match="keeps weight in another file"):
+        open_bundle(str(folder))
+
+
+def test_operators_of_an_unknown_library_are_refused(folder):
+    model = onnx.load_model_from_string((folder / "model.onnx").read_bytes())
+    model.graph.node[0].domain = "com.example.custom"
+    replace_model(folder, model.SerializeToString())
+    with pytest.raises(BundleDamaged, match=r"operators of com\.example\.custom"):
+        open_bundle(str(folder))
+
+
+def test_file_that_is_no_onnx_is_refused(folder):
+    replace_model(folder, b"\xff" * 100)
+    with pytest.raises(BundleDamaged, match=r"model\.onnx is not an ONNX file"):
+        open_bundle(str(folder))
+
+
+def test_huge_manifest_is_refused_before_it_is_parsed(folder):
+    os.truncate(folder / "manifest.json", bundle.MAX_JSON_BYTES + 1)
+    with pytest.raises(BundleDamaged, match=r"manifest\.json has .* bytes; the limit is"):
+        open_bundle(str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format_version": 1}'])
+def test_manifest_that_is_not_one_is_a_clear_error(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(BundleDamaged, match=r"manifest\.json"):
+        open_bundle(str(folder))
+
+
+def test_other_format_version_says_which_is_read(folder):
+    rewrite_manifest(folder, lambda document: document.update(format_version=99))
+    with pytest.raises(NotABundle, match=r"format_version 99; this iab-vision reads 1"):
+        open_bundle(str(folder))
+
+
+def test_folder_without_manifest_is_not_a_bundle(tmp_path):
+    with pytest.raises(NotABundle, match=r"no manifest\.json; iab-vision export makes one"):
+        open_bundle(str(tmp_path))
+
+
+def test_precision_without_certificate_names_the_command_that_makes_one(folder):
+    with pytest.raises(
+        NotCertified, match=r"no certificate for fp32 on cuda \(it has: cpu-fp32\).*iab-vision certify"
+    ):
+        open_bundle(str(folder)).certificate_for("cuda", "fp32")
+
+
+def test_certificate_of_a_failed_measurement_does_not_cover(tmp_path):
+    small_bundle(tmp_path / "b", certificates={("cpu", "fp32"): {"passed": False}})
+    with pytest.raises(NotCertified, match="failed parity"):
+        open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32")
+
+
+def test_certificate_copied_from_another_bundle_does_not_cover(folder, tmp_path):
+    path = folder / "certificates" / "cpu-fp32.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "manifest_sha256": "0" * 64}))
+    with pytest.raises(NotCertified, match="another model or manifest"):
+        open_bundle(str(folder)).certificate_for("cpu", "fp32")
+
+
+@pytest.mark.parametrize("passed", ["yes", 1, None])
+def test_only_true_is_a_pass(folder, passed):
+    path = folder / "certificates" / "cpu-fp32.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "passed": passed}))
+    with pytest.raises(NotCertified):
+        open_bundle(str(folder)).certificate_for("cpu", "fp32")
+
+
+def test_adding_a_certificate_keeps_the_model_id(folder):
+    before = open_bundle(str(folder))
+    bundle.add_certificate(str(folder), before.manifest, "cuda", "fp32", {"passed": True})
+    after = open_bundle(str(folder))
+    assert after.model_id == before.model_id
+    assert after.certificate_for("cuda", "fp32").passed
+
+
+def test_precision_that_was_not_exported_names_those_that_were(folder):
+    with pytest.raises(NotCertified, match=r"holds no int8 model \(it holds fp32\)"):
+        open_bundle(str(folder)).model_bytes("int8")
+
+
+def test_export_that_died_before_its_certificate_leaves_nothing_that_runs(tmp_path):
+    small_bundle(tmp_path / "b", certificates={})
+    with pytest.raises(NotCertified):
+        open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32")
+
+
+def test_bundle_opens_from_memory_as_from_disk():
+    small_bundle("memory://bundles/one")
+    opened = open_bundle("memory://bundles/one")
+    assert opened.certificate_for("cpu", "fp32").passed
+    assert len(opened.model_bytes("fp32")) == opened.manifest.files["model.onnx"].bytes
+
+
+def _fields(manifest: bundle.Manifest) -> dict:
+    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if name != "model_id"}

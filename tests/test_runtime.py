@@ -1,0 +1,193 @@
+"""A model runs on the provider asked for, in few fixed batch sizes, and gives an image one answer."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from pipelines import runtime
+from pipelines.runtime import ModelUnusable, OnnxModel, ProviderUnavailable, buckets
+from pipelines.specs import RuntimeSpec
+from tests.small_models import small_graph
+
+
+def pixels(n: int, height: int = 4, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model() -> OnnxModel:
+    return OnnxModel(small_graph(), RuntimeSpec(batch_size=6))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 13])
+def test_any_number_of_images_is_answered_in_order(model, n):
+    """N-1, N, N+1 and more than two batches."""
+    weight = onnx.numpy_helper.to_array(onnx.load_model_from_string(small_graph()).graph.initializer[0])
+    logits_nc, probabilities_nc = model.run(pixels(n))
+    np.testing.assert_allclose(logits_nc, pixels(n).reshape(n, -1) @ weight, atol=1e-4)
+    np.testing.assert_allclose(probabilities_nc.sum(axis=1), 1, atol=1e-6)
+
+
+def test_no_images_give_empty_arrays(model):
+    logits_nc, probabilities_nc = model.run(np.empty((0, 4, 6, 3), np.uint8))
+    assert logits_nc.shape == probabilities_nc.shape == (0, 5)
+
+
+def test_padding_is_never_seen(model):
+    """The same image alone, in a padded batch and in a full one."""
+    alone = model.run(pixels(6)[:1])[1]
+    assert np.array_equal(alone, model.run(pixels(6)[:3])[1][:1])
+    assert np.array_equal(alone, model.run(pixels(6))[1][:1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((1, 6, 4, 3), np.uint8), np.zeros((1, 4, 6, 3), np.float32), np.zeros((4, 6, 3), np.uint8)],
+)
+def test_pixels_of_another_shape_or_type_are_refused(model, wrong):
+    with pytest.raises(ValueError, match=r"the model takes uint8 \[n, \(4, 6, 3\)\]"):
+        model.run(wrong)
+
+
+def test_batch_sizes_are_few_and_fixed():
+    assert buckets(16, "cpu") == [1, 2, 4, 8, 16]
+    assert buckets(12, "cpu") == [1, 2, 4, 8, 12]
+    assert buckets(1, "cpu") == buckets(1, "cuda") == [1]
+    assert buckets(256, "cuda") == [32, 256]
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_missing_gpu_stops_the_session_instead_of_running_on_cpu(provider):
+    """ONNX Runtime alone would warn and run on CPU (onnxruntime #23372)."""
+    if _has_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ProviderUnavailable):
+        OnnxModel(small_graph(), RuntimeSpec(provider=provider))
+
+
+def test_int8_on_a_gpu_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="int8 does not run on cuda"):
+        RuntimeSpec(provider="cuda", precision="int8")
+
+
+@pytest.mark.parametrize("payload", [b"", b"not a model", small_graph()[:300]])
+def test_bytes_that_are_no_model_are_a_clear_error(payload):
+    with pytest.raises(ModelUnusable, match="cannot load the model"):
+        OnnxModel(payload, RuntimeSpec())
+
+
+def test_graph_with_other_inputs_is_refused():
+    model = onnx.load_model_from_string(small_graph())
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    del model.graph.node[1]
+    model.graph.node[1].input[0] = "flat"
+    with pytest.raises(ModelUnusable, match=r"tensor\(float\).*ours map uint8"):
+        OnnxModel(model.SerializeToString(), RuntimeSpec())
+
+
+def test_newer_opset_than_the_runtime_knows_is_a_clear_error():
+    model = onnx.load_model_from_string(small_graph())
+    model.opset_import[0].version = 99
+    with pytest.raises(ModelUnusable, match=r"ONNX Runtime 1\.\d+\.\d+ cannot load the model"):
+        OnnxModel(model.SerializeToString(), RuntimeSpec())
+
+
+def hungry_graph(values_per_image: int) -> bytes:
+    """Our signature around an intermediate of `values_per_image` float32 per image."""
+    nodes = [
+        helper.make_node("Flatten", ["pixels"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["values", "axis"], ["mean"], keepdims=1),
+        helper.make_node("Expand", ["mean", "wide"], ["huge"]),
+        helper.make_node("Sin", ["huge"], ["also_huge"]),
+        helper.make_node("ReduceMax", ["also_huge", "axis"], ["one"], keepdims=1),
+        helper.make_node("Concat", ["one", "one"], ["logits"], axis=1),
+        helper.make_node("Softmax", ["logits"], ["probabilities"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 2]) for n in ("logits", "probabilities")
+    ]
+    constants = [
+        onnx.numpy_helper.from_array(np.array([1], np.int64), "axis"),
+        onnx.numpy_helper.from_array(np.array([1, values_per_image], np.int64), "wide"),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 4, 6, 3])
+    graph = helper.make_graph(nodes, "hungry", [pixels], outputs, constants)
+    opset = [helper.make_opsetid("", 23)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("values_per_image", "outcome"), [(5_000_000, "batch"), (200_000_000, "OutOfMemory")]
+)
+def test_full_memory_halves_the_batch_until_one_image_does_not_fit(tmp_path, values_per_image, outcome):
+    """A real allocation failure: the process may have 0.4 GB more than it needs to start."""
+    (tmp_path / "hungry.onnx").write_bytes(hungry_graph(values_per_image))
+    script = """
+        import resource, sys
+        import numpy as np
+        from pipelines.runtime import OnnxModel, OutOfMemory
+        from pipelines.specs import RuntimeSpec
+
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
+        try:
+            model = OnnxModel(open(sys.argv[1], "rb").read(), RuntimeSpec(batch_size=16))
+            answers, _ = model.run(np.full((20, 4, 6, 3), 7, np.uint8))
+            assert np.allclose(answers, np.sin(7), atol=1e-5), answers
+            print("batch", model.batch_size)
+        except OutOfMemory:
+            print("OutOfMemory")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "hungry.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.startswith(outcome), done.stderr[-2000:]
+    if outcome == "batch":
+        assert 1 <= int(done.stdout.split()[1]) < 16
+
+
+def test_certificate_environment_names_what_ran(model):
+    environment = model.environment()
+    assert environment["providers"] == ["CPUExecutionProvider"]
+    assert environment["batch_size"] == 6
+    assert environment["machine"]
+
+
+def test_running_a_model_loads_neither_torch_nor_transformers():
+    """A classification worker starts in a fraction of a second and in a fraction of the memory."""
+    check = "import sys, pipelines.runtime; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _has_gpu() -> bool:
+    try:
+        runtime.gpu_name(0)
+    except ProviderUnavailable:
+        return False
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 20])
+def test_gpu_gives_what_the_cpu_gives(provider, n):
+    reference = OnnxModel(small_graph(), RuntimeSpec()).run(pixels(n))
+    gpu = OnnxModel(small_graph(), RuntimeSpec(provider=provider, batch_size=8))
+    logits_nc, probabilities_nc = gpu.run(pixels(n))
+    np.testing.assert_allclose(logits_nc, reference[0], atol=1e-3)
+    np.testing.assert_allclose(probabilities_nc, reference[1], atol=1e-4)
+    assert gpu.providers[0] == runtime.EP_NAMES[provider]
+
+
+@pytest.mark.gpu
+def test_gpu_answers_do_not_depend_on_padding_or_earlier_batches():
+    model = OnnxModel(small_graph(), RuntimeSpec(provider="cuda", batch_size=8))
+    first = model.run(pixels(8))[1]
+    model.run(pixels(3))
+    assert np.array_equal(model.run(pixels(8))[1], first)
