@@ -261,7 +261,7 @@ def pixels(image: Image.Image, payload: bytes, spec: ImageSpec) -> Pixels:
 
 
 def decoded_jpeg(image: Image.Image, payload: bytes, smallest: tuple[int, int]) -> Image.Image:
-    """Decode at the least of 1/1, 1/2, 1/4, 1/8 of its size that is not below `smallest`, in the DCT domain."""
+    """Decode at the least of 1/1, 1/2, 1/4, 1/8 of its size not below `smallest`, in the DCT domain."""
     full = image.size
     image.draft(None, smallest)
     try:
