@@ -214,7 +214,7 @@ class DatasetConfig(RayConfig):
     """Settings of commands that read labelled images."""
 
     dataset: str
-    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face image Parquet."""
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
     taxonomy: str = "3.1"
     """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
     label_map: str | None = None
@@ -250,6 +250,8 @@ class RecipeConfig(DatasetConfig):
     """Autocast type; `auto` is bf16 where the device computes in it, else fp32."""
     select_by: str = recipe.Recipe.select_by
     """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
+    target_precision: float = recipe.Recipe.target_precision
+    """Share of right answers that each category's threshold is set for, on validation images."""
     network: Network = Network()
     """What learns."""
     optimizer: Optimizer = Optimizer()
@@ -271,7 +273,7 @@ class RecipeConfig(DatasetConfig):
 
 
 class TrainConfig(RecipeConfig):
-    """Fine-tune a Vision Transformer on labelled images; the same command on an unfinished run continues it."""
+    """Fine-tune a Vision Transformer on labelled images; the same command continues an unfinished run."""
 
     output: str
     """Folder of the run."""
@@ -281,6 +283,10 @@ class TrainConfig(RecipeConfig):
     """Best checkpoints kept, beside the latest."""
     max_failures: int = Field(default=3, ge=0)
     """Lost workers or nodes from which the run recovers by itself."""
+    trackers: list[Literal["mlflow", "wandb"]] = Field(default_factory=list)
+    """Trackers told of every epoch beside TensorBoard; each wants its extra installed."""
+    push_to_hub: str | None = None
+    """Private Hugging Face repository for the finished model; the hub's own environment holds the token."""
 
 
 class ExportConfig(JobConfig):

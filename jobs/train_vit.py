@@ -9,6 +9,8 @@ about 15 minutes (BENCHMARKS.md has the accuracy). Exit code 0 for a finished ru
 
 import logging
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jobs import cluster
@@ -20,44 +22,65 @@ log = logging.getLogger(__name__)
 SECTIONS = ("network", "optimizer", "loss", "balance", "augment", "stopping")
 SCALARS = (
     "model", "image_size", "patch_size", "layers", "epochs", "batch_size", "seed", "precision", "select_by",
+    "target_precision",
 )  # fmt: skip
 
 
 def run(config: TrainConfig) -> int:
     """Train, or say that it is done."""
-    from pipelines import fitting, ingest
+    from pipelines import fitting, runs
+    from pipelines.ingest import IngestError
 
     with checking_input():
-        data = labelled(config)
-        resources = fitting.Resources(
-            num_workers=config.num_workers,
-            cpus_per_worker=config.cpus_per_worker,
-            checkpoint_every_steps=config.checkpoint_every_steps,
-            checkpoints_to_keep=config.checkpoints_to_keep,
-            max_failures=config.max_failures,
-        )
-        recipe, _ = fitting.planned(recipe_of(config), data, resources)
-        done = fitting.finished(config.output, recipe, data)
+        plan = fitting.plan(labelled(config), recipe_of(config), config.output, resources_of(config))
+        done = runs.finished(config.output, plan.recipe, plan.data)
     if done is not None:
         log.info("%s is a finished run already; nothing to do", config.output)
         tell(done.content)
         return 0
     with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
-        resources = fitting.with_gpus(resources, config.use_gpu)
-        with TrainingProgress(recipe.select_by) as progress:
+        with checking_input():
+            plan = replace(plan, resources=plan.resources.on_cluster(config.use_gpu))
+        with TrainingProgress(plan.recipe.select_by) as progress:
             try:
-                done = fitting.fit(
-                    data,
-                    recipe,
-                    output=config.output,
-                    resources=resources,
-                    how=plain(config.ingest),
-                    listen=progress,
-                )
-            except (fitting.TrainingFailed, ingest.IngestError) as error:
+                done = fitting.fit(plan, plain(config.ingest), progress)
+            except (fitting.TrainingFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
+    if config.push_to_hub:
+        push_to_hub(config.output, config.push_to_hub)
     tell(done.content)
     return 0
+
+
+def resources_of(config: TrainConfig) -> Any:
+    """Where the run happens, within the settings."""
+    from pipelines.resources import Resources
+
+    return Resources(
+        num_workers=config.num_workers,
+        cpus_per_worker=config.cpus_per_worker,
+        checkpoint_every_steps=config.checkpoint_every_steps,
+        checkpoints_to_keep=config.checkpoints_to_keep,
+        max_failures=config.max_failures,
+        trackers=tuple(config.trackers),
+    )
+
+
+def push_to_hub(output: str, repository: str) -> None:
+    """Upload best/ to the Hugging Face hub, with the token of its own environment."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    from pipelines import runs, storage
+
+    folder = storage.open_storage(storage.join(output, runs.BEST))
+    with tempfile.TemporaryDirectory() as local:
+        for entry in folder.list():
+            Path(local, entry.path).write_bytes(folder.read(entry.path))
+        hub = HfApi()
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(folder_path=local, repo_id=repository)
 
 
 def labelled(config: RecipeConfig) -> Any:

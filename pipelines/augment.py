@@ -51,7 +51,8 @@ class Draws:
     """[n] pixels, 0 leaves as is."""
     erased: Tensor
     """[n, 4] top, bottom, left, right in [0, 1] of the side; all 0 erases nothing."""
-    noise_seed: int
+    erased_colour: Tensor
+    """[n, 3] what is put there."""
     mix_share: Tensor
     """[n] share of an image's own in its pair, by mixup."""
     mix_box: Tensor
@@ -59,8 +60,10 @@ class Draws:
 
     def slice(self, start: int, stop: int) -> "Draws":
         """The same decisions for some of the images."""
-        parts = {name: value[start:stop] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Draws(**parts, noise_seed=self.noise_seed + start)
+        return Draws(**{name: value[start:stop] for name, value in vars(self).items()})
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def draw(spec: Augment, n: int, generator: torch.Generator) -> Draws:
@@ -76,8 +79,7 @@ def draw(spec: Augment, n: int, generator: torch.Generator) -> Draws:
     extra = draw_policy(spec, n, generator)
     turn = uniform(-1, 1) * math.radians(spec.rotation_degrees)
     affine = compose(crop_map(spec, uniform), turn + extra.pop("rotate"), extra)
-    for name in factors:
-        factors[name] = factors[name] * extra.pop(name)
+    factors = {name: factor * extra.pop(name) for name, factor in factors.items()}
     hue = uniform(-1, 1) * math.radians(spec.hue_degrees)
     sigma = uniform(0.1, 2.0) * (uniform(0, 1) < spec.blur)
     box = rectangle(uniform(0.02, 0.33), uniform(-1.2, 1.2).exp(), uniform(0, 1), uniform(0, 1))
@@ -90,7 +92,7 @@ def draw(spec: Augment, n: int, generator: torch.Generator) -> Draws:
         hue=hue,
         blur_sigma=sigma,
         erased=erased,
-        noise_seed=int(torch.randint(2**31, (1,), generator=generator)),
+        erased_colour=torch.rand(n, 3, generator=generator),
         mix_share=share,
         mix_box=mix_box,
     )
@@ -173,19 +175,17 @@ def beta(alpha: float, generator: torch.Generator) -> float:
 
 
 def rectangle(area: Tensor, aspect: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """[n, 4] top, bottom, left, right of boxes of this area within the unit square, at relative places x, y."""
+    """[n, 4] top, bottom, left, right of boxes of this area in the unit square, at relative places x, y."""
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     left, top = x * (1 - width), y * (1 - height)
     return torch.stack([top, top + height, left, left + width], 1)
 
 
 def apply(pixels_nhwc: Tensor, draws: Draws, *, height: int, width: int) -> Tensor:
-    """uint8 [n, h, w, 3] -> changed float32 [n, 3, height, width] in [0, 1]; targets are `mix_targets`' part."""
+    """uint8 [n, h, w, 3] -> changed float32 [n, 3, height, width] in [0, 1]; targets: `mix_targets`."""
     images = pixels_nhwc.permute(0, 3, 1, 2).float() / 255
-    n = len(images)
-    device = images.device
-    draws = Draws(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(draws).items()})
-    grid = functional.affine_grid(draws.affine, [n, 3, height, width], align_corners=False)
+    draws = draws.to(images.device)
+    grid = functional.affine_grid(draws.affine, [len(images), 3, height, width], align_corners=False)
     images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     images = photometric(images, draws)
     images = blurred(images, draws.blur_sigma)
@@ -272,12 +272,11 @@ def inside(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def erased(images: Tensor, draws: Draws) -> Tensor:
-    """Noise instead of the drawn rectangles."""
+    """A random colour instead of the drawn rectangles."""
     if not draws.erased.any():
         return images
-    generator = torch.Generator().manual_seed(draws.noise_seed)
-    noise = torch.rand(images.shape, generator=generator).to(images.device)
-    return torch.where(inside(draws.erased, *images.shape[2:]), noise, images)
+    colour = draws.erased_colour[:, :, None, None]
+    return torch.where(inside(draws.erased, *images.shape[2:]), colour, images)
 
 
 def partner(batch: Tensor) -> Tensor:

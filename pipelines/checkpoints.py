@@ -45,7 +45,8 @@ def read_sidecar(text: str | bytes) -> Sidecar:
     content = json.loads(text)
     content.pop("labels_are_ids", None)
     spec = content.pop("image_spec")
-    spec = ImageSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in spec.items()})
+    pairs: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.items()}
+    spec = ImageSpec(**pairs)
     return Sidecar(**{**content, "class_ids": tuple(content["class_ids"])}, image_spec=spec)
 
 

@@ -1,11 +1,9 @@
-"""Turn any accepted labelled input into one table of images, class indices and splits.
+"""Labels as a dataset has them become classes of a taxonomy, and its images are divided into splits.
 
-An image folder, a table of files and labels, or Hugging Face image Parquet come in; what goes out names
-each image, its classes in a taxonomy and its split. No image is opened here: `ingest.py` does.
+What goes out names each image, its class indices and its split. Reading the dataset is `labelled_input.py`'s
+part, opening an image `ingest.py`'s.
 """
 
-import json
-import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,36 +12,11 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 
 from pipelines import splits, taxonomy
+from pipelines.labelled_input import DatasetError, open_table, read
 from pipelines.recipe import Columns, Splits
 from pipelines.taxonomy import Taxonomy
-
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif",
-)  # fmt: skip
-TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
-LABEL_SEPARATOR = "|"
-"""Between the labels of one image where a table has no list type (CSV)."""
-
-FOUND = pa.schema(
-    [
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("container", pa.string()),
-        pa.field("position", pa.int64()),
-        pa.field("labels", pa.list_(pa.string()), nullable=False),
-        pa.field("split", pa.string()),
-        pa.field("group", pa.string()),
-    ]
-)
-"""One image as its dataset has it. `container` and `position` are the Parquet file and row that hold its bytes."""
-
-
-class DatasetError(ValueError):
-    """The dataset cannot be trained on: what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +71,9 @@ def load(
 ) -> LabelledData:
     """Read the dataset, resolve its labels and divide it.
 
-    `taxonomy_name` is a built-in version, a table in the same format, or `labels` (as they are). `label_map` is
-    a table whose first two columns rename labels; an empty target drops the image. `tier` lifts every label
-    to its ancestor of that tier.
+    `taxonomy_name` is a built-in version, a table in the same format, or `labels` (as they are).
+    `label_map` is a table whose first two columns rename labels; an empty target drops the image. `tier`
+    lifts every label to its ancestor of that tier.
 
     Raises:
         DatasetError: nothing there, a label that the taxonomy does not know, an impossible division.
@@ -125,169 +98,6 @@ def load(
         )
     table = divided(found, ids, classes, split)
     return LabelledData(table, classes, known, taxonomy_name, multi_label, dataset_uri, dropped)
-
-
-def read(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
-    """Every image of the dataset in the schema FOUND, and whether an image can have several labels."""
-    fs, path = fsspec.core.url_to_fs(dataset_uri)
-    if not fs.exists(path):
-        raise DatasetError(f"{dataset_uri} does not exist; give a folder or a table of labelled images")
-    if not fs.isdir(path):
-        return read_tables(fs, [path], columns)
-    names = sorted(fs.find(path))
-    tables = [name for name in names if name.endswith(".parquet")]
-    if tables:
-        return read_tables(fs, tables, columns)
-    return read_folder(fs, path, names), False
-
-
-def read_folder(fs: Any, root: str, names: Sequence[str]) -> pa.Table:
-    """`root/<label>/…`, or `root/<split>/<label>/…`; folders that begin with a dot or underscore are skipped."""
-    paths = [(name, posixpath.relpath(name, root).split("/")) for name in names]
-    paths = [
-        (name, parts)
-        for name, parts in paths
-        if len(parts) > 1 and parts[0][0] not in "._" and name.lower().endswith(IMAGE_SUFFIXES)
-    ]
-    has_splits = bool(paths) and all(len(p) > 2 and p[0].lower() in splits.ALIASES for _, p in paths)
-    level = int(has_splits)
-    if not paths:
-        raise DatasetError(
-            f"{root} holds no images in folders named by their label; "
-            "give a folder `<label>/image.jpg`, or the table that names the labels"
-        )
-    return pa.table(
-        {
-            "uri": [fs.unstrip_protocol(name) for name, _ in paths],
-            "container": pa.nulls(len(paths), pa.string()),
-            "position": pa.nulls(len(paths), pa.int64()),
-            "labels": [[parts[level]] for _, parts in paths],
-            "split": [parts[0] if has_splits else None for _, parts in paths],
-            "group": pa.nulls(len(paths), pa.string()),
-        },
-        schema=FOUND,
-    )
-
-
-def read_tables(fs: Any, paths: Sequence[str], columns: Columns) -> tuple[pa.Table, bool]:
-    """Tables of URIs and labels, or of image bytes and labels."""
-    found = [read_table(fs, path, columns) for path in paths]
-    return pa.concat_tables([table for table, _ in found]), any(multi for _, multi in found)
-
-
-def read_table(fs: Any, path: str, columns: Columns) -> tuple[pa.Table, bool]:
-    raw = open_table(fs, path)
-    label_column = "labels" if "labels" in raw.column_names else columns.label
-    if label_column not in raw.column_names:
-        raise DatasetError(f"{path} has no column {columns.label!r} among {', '.join(raw.column_names)}")
-    if "image" in raw.column_names and not columns.file:
-        location = embedded(fs, path, raw["image"])
-        raw = raw.drop_columns(["image"])
-    else:
-        location = located(fs, path, raw, columns)
-    labels = label_lists(raw, label_column)
-    split = raw[columns.split] if columns.split in raw.column_names else [split_of_name(path)] * len(labels)
-    group = (
-        raw[columns.group].cast(pa.string()) if columns.group in raw.column_names else pa.nulls(len(labels))
-    )
-    table = pa.table(
-        {**location, "labels": labels, "split": as_column(split), "group": as_column(group)}, schema=FOUND
-    )
-    return table, label_column == "labels"
-
-
-def as_column(values: Any) -> Any:
-    return pa.array(values, pa.string()) if isinstance(values, list) else values.cast(pa.string())
-
-
-def open_table(fs: Any, path: str) -> pa.Table:
-    """A CSV (every column as text: ids such as `007` survive), JSON-lines or Parquet table."""
-    with fs.open(path, "rb") as file:
-        try:
-            if path.endswith(".csv"):
-                header = file.readline().decode("utf-8-sig").strip().split(",")
-                file.seek(0)
-                types = {name.strip('"'): pa.string() for name in header}
-                options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-                return pa.csv.read_csv(file, convert_options=options)
-            if path.endswith((".jsonl", ".json")):
-                return pa.json.read_json(file)
-            if path.endswith(".parquet"):
-                return read_parquet(file)
-        except pa.ArrowInvalid as error:
-            raise DatasetError(f"{path} cannot be read as a table: {error}") from error
-    raise DatasetError(f"{path} is no folder and no table; tables end in {', '.join(TABLE_SUFFIXES)}")
-
-
-def read_parquet(file: Any) -> pa.Table:
-    """Every column but image bytes, of which only the presence is kept: they may not fit in memory."""
-    parquet = pq.ParquetFile(file)
-    schema = parquet.schema_arrow
-    names = [name for name in schema.names if name != "image"]
-    table = parquet.read(columns=names)
-    if "image" in schema.names:
-        table = table.append_column("image", pa.nulls(table.num_rows))
-    return table.replace_schema_metadata(schema.metadata)
-
-
-def embedded(fs: Any, path: str, image: pa.ChunkedArray) -> dict[str, Any]:
-    container = fs.unstrip_protocol(path)
-    return {
-        "uri": [f"{container}#{row}" for row in range(len(image))],
-        "container": [container] * len(image),
-        "position": list(range(len(image))),
-    }
-
-
-def located(fs: Any, path: str, raw: pa.Table, columns: Columns) -> dict[str, Any]:
-    """The URI of each image; a relative path is relative to the table."""
-    folder = posixpath.dirname(path)
-    if columns.file:
-        try:
-            names = [columns.file.format_map(row) for row in raw.to_pylist()]
-        except KeyError as error:
-            raise DatasetError(f"{columns.file!r} names {error}, which is no column of {path}") from error
-    else:
-        column = next((name for name in ("uri", "file") if name in raw.column_names), None)
-        if column is None:
-            raise DatasetError(
-                f"{path} has no column `uri` or `file`; name one, or give a template such as "
-                "`--columns.file 'images/{id}.jpg'`"
-            )
-        names = raw[column].to_pylist()
-    uris = [
-        name if "://" in name or name.startswith("/") else fs.unstrip_protocol(posixpath.join(folder, name))
-        for name in names
-    ]
-    return {"uri": uris, "container": pa.nulls(len(uris)), "position": pa.nulls(len(uris))}
-
-
-def label_lists(raw: pa.Table, column: str) -> list[list[str]]:
-    """The labels of each row as text; integer labels of Hugging Face Parquet by their names."""
-    names = class_names(raw.schema, column)
-    values = raw[column].to_pylist()
-    several = column == "labels"
-    if several and pa.types.is_string(raw.schema.field(column).type):
-        values = [[part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()] for value in values]
-    elif not several:
-        values = [[value] if value not in (None, "") else [] for value in values]
-    return [[names[v] if names else str(v) for v in row or []] for row in values]
-
-
-def class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """The names that a Hugging Face dataset stores for an integer label column."""
-    metadata = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(metadata)["info"]["features"] if metadata else {}
-    feature = features.get(column, {})
-    feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
-    names = feature.get("names")
-    return list(names) if names else None
-
-
-def split_of_name(path: str) -> str | None:
-    """`train` for `train-00000-of-00002.parquet`, as Hugging Face names its files."""
-    head = posixpath.basename(path).split("-")[0].split(".")[0].lower()
-    return head if head in splits.ALIASES else None
 
 
 def renamed(labels: list[list[str]], label_map: str | None) -> tuple[list[list[str]], dict[str, int]]:
@@ -323,7 +133,7 @@ def resolved(
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise DatasetError(
             f"{len(refused)} of {len(distinct)} labels are not in taxonomy {taxonomy_name}: "
-            f"{'; '.join(refused[:5])}{more}. Use --label-map, or --taxonomy labels to take labels as they are"
+            f"{'; '.join(refused[:5])}{more}. Use --label-map, or --taxonomy labels to take them as they are"
         )
     return known, [sorted({ids[name] for name in names}) for names in labels]
 

@@ -5,7 +5,7 @@ Ray Data fetches and decodes; `images.prepare` makes every pixel. Three ways of 
 `disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again every epoch).
 """
 
-import hashlib
+import functools
 import math
 import shutil
 import tempfile
@@ -13,20 +13,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import images
+from pipelines.fetch import Fetcher, Source
+from pipelines.images import Prepared
 from pipelines.recipe import Ingest
-from pipelines.schema import LOADED, Status, pixels_type
-from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.schema import LOADED, pixels_type
+from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
+from pipelines.status import Status
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
+IMAGE_COLUMN = "image"
+"""Column of Hugging Face image Parquet that holds the bytes."""
 SHUFFLE_ROWS = 4096
 """Rows that are shuffled together when images arrive as a stream already in random order."""
 
@@ -51,45 +54,41 @@ def enlarged(spec: ImageSpec, margin: float) -> ImageSpec:
     return replace(spec, height=math.ceil(spec.height * margin), width=math.ceil(spec.width * margin))
 
 
-def decoded(
-    rows: pa.Table, order: Rows, spec: ImageSpec, *, ingest: Ingest, limits: DecodeLimits | None = None
-) -> Any:
-    """A lazy Ray Dataset of these rows (row numbers of `rows`, in this order) in the schema `schema_of(spec)`."""
+def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: Ingest) -> Any:
+    """A lazy Ray Dataset of these row numbers of `rows`, in this order, in the schema `schema_of(spec)`."""
     import ray
 
     table = rows.take(pa.array(order)).append_column("row_id", pa.array(order, pa.int64()))
-    step = ingest.rows_per_task
+    step = how.rows_per_task
     chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
     return ray.data.from_arrow(chunks).map_batches(
-        decode_batch,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"spec": spec, "limits": limits or DecodeLimits()},
+        decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}
     )
 
 
-def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits) -> pa.Table:
+def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits | None = None) -> pa.Table:
     """Fetch and decode; an image that cannot be used keeps its row and its reason."""
-    side = spec.height * spec.width * 3
-    pixels = np.zeros((batch.num_rows, side), np.uint8)
-    outcomes = []
-    for index, (status, error, payload) in enumerate(payloads(batch)):
-        outcome = (
-            images.prepare(payload, spec, limits) if payload is not None else images.Prepared(status, error)
-        )
+    pixels = np.zeros((batch.num_rows, spec.height * spec.width * 3), np.uint8)
+    found: list[Prepared] = [Prepared(Status.NOT_FOUND)] * batch.num_rows
+    digests: list[str | None] = [None] * batch.num_rows
+    for index, fetched in fetcher().fetch_many(sources(batch)):
+        digests[index] = fetched.sha256
+        if fetched.payload is None:
+            found[index] = Prepared(fetched.status, fetched.error)
+            continue
+        outcome = images.prepare(fetched.payload, spec, limits)
         if outcome.pixels_hwc is not None:
             pixels[index] = outcome.pixels_hwc.reshape(-1)
-        digest = hashlib.sha256(payload).hexdigest() if payload is not None else None
-        outcomes.append((outcome, digest))
+        found[index] = replace(outcome, pixels_hwc=None)
     return pa.table(
         {
             "row_id": batch["row_id"],
-            "status": [str(outcome.status) for outcome, _ in outcomes],
-            "error": [outcome.error for outcome, _ in outcomes],
-            "sha256": [digest for _, digest in outcomes],
-            "width_px": [outcome.width_px for outcome, _ in outcomes],
-            "height_px": [outcome.height_px for outcome, _ in outcomes],
-            "format": [outcome.format for outcome, _ in outcomes],
+            "status": [str(outcome.status) for outcome in found],
+            "error": [outcome.error for outcome in found],
+            "sha256": digests,
+            "width_px": [outcome.width_px for outcome in found],
+            "height_px": [outcome.height_px for outcome in found],
+            "format": [outcome.format for outcome in found],
             "classes": batch["classes"],
             "pixels": pa.FixedSizeBinaryArray.from_buffers(
                 pixels_type(spec.height, spec.width), batch.num_rows, [None, pa.py_buffer(pixels)]
@@ -99,44 +98,22 @@ def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits) -> pa.T
     )
 
 
-Loaded = tuple[Status, str | None, bytes | None]
+@functools.cache
+def fetcher() -> Fetcher:
+    """This process's connections: Ray gives a worker process many batches.
+
+    Private addresses are allowed: whoever trains has chosen the dataset, unlike the pages of an inventory.
+    """
+    return Fetcher(FetchLimits(allow_private_addresses=True))
 
 
-def payloads(batch: pa.Table) -> Iterator[Loaded]:
-    """The encoded bytes of each row, in order, or why there are none."""
-    containers: dict[str, pq.ParquetFile] = {}
-    for uri, container, position in zip(
-        *(batch[name].to_pylist() for name in ("uri", "container", "position")), strict=True
-    ):
-        if container is None:
-            yield read_file(uri)
-        else:
-            if container not in containers:
-                containers[container] = pq.ParquetFile(fsspec.open(container, "rb").open())
-            yield Status.OK, None, read_embedded(containers[container], position)
-
-
-def read_file(uri: str) -> Loaded:
-    try:
-        with fsspec.open(uri, "rb") as file:
-            return Status.OK, None, file.read()
-    except FileNotFoundError as error:
-        return Status.NOT_FOUND, str(error), None
-    except PermissionError as error:
-        return Status.DENIED, str(error), None
-    except OSError as error:
-        return Status.CONNECTION_FAILED, str(error), None
-
-
-def read_embedded(file: pq.ParquetFile, position: int) -> bytes | None:
-    """The bytes in one row of a Parquet file's `image` column (binary, or Hugging Face's struct)."""
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if position < rows:
-            value = file.read_row_group(group, columns=["image"])["image"][position].as_py()
-            return value["bytes"] if isinstance(value, dict) else value
-        position -= rows
-    raise IndexError(f"row {position} lies beyond the end of the file")
+def sources(batch: pa.Table) -> list[Source]:
+    """Where the bytes of each row are: a file of their own, or a row of a Parquet file's `image` column."""
+    columns = (batch[name].to_pylist() for name in ("uri", "container", "position"))
+    return [
+        Source(uri) if container is None else Source(uri, container, position, None, IMAGE_COLUMN)
+        for uri, container, position in zip(*columns, strict=True)
+    ]
 
 
 def outcomes(dataset: Any) -> pa.Table:
@@ -160,8 +137,8 @@ def broken(outcome: pa.Table, uris: Sequence[str], *, max_share: float) -> list[
     if len(bad) > max_share * outcome.num_rows:
         examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
         raise IngestError(
-            f"{len(bad)} of {outcome.num_rows} images cannot be used ({examples}); the limit is {max_share:.0%}. "
-            "Mend the dataset, or raise --ingest.max-broken-share"
+            f"{len(bad)} of {outcome.num_rows} images cannot be used ({examples}); the limit is "
+            f"{max_share:.0%}. Mend the dataset, or raise --ingest.max-broken-share"
         )
     return listed
 

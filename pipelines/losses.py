@@ -66,7 +66,8 @@ def criterion(
 def class_weights(balance: Balance, counts: npt.NDArray[np.int64], n_images: int) -> npt.NDArray[np.float64]:
     """One weight per class, scaled so that the average over the training images is 1.
 
-    `effective` is (1 - beta) / (1 - beta^n), equation 5 of Cui et al. 2019. A class without images counts as one.
+    `effective` is (1 - beta) / (1 - beta^n), equation 5 of Cui et al. 2019. A class without
+    images counts as one.
     """
     n = np.maximum(counts, 1).astype(np.float64)
     raw = {
@@ -117,7 +118,10 @@ def binary_cross_entropy(
 
 
 def asymmetric(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, loss: Loss) -> Tensor:
-    """Ridnik et al. 2021, equations 4 to 6: absent labels are focused harder and shifted; mean over classes; [n]."""
+    """Ridnik et al. 2021, equations 4 to 6: absent labels are focused harder and shifted.
+
+    The mean over classes; [n].
+    """
     p = logits_nc.sigmoid()
     shifted = (p - loss.probability_margin).clamp(min=0)
     present = (1 - p) ** loss.gamma_positive * functional.logsigmoid(logits_nc) * targets_nc * weights

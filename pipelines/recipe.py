@@ -71,6 +71,13 @@ class Optimizer:
     ema_decay: float | None = None
     """Decay per step of the averaged weights; 0 keeps none; unset: 0.998 from scratch, else 0."""
 
+    @property
+    def peak(self) -> float:
+        """The learning rate of a resolved recipe."""
+        if self.learning_rate is None:
+            raise ValueError("learning_rate is unset; resolve the recipe first")
+        return self.learning_rate
+
     def __post_init__(self) -> None:
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
@@ -160,7 +167,7 @@ class Augment:
     blur: float = 0.0
     """Chance of a Gaussian blur, sigma 0.1 to 2 pixels."""
     erasing: float = 0.0
-    """Chance that a rectangle of 2 to 33 % is filled with noise (Zhong et al. 2020)."""
+    """Chance that a rectangle of 2 to 33 % gets a random colour (Zhong et al. 2020)."""
     policy_operations: int = 0
     """RandAugment-like policy: random operations per image; 0 is off."""
     policy_magnitude: float = 5.0
@@ -223,6 +230,8 @@ class Recipe:
     """Autocast type; `auto` is bf16 where the device computes in it, else fp32."""
     select_by: str = "auto"
     """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
+    target_precision: float = 0.9
+    """Share of right answers that each category's threshold is set for, on validation images."""
     network: Network = field(default_factory=Network)
     """What learns."""
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -239,6 +248,8 @@ class Recipe:
     def __post_init__(self) -> None:
         at_least("epochs", self.epochs, 1)
         at_least("batch_size", self.batch_size, 1)
+        if not 0 < self.target_precision <= 1:
+            raise ValueError(f"target_precision is {self.target_precision}; it must be above 0 and at most 1")
         for name in ("image_size", "patch_size", "layers"):
             if (value := getattr(self, name)) is not None:
                 at_least(name, value, 1)
@@ -260,9 +271,10 @@ class Recipe:
         augment = with_defaults(self.augment, views=2 if scratch else 1)
         select_by = {"auto": "map" if multi_label else "accuracy"}.get(self.select_by, self.select_by)
         sizes = {"image_size": 224, "patch_size": 16} if scratch else {}
-        return with_defaults(
+        resolved: Recipe = with_defaults(
             replace(self, optimizer=optimizer, augment=augment, select_by=select_by), **sizes
         )
+        return resolved
 
     def micro_batch(self, workers: int) -> int:
         """Images of one forward pass on one worker.
@@ -329,7 +341,7 @@ class Ingest:
     """How training images reach the workers."""
 
     mode: Literal["auto", "memory", "disk", "stream"] = "auto"
-    """`memory`: decoded once, held in the object store; `disk`: decoded once, spilled; `stream`: every epoch."""
+    """`memory`: decoded once, held in the object store; `disk`: once, spilled; `stream`: every epoch."""
     memory_share: float = 0.3
     """Largest share of one node's object store that decoded images may take in `memory`."""
     disk_share: float = 0.5

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipelines.checkpoints import Sidecar
 from pipelines.ingest import pixels_of
+from pipelines.resources import Resources
 
 BATCH = 256
 
@@ -23,16 +24,7 @@ class Scorer:
     """One model on one device; batches of decoded images in, their logits out."""
 
     def __init__(self, files: Mapping[str, bytes], sidecar: Sidecar, device: str) -> None:
-        import torch
-        from transformers import AutoModelForImageClassification
-
-        with tempfile.TemporaryDirectory() as folder:
-            for name, payload in files.items():
-                Path(folder, name).write_bytes(payload)
-            model = AutoModelForImageClassification.from_pretrained(
-                folder, attn_implementation="sdpa", dtype=torch.float32, use_safetensors=True
-            )
-        self.model = model.to(device).eval()
+        self.model = network(files).to(device)
         self.sidecar, self.device = sidecar, device
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -53,22 +45,34 @@ def score(
     rows: npt.NDArray[np.int64],
     files: Mapping[str, bytes],
     sidecar: Sidecar,
-    *,
-    workers: int,
-    use_gpu: bool,
+    resources: Resources,
 ) -> npt.NDArray[np.float32]:
     """Logits [len(rows), classes] of these rows of a decoded dataset, in their order."""
     import ray
 
     scored = dataset.map_batches(
         Scorer,
-        fn_constructor_args=(dict(files), sidecar, "cuda" if use_gpu else "cpu"),
+        fn_constructor_args=(dict(files), sidecar, "cuda" if resources.use_gpu else "cpu"),
         batch_size=BATCH,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_gpus=1 if use_gpu else None,
+        compute=ray.data.ActorPoolStrategy(size=resources.num_workers),
+        num_gpus=1 if resources.use_gpu else None,
     )
     table = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by("row_id")
+    logits_nc: npt.NDArray[np.float32] = table["logits"].combine_chunks().flatten().to_numpy()
     places = np.searchsorted(table["row_id"].to_numpy(), rows)
-    flat = table["logits"].combine_chunks().flatten().to_numpy()
-    return flat.reshape(table.num_rows, -1)[places]
+    return logits_nc.reshape(table.num_rows, -1)[places]
+
+
+def network(files: Mapping[str, bytes]) -> Any:
+    """The model in these files, in float32 and evaluation mode."""
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, payload in files.items():
+            Path(folder, name).write_bytes(payload)
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=torch.float32, use_safetensors=True
+        )
+    return model.eval()

@@ -53,7 +53,7 @@ def shuffled_groups(groups: npt.NDArray[np.int64], seed: int) -> list[npt.NDArra
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
     by_group = np.argsort(inverse, kind="stable")
     members = np.split(order[by_group], np.cumsum(np.bincount(inverse))[:-1])
-    rank = np.lexsort((first, [-len(rows) for rows in members]))
+    rank = np.lexsort((first, np.array([-len(rows) for rows in members])))
     return [members[g] for g in rank]
 
 

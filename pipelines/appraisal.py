@@ -1,0 +1,131 @@
+"""What the best model of a run is worth: calibrated on validation, measured on both splits, reported.
+
+Nothing is ever fitted on the test split. When the dataset has none, the report is about validation and
+says so.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines import calibration, metrics, runs, scoring, splits, storage
+from pipelines.checkpoints import Sidecar
+from pipelines.corpus import Corpus
+from pipelines.evaluation import Evaluation, Scored, evaluate
+from pipelines.gallery import gallery
+from pipelines.preview import augmented_samples
+from pipelines.recipe import Balance, Recipe
+from pipelines.report import write_report
+from pipelines.resources import Resources
+
+MEASURED = (splits.VALIDATION, splits.TEST)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Raw logits of the validation and test images."""
+
+    corpus: Corpus
+    logits: Mapping[str, npt.NDArray[np.float32]]
+    """Split -> [images, classes], in the order of `corpus.rows`."""
+
+    @classmethod
+    def of(cls, corpus: Corpus, sidecar: Sidecar, files: Mapping[str, bytes], resources: Resources) -> Self:
+        """Run the model in these files over what is there to measure on."""
+        measured = [name for name in MEASURED if len(corpus.rows[name])]
+        return cls(
+            corpus,
+            {
+                name: scoring.score(corpus.decoded[name], corpus.rows[name], files, sidecar, resources)
+                for name in measured
+            },
+        )
+
+    def targets(self, split: str) -> npt.NDArray[Any]:
+        targets: npt.NDArray[Any] = self.corpus.data.targets()[self.corpus.rows[split]]
+        return targets
+
+    def scored(self, split: str, sidecar: Sidecar) -> Scored:
+        """Logits, calibrated probabilities and truth of one split."""
+        logits_nc = self.logits[split]
+        return Scored(sidecar.class_ids, logits_nc, probabilities_of(logits_nc, sidecar), self.targets(split))
+
+
+def probabilities_of(logits_nc: npt.NDArray[np.float32], sidecar: Sidecar) -> npt.NDArray[np.float32]:
+    return metrics.probabilities(logits_nc, temperature=sidecar.temperature, multi_label=sidecar.multi_label)
+
+
+def calibrated(scores: Scores, sidecar: Sidecar, *, target_precision: float) -> Sidecar:
+    """The sidecar with the temperature and the thresholds that suit the validation images."""
+    logits_nc, truth = scores.logits[splits.VALIDATION], scores.targets(splits.VALIDATION)
+    sidecar = replace(sidecar, temperature=calibration.fit_temperature(logits_nc, truth))
+    thresholds = calibration.fit_thresholds(
+        probabilities_of(logits_nc, sidecar),
+        truth,
+        scores.corpus.data.taxonomy.rollup(sidecar.class_ids),
+        target_precision=target_precision,
+    )
+    return replace(sidecar, thresholds=thresholds)
+
+
+def evaluations(scores: Scores, sidecar: Sidecar, *, about: Mapping[str, str]) -> dict[str, Evaluation]:
+    """Split -> everything measured on it."""
+    data = scores.corpus.data
+    return {
+        name: evaluate(
+            scores.scored(name, sidecar),
+            data.taxonomy,
+            thresholds=sidecar.thresholds,
+            about={
+                **about,
+                "dataset": storage.redact(data.source),
+                "split": name,
+                "taxonomy": data.taxonomy.name,
+            },
+        )
+        for name in scores.logits
+    }
+
+
+def report(
+    scores: Scores,
+    sidecar: Sidecar,
+    found: Mapping[str, Evaluation],
+    recipe: Recipe,
+    files: Mapping[str, bytes],
+    output: str,
+) -> None:
+    """Write the run's report: the last split measured, its pictures, how training went."""
+    corpus, split = scores.corpus, list(found)[-1]
+    data, rows = corpus.data, corpus.rows[split]
+    images = data.rows.take(pa.array(rows)).append_column("row_id", pa.array(rows, pa.int64()))
+    network = scoring.network(files)
+    shown = gallery(scores.scored(split, sidecar), data.taxonomy, images, corpus.spec, network=network)
+    material = replace(
+        shown,
+        history=runs.history(output),
+        class_counts={
+            name: dict(zip(data.classes, data.class_counts(name).tolist(), strict=True))
+            for name in (splits.TRAIN, *found)
+        },
+        balancing=balancing(recipe.balance),
+        augmented=augmented_samples(corpus, recipe),
+    )
+    write_report(found[split], storage.join(output, runs.REPORT), material)
+
+
+def balancing(balance: Balance) -> str:
+    """What was done about rare classes, in a sentence."""
+    done = []
+    if balance.sampling != "none":
+        target = f" of {balance.target_per_class} images" if balance.target_per_class else ""
+        done.append(f"classes sampled evenly ({balance.sampling}{target})")
+    if balance.class_weights != "none":
+        done.append(f"class weights in the loss ({balance.class_weights})")
+    if balance.logit_adjustment:
+        done.append(f"logits adjusted by class frequency (tau {balance.logit_adjustment:g})")
+    return f"{'; '.join(done)}." if done else "Nothing was done about rare classes."

@@ -1,0 +1,115 @@
+"""The run folder: whose it is, whether it is finished, and what `run.json` says.
+
+`recipe.json` is written first and tells a continuation from a mistake; `run.json` is written last and is
+the marker of a finished run. Everything between is written by `training.py` and `fitting.py`.
+"""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import splits, storage
+from pipelines.datasets import LabelledData
+from pipelines.recipe import Recipe
+
+RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
+CHECKPOINTS, HISTORY = "checkpoints", "metrics.jsonl"
+LIBRARIES = ("ray", "torch", "transformers", "numpy", "pillow", "pyarrow")
+
+
+class RunMismatch(ValueError):
+    """The output folder belongs to a run with other settings."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    uri: str
+    content: Mapping[str, Any]
+    """What run.json says."""
+
+
+def identity(recipe: Recipe, data: LabelledData) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    names = (splits.TRAIN, splits.VALIDATION, splits.TEST)
+    return {
+        "recipe": asdict(recipe),
+        "dataset": storage.redact(data.source),
+        "taxonomy": data.taxonomy.name,
+        "classes": list(data.classes),
+        "images": {name: len(data.indices(name)) for name in names},
+    }
+
+
+def finished(output: str, recipe: Recipe, data: LabelledData) -> Run | None:
+    """The run that is already complete in the folder; None when there is none, or one to continue.
+
+    Raises:
+        RunMismatch: the folder holds a run, finished or not, of another recipe or dataset.
+    """
+    folder = storage.open_storage(output)
+    if not folder.exists(RECIPE):
+        return None
+    expected = json.loads(as_json(identity(recipe, data)))
+    before = json.loads(folder.read(RECIPE))
+    different = next((key for key in expected if before.get(key) != expected[key]), None)
+    if different is not None:
+        raise RunMismatch(
+            f"{output} holds a run with another {different}: "
+            f"{difference(before.get(different), expected[different])}; "
+            "give another --output, or the settings of that run to continue it"
+        )
+    return Run(output, json.loads(folder.read(MARKER))) if folder.exists(MARKER) else None
+
+
+def difference(before: Any, now: Any) -> str:
+    """The first setting in which two nested values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in [*now, *before] if before.get(key) != now.get(key))
+        return f"{key} {difference(before.get(key), now.get(key))}"
+    return f"was {before!r}, now {now!r}"
+
+
+def begin(output: str, recipe: Recipe, data: LabelledData) -> None:
+    """Claim the folder for this run."""
+    storage.open_storage(output).put(RECIPE, as_json(identity(recipe, data)))
+
+
+def finish(output: str, content: Mapping[str, Any]) -> Run:
+    """Write the marker."""
+    whole = {
+        **content,
+        "git_revision": git_revision(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    storage.open_storage(output).put(MARKER, as_json(whole))
+    return Run(output, whole)
+
+
+def history(output: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    folder = storage.open_storage(output)
+    text = folder.read(HISTORY).decode() if folder.exists(HISTORY) else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n").encode()
+
+
+def git_revision() -> str | None:
+    """Revision of the code that runs, when it runs from a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(  # noqa: S603 (nothing in the command comes from outside)
+            command, cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

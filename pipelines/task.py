@@ -1,0 +1,82 @@
+"""What a training worker is given, and where it stands: the values between `fitting.py` and `training.py`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines import vit
+from pipelines.checkpoints import Sidecar
+from pipelines.recipe import Recipe
+from pipelines.specs import ImageSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know beside the pixels; the same on every worker."""
+
+    recipe: Recipe
+    """Resolved."""
+    sidecar: Sidecar
+    stored_spec: ImageSpec
+    """Shape of the stored training images."""
+    train_rows: npt.NDArray[np.int64]
+    """Row ids to train on."""
+    strata: npt.NDArray[np.int64]
+    """Class of each of them (multi-label: its rarest)."""
+    validation_rows: npt.NDArray[np.int64]
+    class_counts: npt.NDArray[np.int64]
+    """Training images per class."""
+    streams: bool
+    """Training images arrive as a stream of shards and not by row."""
+    epoch_images: int
+    """Images that one epoch draws."""
+    run_uri: str
+    checkpoint_every_steps: int = 0
+    trackers: Sequence[str] = ()
+    progress: Any = None
+    """Ray queue for progress messages, if someone listens."""
+
+    @property
+    def classes(self) -> vit.Classes:
+        return vit.Classes(self.sidecar.class_ids, self.sidecar.multi_label)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.epoch_images // self.recipe.batch_size, 1)
+
+
+@dataclass
+class Position:
+    """Where the run stands, and what it has seen; part of every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    """Optimiser steps done within the epoch."""
+    best_score: float = -float("inf")
+    stale_epochs: int = 0
+    loss_sum: float = 0.0
+    """Of this epoch's steps so far."""
+    history: tuple[dict[str, Any], ...] = ()
+    """One entry per finished epoch: the lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This worker among the others."""
+
+    rank: int
+    workers: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def step_seed(seed: int, epoch: int, step: int) -> int:
+    """One seed for each step of a run."""
+    return int(np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint32)[0])

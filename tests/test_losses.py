@@ -1,0 +1,100 @@
+"""Losses against closed forms and hand-computed numbers."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from pipelines.losses import class_weights, criterion, positive_weights
+from pipelines.recipe import Balance, Loss
+
+COUNTS = np.array([90, 9, 1])
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 3)
+    return logits, functional.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3).float()
+
+
+def single(loss: Loss = Loss(label_smoothing=0), balance: Balance = Balance()):
+    return criterion(loss, balance, COUNTS, 100, multi_label=False)
+
+
+def test_plain_loss_is_cross_entropy(batch):
+    logits, targets = batch
+    expected = functional.cross_entropy(logits, targets.argmax(1), reduction="none")
+    torch.testing.assert_close(single()(logits, targets), expected)
+
+
+def test_label_smoothing_is_that_of_torch(batch):
+    logits, targets = batch
+    expected = functional.cross_entropy(logits, targets.argmax(1), label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(single(Loss(label_smoothing=0.1))(logits, targets), expected)
+
+
+def test_mixed_targets_cost_the_mixture_of_the_losses(batch):
+    logits, targets = batch
+    mixed = 0.3 * targets + 0.7 * targets.flip(0)
+    expected = 0.3 * single()(logits, targets) + 0.7 * single()(logits, targets.flip(0))
+    torch.testing.assert_close(single()(logits, mixed), expected)
+
+
+def test_focal_loss_scales_cross_entropy_by_the_missing_confidence(batch):
+    logits, targets = batch
+    p = logits.softmax(1)[torch.arange(5), targets.argmax(1)]
+    expected = -((1 - p) ** 2) * p.log()
+    torch.testing.assert_close(single(Loss(label_smoothing=0, focal_gamma=2))(logits, targets), expected)
+
+
+def test_class_weights_multiply_the_loss_of_their_class(batch):
+    logits, targets = batch
+    weighted = single(balance=Balance(class_weights="inverse"))(logits, targets)
+    # inverse weights, scaled to a mean of 1 over the images: 100 / (3 n_c)
+    by_hand = torch.tensor([100 / 270, 100 / 27, 100 / 3])[targets.argmax(1)]
+    torch.testing.assert_close(weighted, single()(logits, targets) * by_hand)
+
+
+@pytest.mark.parametrize("name", ["none", "inverse", "sqrt", "effective"])
+def test_class_weights_keep_the_size_of_the_average_loss(name):
+    weights = class_weights(Balance(class_weights=name), COUNTS, 100)
+    assert np.isclose((weights * COUNTS).sum() / COUNTS.sum(), 1)
+    assert (np.diff(weights) >= 0).all()
+
+
+def test_effective_number_weights_follow_the_paper():
+    weights = class_weights(Balance(class_weights="effective", effective_beta=0.9), COUNTS, 100)
+    raw = (1 - 0.9) / (1 - 0.9**COUNTS.astype(float))
+    assert np.allclose(weights / weights[0], raw / raw[0])
+
+
+def test_logit_adjustment_adds_the_log_prior_in_training(batch):
+    logits, targets = batch
+    prior = torch.tensor([0.9, 0.09, 0.01])
+    expected = functional.cross_entropy(logits + prior.log(), targets.argmax(1), reduction="none")
+    torch.testing.assert_close(single(balance=Balance(logit_adjustment=1))(logits, targets), expected)
+
+
+def test_multi_label_loss_is_binary_cross_entropy_with_positive_weights():
+    torch.manual_seed(1)
+    logits, targets = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float()
+    balance = Balance(class_weights="inverse")
+    weights = positive_weights(balance, COUNTS, 100)
+    assert np.allclose(weights, [10 / 90, 91 / 9, 99])
+    expected = functional.binary_cross_entropy_with_logits(
+        logits, targets, pos_weight=torch.tensor(weights, dtype=torch.float32), reduction="none"
+    ).mean(1)
+    found = criterion(Loss(), balance, COUNTS, 100, multi_label=True)(logits, targets)
+    torch.testing.assert_close(found, expected)
+
+
+def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
+    loss = criterion(Loss(multi_label="asymmetric"), Balance(), COUNTS, 100, multi_label=True)
+    unlikely = torch.full((1, 3), -4.0)  # a probability of 0.018, below the margin of 0.05
+    assert loss(unlikely, torch.zeros(1, 3)).item() == pytest.approx(0)
+    p = torch.tensor(0.7)
+    logit = torch.logit(p).repeat(1, 3)
+    absent = -((p - 0.05) ** 4) * torch.log(1 - (p - 0.05))
+    torch.testing.assert_close(loss(logit, torch.zeros(1, 3))[0], absent)
+    torch.testing.assert_close(loss(logit, torch.ones(1, 3))[0], -(1 - p) * p.log())
