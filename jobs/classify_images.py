@@ -7,29 +7,34 @@ On two CPU cores about 100 images/s with a ViT-tiny at 224 pixels (BENCHMARKS.md
 interrupted run and does nothing to a finished one.
 """
 
+import contextlib
 import json
 import logging
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import ray
 
 from jobs.cluster import cores, joins_cluster, ray_cluster
 from jobs.config import ClassifyConfig, plain
-from jobs.errors import JobFailed, Refused, checking_input
+from jobs.errors import InputError, JobFailed, Refused, checking_input
 from jobs.pools import size_pools
 from jobs.progress import ProgressReport
 from jobs.signals import Stopped, stoppable
 from pipelines import inventory, output, publishing
 from pipelines.bundle import Bundle, NotCertified, open_bundle
 from pipelines.inference import Model, Source, classify, work_list
-from pipelines.ledger import Ledger, LedgerLost, State
-from pipelines.output import Committer
+from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, State
+from pipelines.output import Committer, PartDamaged
 from pipelines.plan import Plan
+from pipelines.publishing import TableDamaged
+from pipelines.runs import git_revision
 from pipelines.schema import TRANSIENT, Status
 from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage import Storage, join, open_storage, redact
+from pipelines.verification import REPORT_JSON
 
 CPU_BATCH, GPU_BATCH = 16, 256
 ROWS_PER_BLOCK_CPU, ROWS_PER_BLOCK_GPU = 64, 256
@@ -56,7 +61,7 @@ class Run:
 def run(config: ClassifyConfig) -> int:
     try:
         return carry_out(prepare(config))
-    except LedgerLost as error:
+    except (LedgerLost, LedgerDamaged, PartDamaged, TableDamaged) as error:
         raise JobFailed(str(error)) from error
     except OSError as error:
         raise JobFailed(
@@ -79,15 +84,34 @@ def prepare(config: ClassifyConfig) -> Run:
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
         plan = inventory.plan(config.inventory, state, options=inventory_options(config))
-        ledger = Ledger.open(
-            state, identity(bundle, plan, config), n_items=plan.n_items, details={"config": resolved(config)}
-        )
+    ledger = open_ledger(state, plan, bundle, config)
+    with checking_input():
+        publishing.refuse_foreign_files(ledger, table)
     if not state.fenced:
         log.warning(
             "%s has no conditional put: two drivers started on it at once might both go on", redact(state.uri)
         )
     seconds = {"plan": time.monotonic() - started}
     return Run(config, bundle, runtime, state, table, plan, ledger, certified, seconds)
+
+
+def open_ledger(state: Storage, plan: Plan, bundle: Bundle, config: ClassifyConfig) -> Ledger:
+    """The run's ledger, which must be of the same plan, bundle and settings."""
+    details = {"config": resolved(config), **surroundings()}
+    try:
+        return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
+    except RunMismatch as error:
+        raise InputError(str(error)) from error
+
+
+def surroundings() -> dict[str, Any]:
+    """What else made the run: code and libraries."""
+    libraries = ("iab-vision", "ray", "onnxruntime-gpu", "onnxruntime", "pyarrow", "pillow", "obstore")
+    versions = {}
+    for name in libraries:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"git_revision": git_revision(), "versions": versions}
 
 
 def is_certified(bundle: Bundle, config: ClassifyConfig) -> bool:
@@ -134,7 +158,10 @@ def resolved(config: ClassifyConfig) -> dict[str, Any]:
 def carry_out(run: Run) -> int:
     """Classify what is missing, check the error budget, publish, report."""
     if run.ledger.view.state is State.PUBLISHED:
+        publishing.finish(run.ledger, run.state, run.table)
         if not reopen_failed(run):
+            if not report_is_current(run):  # the driver died between publishing and reporting
+                write_report(run)
             return say_done(run)
     else:
         run.ledger.announce()
@@ -144,10 +171,8 @@ def carry_out(run: Run) -> int:
     if run.ledger.view.state is State.RUNNING:
         check_budget(run)
     started = time.monotonic()
-    with checking_input():
-        publishing.publish(
-            run.ledger, run.plan, run.state, run.table, rows_per_file=run.config.workers.rows_per_file
-        )
+    rows_per_file = run.config.workers.rows_per_file
+    publishing.publish(run.ledger, run.plan, run.state, run.table, rows_per_file=rows_per_file)
     run.seconds["publish"] = time.monotonic() - started
     write_report(run)
     return say_done(run)
@@ -155,7 +180,6 @@ def carry_out(run: Run) -> int:
 
 def reopen_failed(run: Run) -> bool:
     """With `--retry-failed`, open a generation for rows that failed in passing; whether there are any."""
-    publishing.finish(run.ledger, run.state, run.table)
     if not run.config.retry_failed:
         return False
     failed = publishing.failed_items(run.ledger, run.plan, run.table)
@@ -249,6 +273,13 @@ def check_budget(run: Run) -> None:
         )
 
 
+def report_is_current(run: Run) -> bool:
+    if not run.state.exists(REPORT_JSON):
+        return False
+    generation: int = json.loads(run.state.read(REPORT_JSON))["generation"]
+    return generation == run.ledger.view.generation
+
+
 def totals(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     """Published rows by status and by best label."""
     statuses: dict[str, int] = {}
@@ -279,7 +310,7 @@ def write_report(run: Run) -> None:
         "generation": run.ledger.view.generation,
         "retryable_rows": sum(statuses.get(status.value, 0) for status in TRANSIENT),
     }
-    run.state.put("report.json", json.dumps(report, indent=1).encode())
+    run.state.put(REPORT_JSON, json.dumps(report, indent=1).encode())
 
 
 def say_done(run: Run) -> int:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.cluster import quieten
 from jobs.errors import CommandError, InputError
 
 
@@ -85,6 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def start_logging() -> None:
+    """Our own progress at INFO; of the libraries only what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for package in ("jobs", "export", "pipelines"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
 def run(name: str, argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
@@ -92,7 +100,8 @@ def run(name: str, argv: Sequence[str]) -> int:
 
     command = COMMANDS[name]
     settings = getattr(configs, command.config).parse(argv, command=name)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging()
+    quieten()
     code: int = importlib.import_module(command.module).run(settings)
     return code
 

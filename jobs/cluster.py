@@ -10,11 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LOGICAL_CPUS_PER_CORE = 4
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # its plan and its own progress table; ours stands instead
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # one error-like line per actor pool (ray #53727)
+}
+"""Environment of the driver, unless the user set it: what Ray says of a healthy run is not for its user."""
 
 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quieten() -> None:
+    """Set `QUIET`; only before Ray is imported does it all take effect."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def joins_cluster(address: str | None) -> bool:
@@ -29,19 +41,17 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     Without an address, `RAY_ADDRESS` decides (set by `ray job submit`), else a local cluster is started.
     A process that is connected already is left as it is.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    import ray.data
 
     if ray.is_initialized():
         yield
         return
-    joins = address or os.environ.get("RAY_ADDRESS")
-    local = (
-        {} if joins else {"num_cpus": num_cpus or LOGICAL_CPUS_PER_CORE * cores(), "include_dashboard": False}
-    )
-    ray.init(
-        address=address, configure_logging=True, logging_level=logging.WARNING, log_to_driver=False, **local
-    )
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    here = {"num_cpus": num_cpus or LOGICAL_CPUS_PER_CORE * cores(), "include_dashboard": False}
+    joins = joins_cluster(address)
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **({} if joins else here))
     try:
         yield
     finally:
