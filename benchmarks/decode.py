@@ -88,10 +88,8 @@ def costs(payloads: Sequence[bytes], rounds: int, title: str) -> Table:
     return cost_table({way: statistics.median(values) for way, values in seconds.items()}, payloads, title)
 
 
-def cost_table(seconds: dict[str, float], payloads: Sequence[bytes]) -> Table:
-    table = Table(
-        "way", "ms per image", "to images.prepare", title=f"{len(payloads)} JPEGs of 500 x 375 to 224"
-    )
+def cost_table(seconds: dict[str, float], payloads: Sequence[bytes], title: str) -> Table:
+    table = Table("way", "ms per image", "to images.prepare", title=title)
     for way, value in seconds.items():
         table.add_row(way, f"{value * 1000:.3f}", f"{value / seconds['images.prepare'] - 1:+.1%}")
     differences = [
