@@ -89,29 +89,32 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
     shown = gallery(
         answers.scored, judged.taxonomy, answers.images, judged.image_spec, network=judged.network
     )
-    counts = {name: class_counts(data, name) for name in ("train", "validation", "test")}
-    material = replace(shown, history=judged.history, class_counts={k: v for k, v in counts.items() if v})
-    write_report(found, config.output, material)
+    counts = class_counts(data) if config.split != "all" else {}
+    write_report(found, config.output, replace(shown, history=judged.history, class_counts=counts))
     return found
 
 
 def labelled(config: EvaluateConfig, judged: Subject) -> Any:
+    """The dataset, in the model's taxonomy; asked about as a whole, its split column means nothing."""
     from pipelines import datasets
 
+    columns = plain(config.columns)
     return datasets.load(
         config.dataset,
         taxonomy_name=judged.taxonomy_reference,
         label_map=config.label_map,
-        columns=plain(config.columns),
+        columns=replace(columns, split="") if config.split == "all" else columns,
         split=plain(config.splits),
     )
 
 
-def class_counts(data: Any, split: str) -> dict[str, int]:
-    """Images of each label in a split; empty where the dataset has no such split."""
-    if not len(data.indices(split)):
-        return {}
-    return dict(zip(data.classes, data.class_counts(split).tolist(), strict=True))
+def class_counts(data: Any) -> dict[str, dict[str, int]]:
+    """Images of each label in each split that the dataset has."""
+    return {
+        split: dict(zip(data.classes, data.class_counts(split).tolist(), strict=True))
+        for split in ("train", "validation", "test")
+        if len(data.indices(split))
+    }
 
 
 @contextmanager

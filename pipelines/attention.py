@@ -36,12 +36,14 @@ def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     try:
         with torch.no_grad():
             inputs_nchw = normalised(pixels_nhwc, spec, model.device)
-            attentions = model(pixel_values=inputs_nchw, output_attentions=True).attentions
+            found = model(pixel_values=inputs_nchw, output_attentions=True)
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
-    if not attentions:
-        raise NoAttention(f"{type(model).__name__} returns no attention")
+    attentions = getattr(found, "attentions", None) or ()
+    # One shape for all blocks: window attention (Swin) and pyramids have several, and no common tokens.
+    if len({attention.shape for attention in attentions}) != 1:
+        raise NoAttention(f"{type(model).__name__} returns no attention of all its patches to each other")
     return _scaled(_multiplied(attentions), rows, columns)
 
 
