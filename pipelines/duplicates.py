@@ -42,9 +42,9 @@ class Followers:
     leaders: np.ndarray
 
 
-def find_followers(hashes: np.ndarray, max_rows_per_item: int = MAX_ROWS_PER_ITEM) -> Followers:
-    """Group equal hashes; in each group every `max_rows_per_item`-th row leads those after it."""
-    found = [_find_in_bucket(hashes, bucket, max_rows_per_item) for bucket in range(1 << HASH_BUCKETS_LOG2)]
+def find_followers(hashes: np.ndarray) -> Followers:
+    """Group equal hashes; in each group every `MAX_ROWS_PER_ITEM`-th row leads those after it."""
+    found = [_find_in_bucket(hashes, bucket, MAX_ROWS_PER_ITEM) for bucket in range(1 << HASH_BUCKETS_LOG2)]
     rows = np.concatenate([rows for rows, _ in found])
     leaders = np.concatenate([leaders for _, leaders in found])
     order = np.argsort(rows)
@@ -86,12 +86,12 @@ class HashFile:
 class Spill:
     """The followers' rows on disk, cut into segments of consecutive leaders."""
 
-    def __init__(self, followers: Followers, folder: Path, rows_per_spill: int = ROWS_PER_SPILL) -> None:
+    def __init__(self, followers: Followers, folder: Path) -> None:
         self._followers = followers
         self._folder = folder
         self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
         ordered = np.sort(followers.leaders)
-        self._bounds = np.unique(ordered[::rows_per_spill])
+        self._bounds = np.unique(ordered[::ROWS_PER_SPILL])
         self._segment = -1
         self._loaded = pa.table({})
 

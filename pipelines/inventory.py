@@ -223,7 +223,8 @@ def to_items(rows: pa.Table, offsets: np.ndarray, carried: pa.Schema) -> pa.Tabl
 
 
 def _column(rows: pa.Table, field: pa.Field) -> pa.Array:
-    if field.name not in rows.column_names:
+    # pyarrow 26 takes too few rows of a chunked column of type null.
+    if field.name not in rows.column_names or pa.types.is_null(field.type):
         return pa.nulls(rows.num_rows, field.type)
     column = rows[field.name]
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

@@ -5,9 +5,11 @@ tables, so that a `labels.csv` beside pictures is not mistaken for the inventory
 Files and folders whose names start with a dot are skipped. Nothing is opened.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
@@ -105,7 +107,16 @@ def _version(storage: Storage, name: str) -> str:
 
 def _found(base: str, entry: Entry) -> FoundFile:
     version = entry.etag or (entry.last_modified.isoformat() if entry.last_modified else "")
-    return FoundFile(f"{base.rstrip('/')}/{entry.path}", entry.size, version)
+    return FoundFile(_writable(f"{base.rstrip('/')}/{entry.path}"), entry.size, version)
+
+
+def _writable(uri: str) -> str:
+    """The URI; a local name that is not UTF-8, which no table can hold, as a percent-encoded `file://`."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return "file://" + quote(os.fsencode(uri))
+    return uri
 
 
 def _hidden(path: str) -> bool:

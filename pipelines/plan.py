@@ -267,7 +267,7 @@ def _write_file(local: Path, groups: Sequence[pa.Table], schema: pa.Schema, row_
     ) as writer:
         for group in groups:
             numbers = pa.array(np.arange(row_id + n_items, row_id + n_items + group.num_rows))
-            table = group.add_column(0, schema.field("row_id"), numbers).select(schema.names).cast(schema)
+            table = group.add_column(0, schema.field("row_id"), numbers).select(schema.names)
             writer.write_table(table, row_group_size=max(1, group.num_rows))
             n_items += group.num_rows
             n_rows += pc.sum(pc.list_value_length(table["rows"])).as_py() or 0

@@ -1,15 +1,25 @@
 """Inventories of every form become plans in which each row is found again, once."""
 
 import csv
+import gzip
+import os
+import pickle
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipelines import duplicates, tables
+from pipelines import plan as frozen_plan
 from pipelines.inventory import plan
 from pipelines.listing import InventoryError
 from pipelines.plan import PlanMismatch, open_plan
 from pipelines.specs import InventoryOptions
 from pipelines.storage import Storage, open_storage
+from pipelines.tables import TableError
 
 
 @pytest.fixture
@@ -92,3 +102,193 @@ def test_changed_inventory_is_refused_unless_the_frozen_plan_is_kept(tmp_path: P
     with pytest.raises(PlanMismatch, match="--keep-plan"):
         plan(str(table), state)
     assert plan(str(table), state, options=InventoryOptions(keep_plan=True)) == first
+
+
+ANY_TYPE = {
+    "dictionary": pa.array(["a", None, "a"]).dictionary_encode(),
+    "decimal": pa.array([Decimal("1.10"), None, Decimal("2.00")], pa.decimal128(9, 2)),
+    "moment": pa.array([1, None, 3], pa.timestamp("ns", tz="Europe/Berlin")),
+    "day": pa.array([1, None, 3], pa.date32()),
+    "time": pa.array([1, None, 3], pa.time64("us")),
+    "duration": pa.array([1, None, 3], pa.duration("ms")),
+    "map": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+    "list": pa.array([[1, None], None, []], pa.large_list(pa.int32())),
+    "pair": pa.array([[1, 2], None, [3, 4]], pa.list_(pa.int16(), 2)),
+    "struct": pa.array([{"x": 1, "y": ["a"]}, None, {"x": None, "y": []}]),
+    "binary": pa.array([b"\xff", None, b""], pa.binary()),
+    "fixed": pa.array([b"ab", None, b"cd"], pa.binary(2)),
+    "half": pa.array([1.5, None, 2.5], pa.float16()),
+    "large": pa.array(["a", None, "c"], pa.large_string()),
+    "unsigned": pa.array([2**64 - 1, None, 0], pa.uint64()),
+    "nothing": pa.nulls(3),
+}
+
+
+def test_carried_columns_of_any_arrow_type_come_back_as_given(tmp_path: Path, state: Storage) -> None:
+    table = pa.table({"uri": ["a", "b", "a"], **ANY_TYPE})
+    pq.write_table(table, tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    assert frozen.carried == table.drop_columns(["uri"]).schema
+    rows = frozen.read(0, 2)["rows"].combine_chunks().flatten()
+    given = table.take([0, 2, 1])  # rows 0 and 2 share an item
+    for index, field in enumerate(frozen.carried):
+        assert rows.field(index + 1).equals(given[field.name].combine_chunks()), field
+
+
+def test_string_view_is_carried_as_text(tmp_path: Path, state: Storage) -> None:
+    table = pa.table({"uri": pa.array(["a"], pa.string_view()), "page": pa.array(["p"], pa.string_view())})
+    pq.write_table(table, tmp_path / "inventory.parquet")
+    plan(str(tmp_path / "inventory.parquet"), state)
+    assert rows_of(state) == [{"uri": "a", "image_id": "a", "page": "p"}]
+
+
+def test_whole_numbers_serve_as_image_ids(tmp_path: Path, state: Storage) -> None:
+    (tmp_path / "inventory.jsonl").write_text('{"uri": "a", "image_id": 7}\n{"uri": "b", "image_id": null}\n')
+    plan(str(tmp_path / "inventory.jsonl"), state)
+    assert [row["image_id"] for row in rows_of(state)] == ["7", "b"]
+
+
+def test_json_lines_take_their_types_from_the_whole_file(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that is whole numbers at first and fractions a block later must not break off half-way."""
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 64)
+    lines = [f'{{"uri": "u{n}", "score": {n if n < 20 else n + 0.5}}}' for n in range(40)]
+    (tmp_path / "inventory.ndjson.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    plan(str(tmp_path / "inventory.ndjson.gz"), state)
+    assert [row["score"] for row in rows_of(state)] == [n if n < 20 else n + 0.5 for n in range(40)]
+
+
+def test_folder_of_tables_is_one_inventory_with_the_columns_of_all(tmp_path: Path, state: Storage) -> None:
+    folder = tmp_path / "tables"
+    (folder / "_done").mkdir(parents=True)
+    pq.write_table(pa.table({"uri": ["a"], "n": pa.array([1], pa.int32())}), folder / "0.parquet")
+    pq.write_table(pa.table({"n": pa.array([2**40]), "uri": ["b"], "m": ["x"]}), folder / "1.parquet")
+    (folder / "_SUCCESS").touch()
+    plan(str(folder), state)
+    assert [(row["uri"], row["n"], row["m"]) for row in rows_of(state)] == [("a", 1, None), ("b", 2**40, "x")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no_uri.csv", "file,n\na,1\n", "--rename COLUMN=uri"),
+        ("twice.csv", "uri,n,n\na,1,2\n", "names a column twice: n"),
+        ("ragged.csv", "uri,n\na,1\nb\n", "ragged.csv"),
+        ("latin.csv", b"uri\n\xe9.jpg\n", "UTF8"),
+        ("broken.jsonl", '{"uri": "a"}\n{"uri": \n', "broken.jsonl"),
+        ("mixed.jsonl", '{"uri": "a", "n": 1}\n{"uri": "b", "n": {"x": 1}}\n', "mixed.jsonl"),
+        ("number.jsonl", '{"uri": 1}\n', "uri must be text"),
+        ("not.parquet", "PAR1 this is none", "not.parquet"),
+        ("empty.csv", "", "empty.csv"),
+        ("shard.tar", b"x" * 1024, "shard.tar"),
+    ],
+)
+def test_unusable_inventory_is_refused_by_name(
+    tmp_path: Path, state: Storage, name: str, content: str | bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises((InventoryError, TableError), match=message):
+        plan(str(tmp_path / name), state)
+    assert state.list() == []
+
+
+def test_place_without_images_is_refused_with_what_it_holds(tmp_path: Path, state: Storage) -> None:
+    with pytest.raises(InventoryError, match="neither a file nor a folder"):
+        plan(str(tmp_path / "nowhere"), state)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InventoryError, match=r"notes\.txt.*--all-files"):
+        plan(str(tmp_path), state)
+    assert plan(str(tmp_path), state, options=InventoryOptions(all_files=True)).n_items == 1
+
+
+def test_listing_takes_images_by_name_in_any_case_and_skips_hidden_ones(
+    tmp_path: Path, state: Storage
+) -> None:
+    folder = tmp_path / "images"
+    for name in ("b.JPG", "a/c.webp", "a/._c.webp", ".cache/d.jpg", "labels.csv", "e", "f.jpeg.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    Path(os.fsdecode(bytes(folder) + b"/\xff.png")).touch()
+    frozen = plan(str(folder), state)
+    uris = [row["uri"] for row in rows_of(state)]
+    assert sorted(uris) == sorted([f"{folder}/a/c.webp", f"{folder}/b.JPG", f"file://{folder}/%FF.png"])
+    assert frozen.n_rows == 3
+
+
+def test_every_row_of_a_heavily_repeated_table_is_in_the_plan_once(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spills, batches, row groups and files are all cut many times; nothing may fall between them."""
+    monkeypatch.setattr(tables, "BATCH_ROWS", 700)
+    monkeypatch.setattr(duplicates, "ROWS_PER_SPILL", 900)
+    monkeypatch.setattr(duplicates, "MAX_ROWS_PER_ITEM", 50)
+    monkeypatch.setattr(frozen_plan, "ITEMS_PER_GROUP", 64)
+    monkeypatch.setattr(frozen_plan, "ROWS_PER_GROUP", 300)
+    monkeypatch.setattr(frozen_plan, "ITEMS_PER_FILE", 500)
+    random = np.random.default_rng(7)
+    images = np.where(random.random(10_000) < 0.2, 0, random.integers(0, 3_000, 10_000))
+    uris = [f"https://e.example/{n}" for n in images]
+    pq.write_table(pa.table({"uri": uris, "n": np.arange(10_000)}), tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    items = frozen.read(0, frozen.n_items, ["uri", "rows"]).to_pylist()
+    assert sorted((row["n"], item["uri"]) for item in items for row in item["rows"]) == list(enumerate(uris))
+    assert max(len(item["rows"]) for item in items) == 50
+    repeated = [item["uri"] for item in items if len(item["rows"]) < 50]
+    assert len(repeated) == len(set(repeated))
+    firsts = [item["rows"][0]["n"] for item in items]
+    assert firsts == sorted(firsts)
+    assert len(frozen.files) > 3
+
+
+def test_colliding_hashes_never_join_rows_of_two_images(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "hash_uris", lambda uris: np.zeros(len(uris), np.uint64))
+    rows = [{"uri": f"u{n % 4}", "n": str(n)} for n in range(12)]
+    plan(str(write_csv(tmp_path / "inventory.csv", rows)), state)
+    found = rows_of(state)
+    assert sorted((row["uri"], int(row["n"])) for row in found) == sorted((f"u{n % 4}", n) for n in range(12))
+
+
+def test_any_range_of_the_plan_reads_the_same_wherever_it_starts(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_plan, "ITEMS_PER_GROUP", 10)
+    monkeypatch.setattr(frozen_plan, "ITEMS_PER_FILE", 35)
+    write_csv(tmp_path / "inventory.csv", [{"uri": f"u{n}"} for n in range(100)])
+    frozen = pickle.loads(pickle.dumps(plan(str(tmp_path / "inventory.csv"), state)))
+    whole = frozen.read(0, 100, ["row_id", "uri"])
+    for start in range(0, 100, 7):
+        assert frozen.read(start, min(100, start + 23), ["row_id", "uri"]) == whole.slice(start, 23)
+    scattered = frozen.rows([(90, 92), (3, 4), (34, 36)], ["row_id"])
+    assert scattered["row_id"].to_pylist() == [90, 91, 3, 34, 35]
+    with pytest.raises(IndexError, match="100"):
+        frozen.read(99, 101)
+
+
+def test_two_drivers_that_plan_at_once_agree_or_are_told(tmp_path: Path, state: Storage) -> None:
+    """The second writes its files before the first has created plan.json, and finds it there at the end."""
+    first = write_csv(tmp_path / "a.csv", [{"uri": "a"}])
+    other = write_csv(tmp_path / "b.csv", [{"uri": "b"}])
+    frozen = plan(str(first), state)
+    hidden = HiddenOnce(state)
+    assert plan(str(first), hidden) == frozen
+    with pytest.raises(PlanMismatch, match="something else"):
+        plan(str(other), HiddenOnce(state))
+    assert [row["uri"] for row in rows_of(state)] == ["a"]
+
+
+class HiddenOnce:
+    """A storage whose first look for plan.json comes too early."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._looked = False
+
+    def exists(self, path: str) -> bool:
+        looked, self._looked = self._looked, True
+        return looked and self._storage.exists(path)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._storage, name)
