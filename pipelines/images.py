@@ -219,6 +219,9 @@ def check_size(width: int, height: int, limits: DecodeLimits) -> None:
     """Refuse by the header, before any pixel is decoded."""
     if width < 1 or height < 1:
         raise Undecodable(Status.DECODE_FAILED, f"the header says {width} x {height} pixels")
+    if max(width, height) > limits.max_side:
+        message = f"{width} x {height} pixels; the longest side allowed is {limits.max_side} (max_side)"
+        raise Undecodable(Status.TOO_MANY_PIXELS, message)
     if width * height > limits.max_pixels:
         raise Undecodable(
             Status.TOO_MANY_PIXELS,
@@ -300,19 +303,30 @@ def draft_size(size: tuple[int, int], target: tuple[int, int], spec: ImageSpec) 
 
 
 def fitted(image: Image.Image, target: tuple[int, int], spec: ImageSpec) -> Image.Image:
-    """Resize (antialiased) to the target; `crop` resizes only the centre that will be kept.
-
-    One step from the kept box to the target equals resizing the shorter side and cutting the centre,
-    without the giant intermediate picture of a 10000 x 1 banner.
-    """
+    """Resize (antialiased) what is kept of the picture to the target."""
     resample = Resampling.BICUBIC if spec.resample == "bicubic" else Resampling.BILINEAR
-    width, height = image.size
+    left, top, right, bottom = kept_box(image.size, target, spec)
+    # Pillow resizes rows before columns: a strip of 1 x 60 million pixels would be widened in full length.
+    if target[0] > right - left and target[1] < bottom - top:
+        image = image.resize((image.width, target[1]), resample, box=(0, top, image.width, bottom))
+        top, bottom = 0, target[1]
+    return image.resize(target, resample, box=(left, top, right, bottom))
+
+
+def kept_box(
+    size: tuple[int, int], target: tuple[int, int], spec: ImageSpec
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what the model sees: everything, or the centre in the target's shape.
+
+    Going from this box to the target in one step equals resizing the shorter side and cutting the centre,
+    without the giant picture in between that a banner of 10,000 x 1 would need.
+    """
+    width, height = size
     if spec.fit == "stretch":
-        return image.resize(target, resample)
+        return 0, 0, width, height
     scale = max(target[0] / width, target[1] / height)
-    left, top = (width - target[0] / scale) / 2, (height - target[1] / scale) / 2
-    box = (max(left, 0.0), max(top, 0.0), min(width - left, width), min(height - top, height))
-    return image.resize(target, resample, box=box)
+    left, top = max((width - target[0] / scale) / 2, 0.0), max((height - target[1] / scale) / 2, 0.0)
+    return left, top, width - left, height - top
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:

@@ -49,6 +49,8 @@ class DecodeLimits:
 
     max_pixels: int = 100_000_000
     """Largest width * height accepted, read from the header before anything is decoded."""
+    max_side: int = 65_535
+    """Longest side accepted, pixels: the most that JPEG can say. A TIFF of 122 bytes may claim 67 million rows."""
     timeout_s: float = 20.0
     """Longest time for one image in the decoder, seconds; then `decode_timeout`."""
     max_memory_bytes: int = 4_000_000_000
@@ -56,6 +58,7 @@ class DecodeLimits:
 
     def __post_init__(self) -> None:
         at_least("max_pixels", self.max_pixels, 1)
+        at_least("max_side", self.max_side, 1)
         at_least("timeout_s", self.timeout_s, 0.1)
         at_least("max_memory_bytes", self.max_memory_bytes, 500_000_000)
 
