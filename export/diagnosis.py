@@ -40,6 +40,13 @@ def diagnose(
     limits: Limits,
 ) -> list[Finding]:
     """The kinds of difference, most upstream first; `oriented` marks images with an EXIF rotation."""
+    if not np.isfinite(candidate.logits_nc).all():
+        rows = int((~np.isfinite(candidate.logits_nc)).any(axis=1).sum())
+        return [
+            Finding(
+                "not_finite", f"logits of {rows} images are NaN or infinite: overflow, or a broken weight"
+            )
+        ]
     findings = [*_labels(reference, candidate), *_pixels(reference, candidate, oriented)]
     if reference.pixels_nhwc.shape == candidate.pixels_nhwc.shape:
         findings += _logits(candidate, network, spec, limits)

@@ -6,6 +6,7 @@ becomes its certificate, with the verdict in it. Where the documents go is `rele
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,7 @@ def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> d
     metrics = parity.compare(evidence.scores, found, limits, evidence.targets_nc)
     batches = parity.batch_invariance(candidate.model, found.pixels_nhwc)
     failures = parity.failures(metrics, batches, limits)
-    return {
+    document = {
         "passed": not failures,
         "failures": [asdict(failure) for failure in failures],
         "findings": [asdict(finding) for finding in _findings(evidence, found, limits)] if failures else [],
@@ -125,6 +126,17 @@ def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> d
         "seconds": round(time.monotonic() - started, 1),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    finite_document: dict[str, Any] = finite(document)
+    return finite_document
+
+
+def finite(value: Any) -> Any:
+    """The same document with NaN and infinities as text: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def score(sample: Sequence[Sample], candidate: Candidate) -> Scores:

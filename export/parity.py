@@ -162,9 +162,12 @@ def agreement(reference_nc: np.ndarray, candidate_nc: np.ndarray, k: int, margin
 def labelled(
     reference_nc: np.ndarray, candidate_nc: np.ndarray, targets_nc: np.ndarray, multi_label: bool
 ) -> dict[str, Any] | None:
-    """Accuracy of the best label and calibration error of both sides, over the images that have labels."""
+    """Accuracy of the best label and calibration error of both sides, over the images that have labels.
+
+    None without labels, and for NaN, which is no accuracy but another limit's failure.
+    """
     known = (targets_nc >= 0).all(axis=1)
-    if not known.any():
+    if not known.any() or not np.isfinite(candidate_nc).all():
         return None
     truth_nc = targets_nc[known]
     targets = truth_nc if multi_label else truth_nc.argmax(axis=1)
@@ -182,8 +185,9 @@ def labelled(
 
 
 def histogram(values: np.ndarray) -> dict[str, list[float]]:
-    """Counts per decade of the differences: they span many, and a zero counts into the lowest."""
-    exponents = np.clip(np.floor(np.log10(np.maximum(values, 1e-12))), -9, 2).astype(int)
+    """Counts per decade of the differences: they span many; a zero counts as least, a NaN as most."""
+    finite = np.nan_to_num(values, nan=1e3, posinf=1e3)
+    exponents = np.clip(np.floor(np.log10(np.maximum(finite, 1e-12))), -9, 2).astype(int)
     decades = np.arange(-9, 3)
     return {
         "from": [float(f"1e{decade}") for decade in decades],

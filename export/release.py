@@ -249,7 +249,7 @@ def one_line(provider: str, name: str, document: Mapping[str, Any]) -> str:
     top1 = metrics["top1"]
     return (
         f"{name} on {provider}: {verdict} on {document['images']['compared']} images, max |Δ logit| "
-        f"{metrics['max_logit']:.2g}, top 1 agrees on {top1['share']:.2%} ({top1['ties']} ties), "
+        f"{report.number(metrics['max_logit'])}, top 1 agrees on {top1['share']:.2%} ({top1['ties']} ties), "
         f"{max(document['speed'].values()):g} images/s"
     )
 
@@ -259,7 +259,8 @@ def _summary(documents: Documents, report_uri: str) -> str:
     for (provider, name), document in documents.items():
         if not document["passed"]:
             broken = "; ".join(
-                f"{f['metric']} is {f['value']:.3g}, limit {f['limit']:.3g}" for f in document["failures"]
+                f"{f['metric']} is {report.number(f['value'])}, limit {report.number(f['limit'])}"
+                for f in document["failures"]
             )
             kinds = (
                 "; ".join(f"{f['kind']}: {f['detail']}" for f in document["findings"]) or "no kind stands out"

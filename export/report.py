@@ -22,13 +22,20 @@ def render(evidence: Evidence, documents: Mapping[tuple[Provider, Precision], Ma
     """The page over all documents of one measurement."""
     template = (resources.files("export") / "templates" / "certificate.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["g"] = lambda value: "not limited" if value is None else f"{value:.3g}"
+    environment.filters["g"] = number
     page = environment.from_string(template).render(
         documents=[(provider, name, document) for (provider, name), document in documents.items()],
         thumbnail=lambda row: thumbnail(evidence.scores.pixels_nhwc[row]),
         top_k=TOP_K,
     )
     return page.encode()
+
+
+def number(value: float | str | None) -> str:
+    """A value or a limit as the page shows it; NaN comes as text."""
+    if value is None:
+        return "not limited"
+    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def thumbnail(pixels_hwc: np.ndarray) -> str:

@@ -8,16 +8,17 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines import datasets, storage, tables
-from pipelines.datasets import IMAGE_SUFFIXES, DatasetError
+from pipelines import labelled_input, storage, tables
 from pipelines.decoder import DecoderProcess
 from pipelines.images import ORIENTATION_TAG
+from pipelines.labelled_input import IMAGE_SUFFIXES, DatasetError
 from pipelines.recipe import Columns
 from pipelines.schema import Status
 from pipelines.specs import ImageSpec
@@ -70,7 +71,7 @@ def find(images_uri: str) -> list[Place]:
     if not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
         return find(storage.join(images_uri, DATASET_TABLE))
     try:
-        rows, _ = datasets.read(images_uri, Columns())
+        rows, _ = labelled_input.read(images_uri, Columns())
     except DatasetError:  # no labels: the images alone will do
         return _in_table(images_uri) if is_table else _in_folder(images_uri)
     held_out = rows.filter(pa.compute.is_in(rows["split"], pa.array(HELD_OUT)))
@@ -152,7 +153,8 @@ def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None
     return found
 
 
-def awkward(seed: int = 0) -> list[Sample]:
+@cache
+def awkward(seed: int = 0) -> tuple[Sample, ...]:
     """Pictures that have broken pipelines: tiny, huge, long, grey, CMYK, 16-bit, transparent, rotated."""
     picture = _picture(seed)
     grey, cmyk = picture.convert("L"), picture.convert("CMYK")
@@ -171,7 +173,7 @@ def awkward(seed: int = 0) -> list[Sample]:
         **{f"rotated-{value}.jpg": _jpeg(picture, orientation=value) for value in (3, 6, 8)},
         **{f"mirrored-{value}.jpg": _jpeg(picture, orientation=value) for value in (2, 5)},
     }
-    return [Sample(f"awkward/{name}", payload, awkward=True) for name, payload in made.items()]
+    return tuple(Sample(f"awkward/{name}", payload, awkward=True) for name, payload in made.items())
 
 
 def _picture(seed: int) -> Image.Image:
