@@ -50,7 +50,7 @@ class DecodeLimits:
     max_pixels: int = 100_000_000
     """Largest width * height accepted, read from the header before anything is decoded."""
     max_side: int = 65_535
-    """Longest side accepted, pixels: the most that JPEG can say; 122 bytes of TIFF can claim 67 million rows."""
+    """Longest side accepted, pixels: all that JPEG can say. 122 bytes of TIFF may claim 67 million rows."""
     timeout_s: float = 20.0
     """Longest time for one image in the decoder, seconds; then `decode_timeout`."""
     max_memory_bytes: int = 4_000_000_000
