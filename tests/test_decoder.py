@@ -181,7 +181,7 @@ def test_an_interrupted_batch_does_not_answer_the_next_one(monkeypatch: pytest.M
 
 def test_an_image_beyond_the_memory_limit_fails_alone() -> None:
     buffer = io.BytesIO()
-    Image.new("RGBA", (12_000, 8_000)).save(buffer, "PNG", compress_level=1)
+    Image.new("P", (8_000, 6_000)).save(buffer, "PNG", compress_level=1, transparency=0)
     with DecoderProcess(SPEC, DecodeLimits(max_memory_bytes=500_000_000)) as process:
         prepared, _ = process.prepare_batch([PAYLOADS[0], buffer.getvalue(), PAYLOADS[1]])
     assert [image.status for image in prepared] == [Status.OK, Status.DECODE_FAILED, Status.OK]
