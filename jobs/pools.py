@@ -50,7 +50,7 @@ def size_pools(
     chunks = max(1, -(-n_items // workers.rows_per_chunk))
     return Pools(
         load_actors=min(load, chunks),
-        infer_actors=infer,
+        infer_actors=min(infer, chunks),
         cpus_per_load=1,
         cpus_per_infer=threads if provider == "cpu" else 1,
         gpus_per_infer=0 if provider == "cpu" else min(1.0, gpus / infer),

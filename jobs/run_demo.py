@@ -1,0 +1,205 @@
+"""`iab-vision demo`: the whole story on pictures that it draws itself, in one folder, with one command.
+
+    iab-vision demo --output demo-output
+
+About two minutes on two CPU cores. Expected result: a test accuracy far above the chance of one in six, a
+bundle with its certificate, a verified table in which the broken files have their reasons, exit code 0.
+"""
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jobs import drawings
+from jobs.cluster import ray_cluster
+from jobs.config import (
+    Augment,
+    ClassifyConfig,
+    DemoConfig,
+    ExportConfig,
+    Fetch,
+    TrainConfig,
+    VerifyConfig,
+)
+from jobs.errors import InputError, JobFailed
+
+PICTURES_PER_CLASS = 100
+NEW_PICTURES = 120
+EPOCHS = 14
+SEED = 20
+MARKER = ".iab-vision-demo"
+"""Says that a folder is a demo's and may be emptied by the next."""
+MADE = ("dataset", "new", "run", "bundle", "inventory.parquet", "predictions")
+
+console = Console()
+
+
+def run(config: DemoConfig) -> int:
+    """Draw, train, export, classify, verify, show."""
+    started = time.monotonic()
+    root = Path(config.output).absolute()
+    start_afresh(root)
+    with ray_cluster():
+        tell("draw", f"{PICTURES_PER_CLASS} pictures of each of {len(drawings.SUBJECTS)} IAB categories")
+        drawings.draw_dataset(root / "dataset", per_class=PICTURES_PER_CLASS, seed=SEED)
+        train(root)
+        export(root)
+        truth = write_inventory(root)
+        classify(root)
+    code = verify(root)
+    show(root, truth)
+    say(f"\nThe demo took {time.monotonic() - started:.0f} s.")
+    return code
+
+
+def start_afresh(root: Path) -> None:
+    """Empty a folder that an earlier demo made; refuse any other that holds something."""
+    if root.exists() and any(root.iterdir()):
+        if not (root / MARKER).exists():
+            raise InputError(f"{root} is not empty and is not a demo's; choose another --output")
+        for name in MADE:
+            path = root / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).touch()
+
+
+def tell(stage: str, what: str) -> None:
+    console.print(f"\n[bold]{stage}[/bold]  {what}")
+
+
+def train(root: Path) -> None:
+    from jobs import train_vit
+
+    tell("train", "a small Vision Transformer from random weights, two Ray Train workers")
+    config = TrainConfig(
+        dataset=str(root / "dataset"),
+        output=str(root / "run"),
+        model="scratch:tiny",
+        image_size=48,
+        patch_size=8,
+        layers=4,
+        epochs=EPOCHS,
+        num_workers=2,
+        cpus_per_worker=1,
+        augment=Augment(crop_area=0.5),
+    )
+    finished(train_vit.run(config), "train")
+
+
+def export(root: Path) -> None:
+    from jobs import export_onnx
+
+    tell("export", "the best checkpoint to ONNX, compared with it on the pictures")
+    bundle = ExportConfig(
+        checkpoint=str(root / "run"), images=str(root / "dataset"), output=str(root / "bundle")
+    )
+    finished(export_onnx.run(bundle), "export")
+
+
+def write_inventory(root: Path) -> dict[str, str]:
+    """New pictures that no model has seen, some of them twice, broken ones and a missing one.
+
+    Returns the true category of each new picture by its URI.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = np.random.default_rng(SEED + 1)
+    folder = root / "new"
+    folder.mkdir()
+    truth = {}
+    for number in range(NEW_PICTURES):
+        subject = str(rng.choice(list(drawings.SUBJECTS)))
+        payload, extension = drawings.encode(drawings.draw(subject, rng), rng)
+        path = folder / f"{number:04d}.{extension}"
+        path.write_bytes(payload)
+        truth[str(path)] = subject
+    for name, payload in drawings.broken_files(SEED):
+        (folder / name).write_bytes(payload)
+    uris = sorted(str(path) for path in folder.iterdir())
+    uris += [str(folder / "gone.jpg"), *uris[:10]]
+    pages = [f"https://publisher.example/page/{number // 4}" for number in range(len(uris))]
+    ids = [f"image-{number:04d}" for number in range(len(uris))]
+    table = pa.table({"image_id": ids, "uri": uris, "page_url": pages})
+    pq.write_table(table, root / "inventory.parquet")
+    return truth
+
+
+def classify(root: Path) -> None:
+    from jobs import classify_images
+
+    tell("classify", "new pictures and some broken files, as a publisher's inventory")
+    config = ClassifyConfig(
+        inventory=str(root / "inventory.parquet"),
+        bundle=str(root / "bundle"),
+        output=str(root / "predictions"),
+        retry_pause_s=0,
+        fetch=Fetch(max_attempts=2),
+    )
+    finished(classify_images.run(config), "classify")
+
+
+def verify(root: Path) -> int:
+    from jobs import verify_output
+
+    tell("verify", "that every row is there once, unaltered")
+    return verify_output.run(VerifyConfig(path=str(root / "predictions")))
+
+
+def finished(code: int, stage: str) -> None:
+    if code != 0:
+        raise JobFailed(f"{stage} ended with exit code {code}; what it said stands above")
+
+
+def show(root: Path, truth: dict[str, str]) -> None:
+    """A few predictions, counts by status, where everything lies, and how to read it."""
+    import pyarrow.dataset as pads
+
+    rows = pads.dataset(root / "predictions" / "table", format="parquet").to_table().to_pylist()
+    distinct = list({row["uri"]: row for row in rows}.values())
+    labelled = [row for row in distinct if row["status"] == "ok"]
+    failed = [row for row in distinct if row["status"] != "ok"]
+    show_rows([*labelled[:8], *failed], truth)
+    known = [row for row in labelled if row["uri"] in truth]
+    right = sum(row["top_id"] == truth[row["uri"]] for row in known)
+    say(
+        f"\n{right} of {len(known)} new pictures are labelled as drawn: {right / len(known):.0%}, where chance is "
+        f"{1 / len(drawings.SUBJECTS):.0%}. They are drawings: the figure says that the stages fit together, "
+        "and nothing about photographs.\n"
+    )
+    statuses = Counter(row["status"] for row in rows)
+    say("rows by status: " + ", ".join(f"{name} {n}" for name, n in sorted(statuses.items())) + "\n")
+    for name in MADE:
+        say(f"  {root / name}")
+    say("\nRead the table, for example:\n")
+    say(f"  duckdb -c \"FROM '{root}/predictions/table/*.parquet' SELECT tier1_id, count(*) GROUP BY 1\"")
+
+
+def show_rows(rows: Sequence[dict[str, Any]], truth: dict[str, str]) -> None:
+    from pipelines import taxonomy
+
+    paths = taxonomy.load("3.1")
+    table = Table("picture", "score", "category, or why there is none", "drawn as")
+    for row in rows:
+        drawn = truth.get(row["uri"])
+        hit = "the same" if drawn == row["top_id"] else paths.node(drawn).name if drawn else ""
+        score = f"{row['top_score']:.2f}" if row["top_id"] else ""
+        label = paths.path(row["top_id"]) if row["top_id"] else f"[red]{row['status']}[/red]"
+        table.add_row(Path(row["uri"]).name, score, label, hit if row["top_id"] else "")
+    console.print()
+    console.print(table)
+
+
+def say(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
