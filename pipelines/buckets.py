@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from obstore import GetOptions
 
 CODE = re.compile(r"status code: (\d{3})([^:\n]{0,60})")
+KIND = re.compile(r"HttpError \{\s+kind: (\w+)")
+MESSAGE = re.compile(r'message: "([^"]{1,200})"')
 REASON = re.compile(r"<Code>(\w{1,60})</Code>")
 ODD_KEY = re.compile(r"^/|//|/$|(^|/)\.\.?(/|$)")
 """Keys that obstore's paths cannot say (it drops a leading slash): they are legal, and s3fs reads them."""
@@ -100,7 +102,9 @@ def failure_of(error: Exception) -> Failure:
         return Failure(Status.NOT_FOUND, "no such object")
     if isinstance(error, ValueError):
         return Failure(Status.INVALID_URI, " ".join(text.split())[:200])
-    if re.search(r"time(d ?)?out|TimedOut", text, re.I):
+    kind = KIND.search(text)
+    if kind and kind[1] == "Timeout":
         return Failure(Status.TIMEOUT, "no answer within the time limit")
+    message = MESSAGE.search(text)
     first_line = text.split("\n", 1)[0].rpartition(" - ")[2]
-    return Failure(Status.CONNECTION_FAILED, first_line[:200])
+    return Failure(Status.CONNECTION_FAILED, message[1] if message else first_line[:200])

@@ -18,6 +18,7 @@ from pipelines.specs import InventoryOptions
 from pipelines.storage import (
     Entry,
     Storage,
+    StorageError,
     is_local,
     local_path,
     open_storage,
@@ -70,14 +71,23 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
     form = _form_of_name(name, options)
     if form and (single := _single(open_storage(base), name)):
         return Found(form, base, (single,))
-    storage = open_storage(uri)
-    entries = [entry for entry in storage.list() if not _hidden(entry.path)]
+    entries = [entry for entry in _list(uri) if not _hidden(entry.path)]
     if not entries:
         raise InventoryError(
             f"{redact(inventory_uri)} is neither a file nor a folder or prefix that holds one"
         )
     form, chosen = _choose(inventory_uri, entries, options)
     return Found(form, uri, tuple(_found(uri, entry) for entry in chosen))
+
+
+def _list(uri: str) -> list[Entry]:
+    try:
+        return open_storage(uri).list()
+    except StorageError as error:
+        raise InventoryError(
+            f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (with an empty part, "
+            "as a//b) can still be fetched: name them in a table with a column uri"
+        ) from error
 
 
 def absolute(uri: str) -> str:

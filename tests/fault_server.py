@@ -116,6 +116,51 @@ def witness() -> Iterator[tuple[int, list[object]]]:
             thread.join()
 
 
+class Forwarder:
+    """A port that leads to another server, and can be cut off and restored."""
+
+    def __init__(self, port: int) -> None:
+        self.down = False
+        self._target = port
+        self._open: list[Writer] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        started = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
+        self.port = server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        """Reset every connection, and every new one, until `down` is false again."""
+        self.down = True
+        self._loop.call_soon_threadsafe(self._abort)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._abort)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _abort(self) -> None:
+        for writer in self._open:
+            writer.transport.abort()
+        self._open.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
+        if self.down:
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        self._open += [writer, far_writer]
+        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: Writer) -> None:
+        with contextlib.suppress(ConnectionError):
+            while chunk := await reader.read(65_536):
+                writer.write(chunk)
+                await writer.drain()
+            writer.close()
+
+
 def fixed(response: bytes) -> Respond:
     async def respond(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
         writer.write(response)

@@ -1,23 +1,28 @@
 """Fetching gives every object its bytes or the reason, within its limits, whatever the other side does."""
 
 import asyncio
+import contextlib
 import io
+import os
 import tarfile
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fault_server import ADDRESS, BODY, FaultServer, fault_server, witness
+from fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
 
 from pipelines.addresses import refusal
 from pipelines.attempts import backoff_s, retry_after_s
 from pipelines.fetch import Fetched, Fetcher, Source
 from pipelines.inventory import plan
+from pipelines.listing import InventoryError
 from pipelines.schema import Status
 from pipelines.specs import FetchLimits
 from pipelines.storage import open_storage
@@ -224,8 +229,6 @@ def test_local_names_of_every_kind_are_found(fetcher: Fetcher, tmp_path: Path) -
 
 
 def test_named_pipe_and_file_over_the_limit_cost_nothing(fetcher: Fetcher, tmp_path: Path) -> None:
-    import os
-
     os.mkfifo(tmp_path / "pipe.jpg")
     with (tmp_path / "large.jpg").open("wb") as file:
         file.truncate(LIMITS.max_bytes + 1)
@@ -329,6 +332,124 @@ def test_images_inside_parquet_are_read_in_place(
     }
     (tmp_path / "train.parquet").unlink()
     assert {one.status for _, one in fetcher.fetch_items(frozen.read(30, 40))} == {Status.NOT_FOUND}
+
+
+REAL_S3 = urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")).hostname in ("127.0.0.1", "localhost")
+
+
+@pytest.fixture(scope="module")
+def s3_port() -> Iterator[int]:
+    """A real S3 server if the environment names one on this machine, else moto's."""
+    if REAL_S3:
+        yield urlsplit(os.environ["AWS_ENDPOINT_URL"]).port or 80
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Forwarder]:
+    """A bucket `fetch-test`, reached through a port that can be cut off."""
+    forwarder = Forwarder(s3_port)
+    keys = {"AWS_ACCESS_KEY_ID": "test-access", "AWS_SECRET_ACCESS_KEY": "test-secret-key-0123456789"}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{forwarder.port}")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.client("s3")
+    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket="fetch-test")
+    for key in S3_KEYS:
+        client.put_object(Bucket="fetch-test", Key=key, Body=key.encode())
+    client.put_object(Bucket="fetch-test", Key="large.jpg", Body=bytes(LIMITS.max_bytes + 1))
+    yield forwarder
+    forwarder.close()
+
+
+S3_KEYS = [
+    "a.jpg",
+    "a b%20c.jpg",
+    "x//y.jpg",
+    "ü.jpg",
+    "/lead.jpg",
+    "listed/q?x=1#f.jpg",
+    "listed/ü%20.jpg",
+    "plus+.jpg",
+]
+
+
+@pytest.mark.s3
+def test_bucket_keys_are_taken_literally(s3: Forwarder, fetcher: Fetcher) -> None:
+    found = outcomes(fetcher, [f"s3://fetch-test/{key}" for key in S3_KEYS])
+    assert [fetched.payload for fetched in found] == [key.encode() for key in S3_KEYS]
+
+
+@pytest.mark.s3
+def test_bucket_that_refuses_gives_each_object_its_reason(s3: Forwarder, fetcher: Fetcher) -> None:
+    uris = ["s3://fetch-test/missing.jpg", "s3://no-such-bucket/a.jpg", "s3://fetch-test/large.jpg"]
+    found = outcomes(fetcher, uris)
+    assert [one.status for one in found] == [Status.NOT_FOUND, Status.NOT_FOUND, Status.TOO_LARGE]
+    assert "NoSuchBucket" in f"{found[1].error}"
+
+
+@pytest.mark.s3
+@pytest.mark.skipif(not REAL_S3, reason="moto checks no signatures")
+def test_wrong_key_is_denied(s3: Forwarder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    fetcher = Fetcher(LIMITS)
+    fetched = fetcher.fetch("s3://fetch-test/a.jpg")
+    assert fetched.status is Status.DENIED
+    assert "test-access" not in f"{fetched.error}"
+    fetcher.close()
+
+
+@pytest.mark.s3
+def test_part_of_an_object_is_read_by_its_range(s3: Forwarder, fetcher: Fetcher) -> None:
+    sources = [Source("u", "s3://fetch-test/a.jpg", 1, 3), Source("u", "s3://fetch-test/a.jpg", 3, 30)]
+    found = dict(fetcher.fetch_many(sources))
+    assert found[0].payload == b".jp"
+    assert found[1].status is Status.TRUNCATED
+
+
+@pytest.mark.s3
+def test_outage_of_the_object_store_is_outlasted(s3: Forwarder) -> None:
+    """Cut off for a second in the middle of 200 objects: all arrive, some at a later attempt."""
+    fetcher = Fetcher(FetchLimits(backoff_s=0.4, concurrency=8))
+    arrived = []
+    for index, fetched in fetcher.fetch_many([Source("s3://fetch-test/a.jpg")] * 200):
+        arrived.append(fetched)
+        if index == 20:
+            s3.cut()
+            threading.Timer(1.0, lambda: setattr(s3, "down", False)).start()
+    assert {fetched.status for fetched in arrived} == {Status.OK}
+    assert max(fetched.attempts for fetched in arrived) > 1
+    fetcher.close()
+
+
+@pytest.mark.s3
+def test_unreachable_object_store_is_a_passing_failure(s3: Forwarder, fetcher: Fetcher) -> None:
+    s3.cut()
+    fetched = fetcher.fetch("s3://fetch-test/a.jpg")
+    assert (fetched.status, fetched.attempts) == (Status.CONNECTION_FAILED, LIMITS.max_attempts)
+
+
+@pytest.mark.s3
+def test_prefix_of_a_bucket_is_an_inventory(s3: Forwarder, fetcher: Fetcher, tmp_path: Path) -> None:
+    state = open_storage(str(tmp_path / "state"))
+    frozen = plan("s3://fetch-test/listed/", state)
+    items = frozen.read(0, frozen.n_items)
+    found = {items["uri"][index].as_py(): one.payload for index, one in fetcher.fetch_items(items)}
+    assert found == {f"s3://fetch-test/{key}": key.encode() for key in S3_KEYS if "listed" in key}
+    assert plan("s3://fetch-test/listed/", state) == frozen
+    with pytest.raises(InventoryError, match=r"x//y\.jpg.*table"):
+        plan("s3://fetch-test", open_storage(str(tmp_path / "other")))
+    with pytest.raises(InventoryError, match="no-such-bucket"):
+        plan("s3://no-such-bucket/x", open_storage(str(tmp_path / "other")))
 
 
 def test_back_off_grows_with_jitter_and_retry_after_reads_dates() -> None:
