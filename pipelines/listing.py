@@ -85,8 +85,8 @@ def _list(uri: str) -> list[Entry]:
         return open_storage(uri).list()
     except StorageError as error:
         raise InventoryError(
-            f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (with an empty part, "
-            "as a//b) can still be fetched: name them in a table with a column uri"
+            f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (such as a//b) "
+            "can still be fetched: name them in a table with a column uri"
         ) from error
 
 
