@@ -62,10 +62,8 @@ def compare(name: str, uris: list[str], bare: Callable[[list[str]], int]) -> Non
     our_s, our_cpu = (min(found) for found in zip(*measured["fetcher"], strict=True))
     n = len(uris)
     print(f"| {name}: bare loop | {n / bare_s:,.0f} | {bare_cpu / n * 1e3:.3f} | | |")
-    beyond = (our_cpu - bare_cpu) / n * 1e3
-    print(
-        f"| {name}: Fetcher | {n / our_s:,.0f} | {our_cpu / n * 1e3:.3f} | {bare_s / our_s:.2f} | {beyond:.3f} |"
-    )
+    ratio, beyond = bare_s / our_s, (our_cpu - bare_cpu) / n * 1e3
+    print(f"| {name}: Fetcher | {n / our_s:,.0f} | {our_cpu / n * 1e3:.3f} | {ratio:.2f} | {beyond:.3f} |")
 
 
 def timed(work: Callable[[list[str]], int], uris: list[str], into: list[tuple[float, float]]) -> int:
