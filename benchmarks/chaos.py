@@ -11,6 +11,7 @@ and the published table holds every row of the inventory exactly once.
 
 import argparse
 import collections
+import json
 import os
 import random
 import shutil
@@ -215,11 +216,25 @@ def draw_inventory(folder: Path, images: int) -> Path:
     return inventory
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, images: Path) -> Path:
     """A certified bundle of a small ViT with random weights: what it says does not matter here."""
-    from export.demo_checkpoint import write_random_checkpoint
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
 
-    raise SystemExit(write_random_checkpoint(folder))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    names = dict(enumerate(drawings.SUBJECTS))
+    config = ViTConfig(
+        image_size=32, patch_size=8, id2label=names, label2id={v: k for k, v in names.items()}, **sizes
+    )
+    ViTForImageClassification(config).save_pretrained(folder / "checkpoint")
+    processor = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+                 "resample": 2, "image_processor_type": "ViTImageProcessor"}  # fmt: skip
+    (folder / "checkpoint" / "preprocessor_config.json").write_text(json.dumps(processor))
+    command = [sys.executable, "-m", "jobs", "export", "--checkpoint", str(folder / "checkpoint"),
+               "--images", str(images), "--output", str(folder / "bundle")]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "bundle"
 
 
 def main() -> int:
@@ -237,7 +252,7 @@ def main() -> int:
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     inventory = draw_inventory(folder, arguments.images)
-    bundle = arguments.bundle or make_bundle(folder)
+    bundle = arguments.bundle or make_bundle(folder, folder / "images")
     nodes = TwoNodes()
     strikes: dict[str, Strike] = {
         "ONNX actor": kill_worker("Classifier"),

@@ -26,7 +26,6 @@ def run(config: PredictConfig) -> int:
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """One row per image: the label columns of the predictions table, with the path of each label."""
     from pipelines import bundle as bundles
-    from pipelines import taxonomy
     from pipelines.fetch import Fetcher
     from pipelines.images import prepare
     from pipelines.prediction import loaded_table, open_predictor
@@ -47,7 +46,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     prepared = [prepare(f.payload, bundle.image_spec) for _, f in arrived if f.payload is not None]
     pixels = [image.pixels_hwc for image in prepared]
     scored = predictor.score(loaded_table(arrived, prepared, pixels, bundle.image_spec)).to_pylist()
-    paths = taxonomy.load(bundle.taxonomy_name)
+    paths = bundle.taxonomy()
     return [present(uri, row, paths) for uri, row in zip(config.images, scored, strict=True)]
 
 

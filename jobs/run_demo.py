@@ -174,9 +174,9 @@ def show(root: Path, truth: dict[str, str]) -> None:
     known = [row for row in labelled if row["uri"] in truth]
     right = sum(row["top_id"] == truth[row["uri"]] for row in known)
     say(
-        f"\n{right} of {len(known)} new pictures are labelled as drawn: {right / len(known):.0%}, where chance is "
-        f"{1 / len(drawings.SUBJECTS):.0%}. They are drawings: the figure says that the stages fit together, "
-        "and nothing about photographs.\n"
+        f"\n{right} of {len(known)} new pictures are labelled as drawn: {right / len(known):.0%}, where "
+        f"chance is {1 / len(drawings.SUBJECTS):.0%}. They are drawings: the figure says that the stages "
+        "fit together, and nothing about photographs.\n"
     )
     statuses = Counter(row["status"] for row in rows)
     say("rows by status: " + ", ".join(f"{name} {n}" for name, n in sorted(statuses.items())) + "\n")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import runtime, schema, taxonomy
+from pipelines import runtime, schema
 from pipelines.bundle import Bundle
 from pipelines.fetch import Fetched
 from pipelines.images import Pixels, Prepared
@@ -128,7 +128,7 @@ def open_predictor(bundle: Bundle, spec: RuntimeSpec, top_k: int) -> Predictor:
     """The predictor of an opened bundle; whether it is certified is for the caller to have checked."""
     labels = labeller(
         bundle.class_ids,
-        taxonomy.load(bundle.taxonomy_name),
+        bundle.taxonomy(),
         thresholds=bundle.thresholds,
         top_k=top_k,
         multi_label=bundle.multi_label,

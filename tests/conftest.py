@@ -17,7 +17,7 @@ def shared_folder(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """5,617 real photographs in folders named by IAB id, with labels.csv."""
+    """5,611 real photographs in folders named by IAB id, with labels.csv."""
     return shared_folder("photos")
 
 
@@ -30,7 +30,9 @@ def tricky() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray cluster on this machine for the whole session."""
+    from jobs.cluster import quieten
     from jobs.cluster import ray_cluster as cluster
 
+    quieten()
     with cluster(num_cpus=8):
         yield
