@@ -5,6 +5,7 @@ Ray Data fetches and decodes; `images.prepare` makes every pixel. Three ways of 
 `disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again every epoch).
 """
 
+import atexit
 import functools
 import math
 import shutil
@@ -104,7 +105,9 @@ def fetcher() -> Fetcher:
 
     Private addresses are allowed: whoever trains has chosen the dataset, unlike the pages of an inventory.
     """
-    return Fetcher(FetchLimits(allow_private_addresses=True))
+    found = Fetcher(FetchLimits(allow_private_addresses=True))
+    atexit.register(found.close)
+    return found
 
 
 def sources(batch: pa.Table) -> list[Source]:

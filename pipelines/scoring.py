@@ -55,7 +55,7 @@ def score(
         fn_constructor_args=(dict(files), sidecar, "cuda" if resources.use_gpu else "cpu"),
         batch_size=BATCH,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=resources.num_workers),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.num_workers),
         num_gpus=1 if resources.use_gpu else None,
     )
     table = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by("row_id")

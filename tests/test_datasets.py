@@ -1,0 +1,219 @@
+"""Every accepted dataset becomes the same table; what cannot be used is refused or accounted for."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import corpus, datasets, ingest, splits
+from pipelines.labelled_input import DatasetError
+from pipelines.recipe import Columns, Ingest, Splits
+from pipelines.specs import ImageSpec
+from small_training import image_folder
+
+SPEC = ImageSpec(height=16, width=16)
+
+
+def csv(folder: Path, text: str, name: str = "labels.csv") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def rows_of(data: datasets.LabelledData, *names: str) -> list[tuple]:
+    return list(zip(*(data.rows[name].to_pylist() for name in names), strict=True))
+
+
+def test_a_folder_of_labels_is_divided_70_20_10_in_every_class(tmp_path):
+    data = datasets.load(str(image_folder(tmp_path / "images", per_class=20)))
+    assert set(data.classes) == {"1", "483", "v9i3On"}
+    by_split = Counter(zip(data.targets().tolist(), data.splits.tolist(), strict=True))
+    assert by_split == {
+        (label, split): count for label in range(3) for split, count in (("train", 14), ("validation", 4), ("test", 2))
+    }
+    again = datasets.load(str(tmp_path / "images"))
+    assert (again.splits == data.splits).all()
+    assert (datasets.load(str(tmp_path / "images"), split=Splits(seed=1)).splits != data.splits).any()
+
+
+def test_a_folder_may_have_a_level_of_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        image_folder(tmp_path / split, per_class=2)
+    data = datasets.load(str(tmp_path))
+    assert Counter(data.splits.tolist()) == {"train": 6, "validation": 6, "test": 6}
+
+
+def test_a_table_keeps_ids_as_text_and_carves_validation_out_of_train(tmp_path):
+    lines = [f"{i}.jpg,{'001' if i % 2 else '1e3'},{'test' if i < 4 else 'train'}" for i in range(44)]
+    table = csv(tmp_path, "\n".join(["file,label,split", *lines]))
+    data = datasets.load(table, taxonomy_name="labels")
+    assert data.classes == ("001", "1e3")
+    assert Counter(data.splits.tolist()) == {"train": 36, "validation": 4, "test": 4}
+    assert data.rows["uri"][0].as_py().endswith(f"{tmp_path}/0.jpg")
+
+
+def test_labels_may_be_ids_paths_or_names_and_are_lifted_to_a_tier(tmp_path):
+    table = csv(tmp_path, "uri,label\n/a.jpg,483\n/b.jpg,Sports > Tennis\n/c.jpg,Automotive\n")
+    data = datasets.load(table)
+    assert len(data.classes) == 3
+    lifted = datasets.load(table, tier=1)
+    assert lifted.classes == ("1", "483")
+    assert lifted.targets().tolist() == [1, 1, 0]
+
+
+def test_unknown_labels_are_refused_all_at_once_with_candidates(tmp_path):
+    table = csv(tmp_path, "uri,label\n/a.jpg,Tenis\n/b.jpg,Sports\n/c.jpg,Qqqqq\n")
+    with pytest.raises(DatasetError, match="2 of 3 labels") as refused:
+        datasets.load(table)
+    assert "Tennis" in str(refused.value) and "Qqqqq" in str(refused.value)
+
+
+def test_a_label_map_renames_and_drops(tmp_path):
+    table = csv(tmp_path, "uri,label\n/a.jpg,tennis ball\n/b.jpg,car\n/c.jpg,blurry\n")
+    mapping = csv(tmp_path, "from,to\ntennis ball,Sports > Tennis\ncar,Automotive\nblurry,\n", "map.csv")
+    data = datasets.load(table, label_map=mapping)
+    assert data.rows.num_rows == 2 and data.dropped == {"without a label": 1}
+    assert "1" in data.classes
+
+
+def test_a_breeds_table_names_its_files_by_a_template(tmp_path):
+    table = csv(tmp_path, "id,breed\n0a1,pug\n0b2,collie\n0c3,pug\n")
+    data = datasets.load(
+        table, taxonomy_name="labels", columns=Columns(label="breed", file="train/{id}.jpg")
+    )
+    assert data.rows["uri"][1].as_py().endswith(f"{tmp_path}/train/0b2.jpg")
+    with pytest.raises(DatasetError, match="no column"):
+        datasets.load(table, columns=Columns(label="breed", file="train/{name}.jpg"))
+
+
+def test_several_labels_make_a_multi_label_model_and_none_is_a_right_answer(tmp_path):
+    table = csv(tmp_path, "file,labels\na.jpg,red|green\nb.jpg,\nc.jpg,green\nd.jpg,red\n")
+    data = datasets.load(table, taxonomy_name="labels")
+    assert data.multi_label and data.classes == ("green", "red")
+    assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+
+
+def test_json_lines_with_lists_of_labels(tmp_path):
+    table = tmp_path / "labels.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in [
+        {"uri": "/a.jpg", "labels": ["x", "y"]}, {"uri": "/b.jpg", "labels": []}, {"uri": "/c.jpg", "labels": ["y"]},
+    ]))  # fmt: skip
+    assert datasets.load(str(table), taxonomy_name="labels").targets().tolist() == [[1, 1], [0, 0], [0, 1]]
+
+
+def hugging_face_parquet(folder: Path) -> Path:
+    """Two splits with the bytes inside and integer labels named in the schema, as Hugging Face writes them."""
+    source = image_folder(folder / "source", per_class=4)
+    out = folder / "parquet"
+    out.mkdir()
+    names = ["483", "1", "v9i3On"]
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    for split in ("train", "test"):
+        images = [(file.read_bytes(), i) for i, name in enumerate(names) for file in (source / name).iterdir()]
+        table = pa.table(
+            {
+                "image": [{"bytes": payload, "path": None} for payload, _ in images],
+                "label": pa.array([label for _, label in images], pa.int64()),
+            }
+        ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, out / f"{split}-00000-of-00001.parquet", row_group_size=5)
+    return out
+
+
+def test_hugging_face_parquet_is_read_with_its_label_names_and_bytes(tmp_path):
+    data = datasets.load(str(hugging_face_parquet(tmp_path)), split=Splits(validation_of_train=0))
+    assert Counter(data.splits.tolist()) == {"train": 12, "test": 12}
+    assert set(data.classes) == {"1", "483", "v9i3On"}
+    chosen = np.array([0, 7, 20])
+    batch = data.rows.take(pa.array(chosen)).append_column("row_id", pa.array(chosen))
+    decoded = ingest.decode_batch(batch, SPEC)
+    assert decoded["status"].to_pylist() == ["ok"] * 3
+    pixels = ingest.pixels_of(decoded, SPEC)
+    labels = [data.classes[i] for (i,) in decoded["classes"].to_pylist()]
+    names = ["483", "1", "v9i3On"]
+    quarters = {name: divmod(i, 2) for i, name in enumerate(names)}
+    for one, label in zip(pixels, labels, strict=True):
+        y, x = quarters[label]
+        assert one[y * 8 + 2 : y * 8 + 6, x * 8 + 2 : x * 8 + 6].std(axis=(0, 1)).max() < 20
+
+
+def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
+    rows = [f"{i}.jpg,{i % 2},site{i // 5}" for i in range(100)]
+    data = datasets.load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy_name="labels")
+    of_group = {}
+    for uri, split in rows_of(data, "uri", "split"):
+        of_group.setdefault(int(Path(uri).stem) // 5, set()).add(split)
+    assert all(len(found) == 1 for found in of_group.values())
+    assert set(data.splits) == {"train", "validation", "test"}
+    straddling = csv(tmp_path, "file,label,split,group\na,x,train,g\nb,y,test,g\nc,x,train,h\n", "b.csv")
+    with pytest.raises(splits.SplitError, match="'g'"):
+        datasets.load(straddling, taxonomy_name="labels")
+
+
+def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
+    rows = [f"{i}.jpg,{'rare' if i < 20 else 'common'}" for i in range(200)]
+    table = csv(tmp_path, "\n".join(["file,label", *rows]))
+    data = datasets.load(table, taxonomy_name="labels", split=Splits(limit=50))
+    assert Counter(data.targets().tolist()) == {0: 45, 1: 5}
+    assert rows_of(data, "uri") == rows_of(
+        datasets.load(table, taxonomy_name="labels", split=Splits(limit=50)), "uri"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label\na,x\nb,x\n", "at least 2"),
+        ("file,colour\na,x\n", "no column 'label'"),
+        ("name,label\na,x\nb,y\n", "uri"),
+        ("file,label,split\na,x,holdout\nb,y,train\n", "holdout"),
+        ("file,label,split\na,x,test\nb,y,test\n", "training rows"),
+    ],
+)
+def test_datasets_that_cannot_be_used_are_refused_with_the_reason(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        datasets.load(csv(tmp_path, text), taxonomy_name="labels")
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DatasetError):
+            datasets.load(str(folder))
+
+
+def test_copies_in_two_splits_stay_where_they_are_measured():
+    digests = ["a", "a", "b", "b", "c", "c", None, None]
+    where = np.array(["train", "test", "train", "validation", "train", "train", "train", "test"])
+    assert splits.duplicates_to_drop(digests, where).tolist() == [True, False, True, False] + [False] * 4
+
+
+def test_the_way_of_keeping_images_follows_their_size():
+    room = ingest.Room(memory=100, disk=1000)
+    chosen = [ingest.mode_for(Ingest(), size, room) for size in (100, 101, 1000, 1001)]
+    assert chosen == ["memory", "disk", "disk", "stream"]
+    assert ingest.mode_for(Ingest(mode="stream"), 1, room) == "stream"
+
+
+@pytest.mark.ray
+def test_broken_and_copied_images_are_left_out_and_counted(ray_cluster, tmp_path):
+    folder = image_folder(tmp_path / "images", per_class=10)
+    (folder / "1" / "0.png").write_bytes(b"not an image")
+    (folder / "483" / "1.png").write_bytes(b"")
+    data = datasets.load(str(folder), split=Splits(validation=0.3, test=0.3))
+    test_row = data.indices("test")[0]
+    train_row = data.indices("train")[0]
+    uris = data.rows["uri"].to_pylist()
+    Path(uris[train_row].removeprefix("file://")).write_bytes(
+        Path(uris[test_row].removeprefix("file://")).read_bytes()
+    )
+    found = corpus.prepare(data, SPEC, Ingest(max_broken_share=0.2), seed=0)
+    broken = {image["status"] for image in found.broken}
+    assert len(found.broken) >= 1 and broken <= {"not_an_image", "empty"}
+    kept = sum(len(rows) for rows in found.rows.values())
+    assert kept == 30 - len(found.broken) - sum(found.duplicates.values())
+    with pytest.raises(ingest.IngestError, match="max-broken-share"):
+        corpus.prepare(data, SPEC, Ingest(max_broken_share=0.0), seed=0)

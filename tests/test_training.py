@@ -1,0 +1,251 @@
+"""The training loop: how a batch is cut does not matter, averages and resumes are exact, runs survive kills."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from pipelines import corpus, datasets, fitting, metrics, optimisation, runs
+from pipelines.recipe import Augment, Balance, Ingest, Loss, Optimizer, Splits, Stopping
+from pipelines.resources import Resources
+from pipelines.sampling import epoch_order
+from pipelines.training import Diverged
+from small_training import RECIPE, STILL, image_folder, trained, trainer
+
+LABELS = [[i % 3] for i in range(64)]
+SEVERAL = [[j for j in range(4) if (i * 7 + 3) >> j & 1] for i in range(64)]
+MIXED = Augment(views=1, mixup=0.5, cutmix=1.0, brightness=0.3, erasing=0.3)
+
+
+def first_step_gradients(recipe, labels, *, workers=1, **keywords):
+    """Gradients of the first step, averaged over the workers as DistributedDataParallel does."""
+    sums = None
+    for rank in range(workers):
+        made = trainer(recipe, labels, rank=rank, workers=workers, **keywords)
+        _, micro_batches = next(made.steps(0, 0))
+        made.accumulate(micro_batches, seed=1)
+        gradients = [p.grad / workers for p in made.model.parameters()]
+        sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
+    return torch.cat([g.flatten() for g in sums])
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (2, 2), (1, 4)])
+def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumulation, multi_label):
+    balance = Balance(class_weights="sqrt")
+    whole = replace(RECIPE, batch_size=64, augment=MIXED, balance=balance)
+    cut = replace(whole, optimizer=replace(whole.optimizer, accumulation=accumulation))
+    labels = SEVERAL if multi_label else LABELS
+    keywords = {"n_classes": 4 if multi_label else 3, "multi_label": multi_label}
+    expected = first_step_gradients(whole, labels, **keywords)
+    found = first_step_gradients(cut, labels, workers=workers, **keywords)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_averaged_weights_follow_the_weights_at_their_decay():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    averaged = optimisation.Averaged(model, 0.9)
+    torch.nn.init.ones_(model.weight)
+    expected = 0.0
+    for step in range(1, 200):
+        averaged.update(model)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay)
+        assert averaged.weights["weight"].item() == pytest.approx(expected, abs=1e-6)
+    with averaged.applied(model):
+        assert model.weight.item() == pytest.approx(expected, abs=1e-6)
+    assert model.weight.item() == 1
+
+
+def test_averaged_weights_differ_from_the_models_own():
+    made = trained(trainer(replace(RECIPE, optimizer=replace(RECIPE.optimizer, ema_decay=0.9)), LABELS), 1)
+    own = made.model.classifier.weight
+    assert not torch.equal(made.averaged.weights["classifier.weight"], own)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_warm_up_and_end_where_they_should(schedule):
+    optimizer = Optimizer(schedule=schedule, warmup=10, final_share=0.1)
+    shares = [optimisation.learning_rate_share(optimizer, step, 100) for step in range(101)]
+    assert np.allclose(np.diff(shares[:10]), 1 / 11)
+    assert shares[10] == pytest.approx(1)
+    assert shares[100] == pytest.approx(1 if schedule == "constant" else 0.1)
+    middle = {"cosine": 0.55, "linear": 0.55, "constant": 1}[schedule]
+    assert shares[55] == pytest.approx(middle)
+    assert optimisation.learning_rate_share(replace(optimizer, warmup=0.1), 4, 100) == shares[4]
+
+
+def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
+    recipe = replace(
+        RECIPE,
+        augment=MIXED,
+        optimizer=replace(RECIPE.optimizer, ema_decay=0.9),
+        network=replace(RECIPE.network, drop_path=0.2),
+    )
+    unbroken = trained(trainer(recipe, LABELS), 2)
+    first = trained(trainer(recipe, LABELS), 1)
+    steps = first.steps(1, 0)
+    for step, batches in [next(steps), next(steps)]:
+        first.train_step(batches, epoch=1, step=step)
+        first.position.step = step + 1
+    second = trainer(recipe, LABELS)
+    second.restore(first.state())
+    second.train_epoch()
+    for name, value in unbroken.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    assert torch.equal(second.averaged.weights["classifier.bias"], unbroken.averaged.weights["classifier.bias"])
+
+
+def test_order_is_repeatable_and_covers_every_image_in_every_view():
+    strata = np.array([0, 0, 0, 1])
+    order = epoch_order(strata, Balance(), views=3, seed=1, epoch=0)
+    assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
+    assert (order == epoch_order(strata, Balance(), views=3, seed=1, epoch=0)).all()
+    assert (order != epoch_order(strata, Balance(), views=3, seed=1, epoch=1)).any()
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"),
+    [
+        (Balance(sampling="oversample"), [6, 6]),
+        (Balance(sampling="undersample"), [2, 2]),
+        (Balance(sampling="target", target_per_class=4), [4, 4]),
+    ],
+)
+def test_class_aware_sampling_draws_classes_evenly(balance, expected):
+    strata = np.array([0] * 6 + [1] * 2)
+    order = epoch_order(strata, balance, views=1, seed=0, epoch=0)
+    assert np.bincount(strata[order]).tolist() == expected
+    assert np.bincount(order)[6:].min() >= 1
+
+
+def test_balancing_at_least_doubles_the_recall_of_a_rare_class():
+    labels = [[0]] * 200 + [[1]] * 4
+
+    def minority_recall(balance: Balance) -> float:
+        recipe = replace(RECIPE, epochs=2, batch_size=12, balance=balance)
+        made = trained(trainer(recipe, labels, n_classes=2, noise=125), 2)
+        logits, _ = made.logits(np.arange(200, 204))
+        return float((logits.argmax(1) == 1).mean())
+
+    balanced = minority_recall(Balance(sampling="oversample"))
+    assert balanced >= max(2 * minority_recall(Balance()), 0.75)
+
+
+@pytest.mark.parametrize("loss", ["bce", "asymmetric"])
+def test_multi_label_training_reaches_a_high_mean_average_precision(loss):
+    recipe = replace(RECIPE, epochs=6, loss=Loss(multi_label=loss), optimizer=Optimizer(learning_rate=3e-3, ema_decay=0))
+    made = trained(trainer(recipe, SEVERAL, n_classes=4, multi_label=True), 6)
+    logits, targets = made.logits(np.arange(len(SEVERAL)))
+    assert metrics.classification(logits, targets.astype(np.uint8))["map"] > 0.9
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice():
+    made = trainer(RECIPE, LABELS)
+    torch.nn.init.constant_(made.model.classifier.weight, float("nan"))
+    with pytest.raises(Diverged, match="learning-rate"):
+        made.train_epoch()
+
+
+def test_early_stopping_counts_epochs_without_gain():
+    made = trainer(replace(RECIPE, stopping=Stopping(patience_epochs=2)), LABELS)
+    made.position = replace(made.position, stale_epochs=1)
+    assert not made.is_stale()
+    made.position = replace(made.position, stale_epochs=2)
+    assert made.is_stale()
+
+
+def test_an_unknown_selection_metric_is_refused_with_the_known_ones():
+    made = trainer(replace(RECIPE, select_by="acuracy"), LABELS)
+    with pytest.raises(ValueError, match="accuracy"):
+        made.score(made.evaluate())
+
+
+# Whole runs on a real Ray cluster
+
+
+def planned(root: Path, output: Path, recipe=RECIPE, **resources) -> fitting.Plan:
+    data = datasets.load(str(root), split=Splits(validation=0.25, test=0.25))
+    return fitting.plan(data, recipe, str(output), Resources(**{"num_workers": 2, **resources}))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    (folder / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    recipe = replace(
+        RECIPE,
+        epochs=3,
+        batch_size=6,
+        augment=replace(STILL, views=8),
+        optimizer=Optimizer(learning_rate=2e-3, ema_decay=0.5),
+    )
+    plan = planned(folder, tmp_path / "run", recipe)
+    messages: list = []
+    run = fitting.fit(plan, Ingest(max_broken_share=0.1), messages.append)
+    best = tmp_path / "run" / "best"
+    model = AutoModelForImageClassification.from_pretrained(best)
+    assert model.config.id2label == {i: one for i, one in enumerate(plan.data.classes)}
+    assert {file.name for file in best.iterdir()} >= {"README.md", "iab_vision.json", "preprocessor_config.json"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert run.content["test"]["accuracy"] > 0.6
+    assert [one["status"] for one in run.content["data"]["broken"]]
+    assert sum(run.content["data"]["images"].values()) == 36
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
+    assert messages[-1]["done"] == messages[-1]["total"]
+    assert runs.finished(plan.output, plan.recipe, plan.data).content["test"] == run.content["test"]
+    with pytest.raises(runs.RunMismatch, match="learning_rate"):
+        runs.finished(plan.output, replace(plan.recipe, optimizer=Optimizer(learning_rate=1e-4)), plan.data)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
+    plan = planned(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
+    prepared = corpus.prepare(plan.data, plan.spec, Ingest(mode="stream"), seed=0)
+    runs.begin(plan.output, plan.recipe, plan.data)
+    killed = threading.Event()
+    starts: list[int] = []
+
+    def listen(message: dict) -> None:
+        starts.append(message["done"])
+        if message["epoch"] >= 1 and not killed.is_set():
+            killed.set()
+            os.kill(training_processes()[0], signal.SIGKILL)
+
+    result = fitting.train(plan, prepared, listen)
+    assert killed.is_set()
+    history = runs.history(plan.output)
+    assert [line["epoch"] for line in history] == [1, 2, 3]
+    per_epoch = starts[-1] // 3
+    after_kill = starts[[done >= per_epoch for done in starts].index(True) + 1 :]
+    assert min(after_kill) >= per_epoch
+    files, line = fitting.best_model(result)
+    assert "model.safetensors" in files and line["score"] > 0
+
+
+def training_processes() -> list[int]:
+    """Process ids of Ray Train's workers on this machine."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::") and b"RayTrainWorker" in title:
+                found.append(int(folder.name))
+    return found
