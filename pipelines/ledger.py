@@ -18,8 +18,9 @@ import os
 import socket
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -297,6 +298,15 @@ class Ledger:
         self._settle()
         if self._state.exists(entry_path(self.view.entries)):
             raise LedgerLost(self._rival())
+
+    @contextmanager
+    def explaining_loss(self) -> Iterator[None]:
+        """Where a file is gone because a rival has cleared up, say that instead. Raises LedgerLost."""
+        try:
+            yield
+        except FileNotFoundError:
+            self.check()
+            raise
 
     def statuses(self) -> Counter[str]:
         """Table rows by status in the parts of this generation."""

@@ -31,8 +31,11 @@ class LocalStorage:
 
     def put(self, path: str, payload: bytes) -> None:
         with self._temporary(path) as temporary:
-            write_synced(temporary, payload)
-            temporary.replace(self.root / path)
+            if payload:
+                write_synced(temporary, payload)
+                temporary.replace(self.root / path)
+            else:  # a marker is whole as soon as it exists, and needs no other name beside it
+                write_synced(self.root / path, payload)
         sync_folder((self.root / path).parent)
 
     def put_file(self, path: str, local_file: Path) -> None:

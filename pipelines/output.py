@@ -160,7 +160,7 @@ def read_part(part: Part, state: Storage) -> pa.Table:
         raise PartDamaged(
             f"{state.uri}/{part.path} has sha256 {digest}, the ledger says {part.sha256}; restore it"
         )
-    return pq.read_table(pa.BufferReader(payload))
+    return pq.ParquetFile(pa.BufferReader(payload)).read()
 
 
 def without_items(part: Part, state: Storage, repeated: Sequence[Range], generation: int) -> Part | None:
@@ -205,10 +205,10 @@ class Committer:
 
     def add(self, part: Part) -> Part | None:
         """Take a written part in, less what it repeats; returns what will be recorded, if anything."""
-        repeated = self._claimed.present(part.items)
-        kept = (
-            part if not repeated else without_items(part, self._state, repeated, self._ledger.view.generation)
-        )
+        kept: Part | None = part
+        if repeated := self._claimed.present(part.items):
+            with self._ledger.explaining_loss():
+                kept = without_items(part, self._state, repeated, self._ledger.view.generation)
         if kept:
             self._pending.append(kept)
             self._claimed.add(kept.items)

@@ -75,9 +75,10 @@ def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_
         ledger.close(rows_per_file)
     if ledger.view.state is State.PUBLISHING:
         refuse_foreign_files(ledger, table)
-        for content in unwritten(ledger, plan, state, table):
-            ledger.check()  # a driver that was paused shall not write over its successor's files
-            ledger.record_file(write_file(content, ledger.view.generation, plan, state, table))
+        with ledger.explaining_loss():
+            for content in unwritten(ledger, plan, state, table):
+                ledger.check()  # a driver that was paused shall not write over its successor's files
+                ledger.record_file(write_file(content, ledger.view.generation, plan, state, table))
         ledger.publish()
     finish(ledger, state, table)
 
@@ -85,9 +86,7 @@ def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_
 def finish(ledger: Ledger, state: Storage, table: Storage) -> None:
     """What remains once the ledger says `published`: the marker, and removing what is no longer needed."""
     if not table.exists(SUCCESS):
-        with spooled(state, ledger.view.generation) as spool:
-            spool.write_bytes(b"")
-            table.put_file(SUCCESS, spool)
+        table.put(SUCCESS, b"")
     for generation in range(1, ledger.view.generation + 1):
         for folder in (parts_folder(generation), spool_folder(generation)):
             for entry in state.list(folder):

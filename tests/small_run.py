@@ -60,16 +60,12 @@ def small_run(uri: str | Path, n_items: int = 20) -> SmallRun:
     """Freeze a plan of `n_items` under a fresh output folder."""
     rows = [[row(item, copy) for copy in range(2 if item % 3 == 0 else 1)] for item in range(n_items)]
     fields = item_schema(CARRIED)
-    items = pa.table(
-        {
-            "uri": [f"https://host{item % 4}.example/{item}.jpg" for item in range(n_items)],
-            "container": pa.nulls(n_items, pa.string()),
-            "offset": pa.nulls(n_items, pa.int64()),
-            "length": pa.nulls(n_items, pa.int64()),
-            "payload_column": pa.nulls(n_items, pa.string()),
-            "rows": pa.array(rows, fields.field("rows").type),
-        }
-    )
+    columns = {
+        "uri": [f"https://host{item % 4}.example/{item}.jpg" for item in range(n_items)],
+        "rows": rows,
+        **dict.fromkeys(["container", "offset", "length", "payload_column"], [None] * n_items),
+    }
+    items = pa.table(columns, schema=pa.schema([field for field in fields if field.name != "row_id"]))
     state = open_storage(join(str(uri), "state"))
     tables = [items] if n_items else []
     return SmallRun(
