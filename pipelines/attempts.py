@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 
 from pipelines.schema import TRANSIENT, Status
 from pipelines.specs import FetchLimits
+from pipelines.uris import redact
 
 BACKOFF_FACTOR = 2.5
 """Four attempts 1, 2.5 and 6 seconds apart outlast the usual hiccup without holding a place for long."""
@@ -32,9 +33,10 @@ class Failure(Exception):
     def __init__(
         self, status: Status, error: str, *, retry_after_s: float | None = None, final: bool = False
     ) -> None:
-        super().__init__(error)
+        # One line without secrets, here once for all: texts come from libraries, servers and the inventory.
+        self.error = redact(" ".join(error.split()))[:300] or status.value
+        super().__init__(self.error)
         self.status = status
-        self.error = error
         self.retry_after_s = retry_after_s
         self.final = final or status not in TRANSIENT
 

@@ -22,6 +22,9 @@ CODE = re.compile(r"status code: (\d{3})([^:\n]{0,60})")
 KIND = re.compile(r"HttpError \{\s+kind: (\w+)")
 MESSAGE = re.compile(r'message: "([^"]{1,200})"')
 REASON = re.compile(r"<Code>(\w{1,60})</Code>")
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9.-]+)?")
+"""Names of buckets and containers, and Azure's `container@account`; others make obstore panic."""
+
 ODD_KEY = re.compile(r"^/|//|/$|(^|/)\.\.?(/|$)")
 """Keys that obstore's paths cannot say (it drops a leading slash): they are legal, and s3fs reads them."""
 
@@ -42,7 +45,6 @@ class BucketClient:
             span: first byte and length of a part of the object.
         """
         from obstore import get_async
-        from obstore.exceptions import BaseError
 
         bucket, key = parse(uri)
         options: GetOptions | None = {"range": (span[0], span[0] + span[1])} if span else None
@@ -50,7 +52,11 @@ class BucketClient:
             result = await get_async(self._store(bucket), key, options=options)
             await reservation.cover(0, result.range[1] - result.range[0])
             return bytes(await result.bytes_async()), uri
-        except (BaseError, FileNotFoundError, TimeoutError, ValueError) as error:
+        except Failure:
+            raise
+        except (
+            Exception
+        ) as error:  # its own, builtin ones, and panics of an exception that cannot be imported
             raise failure_of(error) from None
 
     def _store(self, bucket: str) -> Any:
@@ -63,8 +69,8 @@ def parse(uri: str) -> tuple[str, str]:
     """`scheme://bucket` and the key, which is taken literally. Raises Failure (`invalid_uri`)."""
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
-    if not bucket or not key:
-        raise Failure(Status.INVALID_URI, f"{scheme}:// needs a bucket and a key")
+    if not BUCKET.fullmatch(bucket) or not key:
+        raise Failure(Status.INVALID_URI, f"{scheme}:// needs a bucket's name and a key")
     return f"{scheme.lower()}://{bucket}", key
 
 
@@ -101,10 +107,10 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, FileNotFoundError):
         return Failure(Status.NOT_FOUND, "no such object")
     if isinstance(error, ValueError):
-        return Failure(Status.INVALID_URI, " ".join(text.split())[:200])
+        return Failure(Status.INVALID_URI, text)
     kind = KIND.search(text)
     if kind and kind[1] == "Timeout":
         return Failure(Status.TIMEOUT, "no answer within the time limit")
     message = MESSAGE.search(text)
     first_line = text.split("\n", 1)[0].rpartition(" - ")[2]
-    return Failure(Status.CONNECTION_FAILED, message[1] if message else first_line[:200])
+    return Failure(Status.CONNECTION_FAILED, message[1] if message else first_line)

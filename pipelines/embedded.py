@@ -18,7 +18,6 @@ from pipelines.attempts import Failure
 from pipelines.budget import check_size
 from pipelines.schema import Status
 from pipelines.tables import BATCH_ROWS, open_input
-from pipelines.uris import redact
 
 BATCH_BYTES = 8 << 20
 """Payloads in memory at a time, about."""
@@ -196,5 +195,4 @@ def _failure_of(error: Exception) -> Failure:
         return Failure(Status.NOT_FOUND, str(error))
     if isinstance(error, PermissionError):
         return Failure(Status.DENIED, "no permission to read the table")
-    text = redact(" ".join(str(error).split()))
-    return Failure(Status.CONNECTION_FAILED, f"the table cannot be read: {text}"[:300])
+    return Failure(Status.CONNECTION_FAILED, f"the table cannot be read: {error}")

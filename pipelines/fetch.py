@@ -56,7 +56,9 @@ class Source:
 
     @property
     def location(self) -> str:
-        return self.container or self.uri
+        """Where to look; white space around a URL comes from the page that it was copied from."""
+        place = self.container or self.uri
+        return place if is_local(place) else place.strip()
 
     @property
     def span(self) -> Span | None:
@@ -250,8 +252,12 @@ class Fetcher:
         client = self._client(source.location)
         while True:
             try:
-                with paused(made.timeout):
-                    await asyncio.sleep(made.pause_s())
+                pause_s = made.pause_s()
+                if pause_s or self._slots.locked():
+                    with paused(made.timeout):
+                        await asyncio.sleep(pause_s)
+                        await self._slots.acquire()
+                else:
                     await self._slots.acquire()
                 made.number += 1
                 try:

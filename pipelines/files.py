@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 from pipelines.attempts import Failure
 from pipelines.budget import check_size
 from pipelines.schema import Status
-from pipelines.uris import redact, scheme_of
+from pipelines.uris import scheme_of
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def check_scheme(uri: str, allow_private_addresses: bool) -> None:
     """Raise Failure for a URI that fsspec would follow to a host of the inventory's choosing."""
     scheme = scheme_of(uri)
     if "::" in uri or (scheme in HOST_SCHEMES and not allow_private_addresses):
-        raise Failure(Status.BLOCKED_ADDRESS, f"{redact(uri)[:100]}: this kind of URI can reach any host")
+        raise Failure(Status.BLOCKED_ADDRESS, f"this kind of URI can reach any host: {uri}")
 
 
 def size_of(uri: str) -> int:
@@ -98,9 +98,8 @@ def _with_fsspec(uri: str, call: Callable[[Any, str], T]) -> T:
     except PermissionError as error:
         raise Failure(Status.DENIED, "no permission to read the object") from error
     except TimeoutError as error:
-        raise Failure(Status.TIMEOUT, redact(str(error))[:200]) from error
+        raise Failure(Status.TIMEOUT, str(error)) from error
     except (ValueError, ImportError) as error:
-        raise Failure(Status.INVALID_URI, redact(" ".join(str(error).split()))[:200]) from error
+        raise Failure(Status.INVALID_URI, str(error)) from error
     except Exception as error:  # each fsspec filesystem raises its own client's exceptions
-        text = redact(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        raise Failure(Status.CONNECTION_FAILED, text[:200]) from error
+        raise Failure(Status.CONNECTION_FAILED, f"{type(error).__name__}: {error}") from error

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipelines.listing import IMAGE_SUFFIXES, InventoryError
 from pipelines.tables import open_input
+from pipelines.uris import redact
 
 READ_BYTES = 1 << 20
 """Smaller members are read over, larger ones sought over: on an object store a request costs as much."""
@@ -70,8 +71,8 @@ def _members_of(uri: str, all_files: bool) -> pa.Table:
                     rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
     except tarfile.TarError as error:
         raise InventoryError(
-            f"{uri} cannot be read as a tar at {name}: {error}. Shards must be whole and not compressed: "
-            "an image inside is fetched by its byte range"
+            f"{redact(uri)} cannot be read as a tar at {name}: {error}. Shards must be whole and not "
+            "compressed: an image inside is fetched by its byte range"
         ) from error
     columns = zip(*rows, strict=True) if rows else ([] for _ in MEMBERS)
     return pa.table(

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from pipelines.storage import open_storage, split
+from pipelines.storage import open_storage, redact, split
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -53,7 +53,7 @@ def schema_of(uris: Sequence[str]) -> pa.Schema:
     try:
         merged = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise TableError(f"the tables beside {uris[0]} do not fit together: {error}") from error
+        raise TableError(f"the tables beside {redact(uris[0])} do not fit together: {error}") from error
     return pa.schema([field.with_type(_storable(field.type)).remove_metadata() for field in merged])
 
 
@@ -65,7 +65,7 @@ def batches(uris: Sequence[str], schema: pa.Schema, columns: Sequence[str]) -> I
             for batch in _file_batches(uri, columns, schema):
                 yield _fit(batch, wanted)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise TableError(f"{uri}: {error}") from error
+            raise TableError(f"{redact(uri)}: {error}") from error
 
 
 def _storable(kind: pa.DataType) -> pa.DataType:
@@ -106,8 +106,8 @@ def _file_schema(uri: str) -> pa.Schema:
         if kind == "json":
             return _json_schema(uri)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise TableError(f"{uri} cannot be read as {kind}: {error}") from error
-    raise TableError(f"{uri} is not a table: the name must end in one of {', '.join(SUFFIXES)}")
+        raise TableError(f"{redact(uri)} cannot be read as {kind}: {error}") from error
+    raise TableError(f"{redact(uri)} is not a table: the name must end in one of {', '.join(SUFFIXES)}")
 
 
 def _file_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -126,7 +126,9 @@ def _csv_header(uri: str) -> list[str]:
         names: list[str] = reader.schema.names
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise TableError(f"{uri} names a column twice: {', '.join(sorted(repeated))}; rename one of them")
+        raise TableError(
+            f"{redact(uri)} names a column twice: {', '.join(sorted(repeated))}; rename one of them"
+        )
     return names
 
 

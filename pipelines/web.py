@@ -17,7 +17,6 @@ from pipelines.attempts import Failure, retry_after_s, status_of_code
 from pipelines.budget import SMALL_BYTES, Reservation
 from pipelines.schema import Status
 from pipelines.specs import FetchLimits
-from pipelines.uris import redact
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NEEDS_QUOTING = re.compile(r"[^!-~]|[\"<>\\^`{|}]")
@@ -101,25 +100,24 @@ def parse(uri: str) -> URL:
         if url.scheme in ("http", "https") and url.host and url.port is not None:
             return url
     except ValueError as error:
-        raise Failure(Status.INVALID_URI, f"not a URL: {redact(str(error))[:200]}") from error
-    raise Failure(Status.INVALID_URI, f"not an absolute http(s) URL: {redact(uri)[:200]}")
+        raise Failure(Status.INVALID_URI, f"not a URL: {error}") from error
+    raise Failure(Status.INVALID_URI, f"not an absolute http(s) URL: {uri}")
 
 
 def follow(url: URL, location: str) -> URL:
     """Where a redirect leads. Raises Failure for anything but http(s)."""
-    shown = redact(" ".join(location.split()))[:200]
     try:
         target = url.join(URL(location, encoded=not NEEDS_QUOTING.search(location)))
         if target.scheme in ("http", "https") and target.host and target.port is not None:
             return target
     except ValueError as error:
-        raise Failure(Status.HTTP_ERROR, f"redirect to what is not a URL: {shown}") from error
-    raise Failure(Status.BLOCKED_ADDRESS, f"redirect to {shown}: only http(s) is followed")
+        raise Failure(Status.HTTP_ERROR, f"redirect to what is not a URL: {location}") from error
+    raise Failure(Status.BLOCKED_ADDRESS, f"a redirect is followed to http(s) only, not to {location}")
 
 
 def failure_of(error: aiohttp.ClientError | OSError | ValueError) -> Failure:
     """The status of a request that got no answer, or only a part of one."""
-    text = redact(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+    text = f"{type(error).__name__}: {error}"
     if isinstance(error, TimeoutError):
         return Failure(Status.TIMEOUT, text)
     if isinstance(error, ValueError):  # aiohttp.InvalidURL, and names that IDNA cannot write
@@ -136,9 +134,10 @@ def _refused(response: aiohttp.ClientResponse, span: tuple[int, int] | None) -> 
     if span and response.status == 200:
         return Failure(Status.HTTP_ERROR, "the server does not serve byte ranges")
     wait_s = retry_after_s(response.headers.get("Retry-After"))
-    reason = " ".join((response.reason or "").split())[:80]
     return Failure(
-        status_of_code(response.status), f"HTTP {response.status} {reason}".strip(), retry_after_s=wait_s
+        status_of_code(response.status),
+        f"HTTP {response.status} {response.reason or ''}",
+        retry_after_s=wait_s,
     )
 
 

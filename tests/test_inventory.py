@@ -169,6 +169,18 @@ def test_folder_of_tables_is_one_inventory_with_the_columns_of_all(tmp_path: Pat
     assert [(row["uri"], row["n"], row["m"]) for row in rows_of(state)] == [("a", 1, None), ("b", 2**40, "x")]
 
 
+def test_table_without_rows_is_a_plan_without_items(tmp_path: Path, state: Storage) -> None:
+    (tmp_path / "inventory.csv").write_text("uri,n\n")
+    frozen = plan(str(tmp_path / "inventory.csv"), state)
+    assert (frozen.n_items, frozen.n_rows, frozen.read(0, 0).num_rows) == (0, 0, 0)
+
+
+def test_spreadsheet_export_with_byte_order_mark_and_crlf_is_read(tmp_path: Path, state: Storage) -> None:
+    (tmp_path / "inventory.csv").write_bytes(b"\xef\xbb\xbfuri,n\r\na.jpg,1\r\n\r\nb.jpg,2\r\n")
+    plan(str(tmp_path / "inventory.csv"), state)
+    assert [(row["uri"], row["n"]) for row in rows_of(state)] == [("a.jpg", "1"), ("b.jpg", "2")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
