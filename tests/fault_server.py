@@ -127,8 +127,8 @@ class Forwarder:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         started = asyncio.start_server(self._serve, "127.0.0.1", 0)
-        server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
+        self.port = self._server.sockets[0].getsockname()[1]
 
     def cut(self) -> None:
         """Reset every connection, and every new one, until `down` is false again."""
@@ -136,9 +136,18 @@ class Forwarder:
         self._loop.call_soon_threadsafe(self._abort)
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._abort)
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
+
+    async def _shut(self) -> None:
+        self._server.close()
+        self._abort()
+        copying = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in copying:
+            task.cancel()
+        await asyncio.gather(*copying, return_exceptions=True)
 
     def _abort(self) -> None:
         for writer in self._open:
@@ -154,7 +163,7 @@ class Forwarder:
         await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
 
     async def _copy(self, reader: asyncio.StreamReader, writer: Writer) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             while chunk := await reader.read(65_536):
                 writer.write(chunk)
                 await writer.drain()
