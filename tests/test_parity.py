@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from export import convert, parity, release, samples
+from export import convert, measurement, parity, release, samples
 from export.checkpoint import opened
 from export.measurement import Candidate
 from export.parity import LIMITS, Limits
@@ -30,6 +30,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dataset(tmp_path_factory.mktemp("pictures") / "dataset", 25)
+
+
+@pytest.fixture(autouse=True)
+def _no_speed_measured(monkeypatch) -> None:
+    monkeypatch.setattr(measurement, "SPEED_S", 0.0)
 
 
 def export(trained: Path, pictures: Path, output: Path) -> int:
