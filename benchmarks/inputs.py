@@ -1,0 +1,118 @@
+"""What the benchmarks classify, and with what: many distinct URIs over few files, and a model of any size.
+
+Weights are random: these runs measure time and memory, and nobody reads their labels.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from jobs import drawings
+from pipelines.specs import ImageSpec, Measuring
+
+CLASS_IDS = ("1", "27", "483", "530", "avbNf2", "672", "243", "275")
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
+
+
+@dataclass(frozen=True)
+class Vit:
+    """The size of a Vision Transformer."""
+
+    image_size: int
+    patch_size: int
+    hidden: int
+    layers: int
+    heads: int
+
+
+VIT_TINY = Vit(image_size=224, patch_size=16, hidden=192, layers=12, heads=3)
+VIT_MINIATURE = Vit(image_size=32, patch_size=16, hidden=32, layers=1, heads=2)
+"""So small that everything but the model shows."""
+
+
+def random_bundle(folder: Path, vit: Vit) -> Path:
+    """A certified bundle of a ViT with random weights."""
+    from export import release
+
+    drawn_files(folder / "samples", count=24, size=None)
+    bundle = folder / "bundle"
+    few = Measuring(sample_images=16)
+    release.export(
+        str(checkpoint(folder / "checkpoint", vit)), str(folder / "samples"), str(bundle), measuring=few
+    )
+    return bundle
+
+
+def checkpoint(folder: Path, vit: Vit) -> Path:
+    """A checkpoint folder as training leaves it."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=vit.image_size,
+        patch_size=vit.patch_size,
+        hidden_size=vit.hidden,
+        num_hidden_layers=vit.layers,
+        num_attention_heads=vit.heads,
+        intermediate_size=4 * vit.hidden,
+        id2label=dict(enumerate(CLASS_IDS)),
+        label2id={class_id: index for index, class_id in enumerate(CLASS_IDS)},
+        problem_type="single_label_classification",
+    )
+    ViTForImageClassification(config).eval().save_pretrained(folder)
+    ours = {
+        "taxonomy": "3.1",
+        "class_ids": CLASS_IDS,
+        "image_spec": asdict(ImageSpec(height=vit.image_size, width=vit.image_size)),
+        "temperature": 1.0,
+        "thresholds": {},
+        "multi_label": False,
+    }
+    (folder / "iab_vision.json").write_text(json.dumps(ours))
+    return folder
+
+
+def drawn_files(folder: Path, *, count: int, size: tuple[int, int] | None) -> list[Path]:
+    """JPEGs of drawn scenes, quality 85, all of `size` (width, height) or each of its own."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    subjects = sorted(drawings.SUBJECTS)
+    paths = []
+    for number in range(count):
+        scene = drawings.draw(subjects[number % len(subjects)], rng)
+        if size:
+            scene = drawings.noisy(scene.resize(size, Image.Resampling.BICUBIC), rng)
+        paths.append(folder / f"{number:04d}.jpg")
+        scene.save(paths[-1], quality=85)
+    return paths
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image below a folder, in an order that mixes its subfolders."""
+    paths = sorted(path.resolve() for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    np.random.default_rng(0).shuffle(paths)
+    return paths
+
+
+def inventory(folder: Path, sources: Sequence[Path], rows: int) -> Path:
+    """A table of `rows` rows, each with a URI of its own: symbolic links to the sources in turn."""
+    links = folder / "links"
+    uris = []
+    for number in range(rows):
+        if number % 10_000 == 0:
+            (links / f"{number // 10_000:04d}").mkdir(parents=True)
+        source = sources[number % len(sources)]
+        link = links / f"{number // 10_000:04d}" / f"{number:08d}{source.suffix}"
+        link.symlink_to(source)
+        uris.append(str(link))
+    path = folder / "inventory.parquet"
+    pages = [f"https://publisher.example/articles/{number // 3}" for number in range(rows)]
+    pq.write_table(pa.table({"uri": uris, "page_url": pages}), path)
+    return path
