@@ -15,6 +15,9 @@ from pipelines.uris import redact
 BACKOFF_FACTOR = 2.5
 """Four attempts 1, 2.5 and 6 seconds apart outlast the usual hiccup without holding a place for long."""
 
+MAX_RETRY_AFTER_S = 3_600.0
+"""The longest peace that a host is given: one that asks for a year is asked again in the next pass."""
+
 STATUS_OF_CODE = {
     401: Status.DENIED,
     403: Status.DENIED,
@@ -55,18 +58,16 @@ def backoff_s(attempt: int, backoff_base_s: float, jitter: float) -> float:
 
 def retry_after_s(header: str | None, now: datetime | None = None) -> float | None:
     """Seconds that a `Retry-After` header asks for: a number or a date (RFC 9110, 10.2.3), else None."""
-    if not header:
-        return None
     try:
-        return max(0.0, float(header))
+        wait_s = float(header or "")
     except ValueError:
-        pass
-    try:
-        moment = parsedate_to_datetime(header)
-    except ValueError:
-        return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+        try:
+            moment = parsedate_to_datetime(header or "")
+        except (ValueError, TypeError, OverflowError):
+            return None
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        wait_s = (moment - (now or datetime.now(UTC))).total_seconds()
+    return min(max(0.0, wait_s), MAX_RETRY_AFTER_S)
 
 
 class Host:

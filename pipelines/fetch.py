@@ -187,10 +187,15 @@ class Fetcher:
                     delivery.consumed(arrival)
         finally:
             if under_way:
-                self._loop.call_soon_threadsafe(delivery.abandon)
+                self._soon(delivery.abandon)
 
     def _give_back(self, n_bytes: int) -> None:
-        self._loop.call_soon_threadsafe(self._budget.give, n_bytes)
+        self._soon(self._budget.give, n_bytes)
+
+    def _soon(self, call: Callable[..., object], *values: object) -> None:
+        """Run on the event loop; nothing is left to do there once the fetcher was closed."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *values)
 
     def _start(self, sources: Sequence[tuple[int, Source]], delivery: Delivery[Fetched]) -> None:
         remote = []
@@ -226,6 +231,9 @@ class Fetcher:
     async def _arrive(self, index: int, source: Source, delivery: Delivery[Fetched]) -> None:
         try:
             fetched, reservation = await self._fetch(source)
+        except asyncio.CancelledError:
+            delivery.put(Arrival(index, RuntimeError("the fetcher was closed")))
+            raise
         except Exception as error:  # ours, not the object's: as above
             delivery.put(Arrival(index, error))
         else:

@@ -6,8 +6,10 @@ Files and folders whose names start with a dot are skipped. Nothing is opened.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 from urllib.parse import quote
 
@@ -33,6 +35,8 @@ IMAGE_SUFFIXES = frozenset({
     "tga", "tif", "tiff", "wbmp", "webp", "xbm", "xpm",
 })  # fmt: skip
 """File names that make an image of a listed file, in any case; `all_files` takes every file."""
+
+WILDCARD = re.compile(r"[*?]")
 
 Form = Literal["table", "images", "tars"]
 
@@ -61,7 +65,7 @@ class Found:
 
 
 def find(inventory_uri: str, options: InventoryOptions) -> Found:
-    """Look at a file, or list a folder or prefix.
+    """Look at a file, or list a folder or prefix, or what of it matches a last part with `*` or `?`.
 
     Raises:
         InventoryError: nothing is there, or nothing of the form.
@@ -71,13 +75,15 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
     form = _form_of_name(name, options)
     if form and (single := _single(open_storage(base), name)):
         return Found(form, base, (single,))
-    entries = [entry for entry in _list(uri) if not _hidden(entry.path)]
+    folder, pattern = (base, name) if WILDCARD.search(name) else (uri, "*")
+    entries = [entry for entry in _list(folder) if not _hidden(entry.path)]
+    entries = [entry for entry in entries if fnmatchcase(entry.path, pattern)]
     if not entries:
         raise InventoryError(
             f"{redact(inventory_uri)} is neither a file nor a folder or prefix that holds one"
         )
     form, chosen = _choose(inventory_uri, entries, options)
-    return Found(form, uri, tuple(_found(uri, entry) for entry in chosen))
+    return Found(form, folder, tuple(_found(folder, entry) for entry in chosen))
 
 
 def _list(uri: str) -> list[Entry]:

@@ -31,6 +31,12 @@ def whole(body: bytes, status: str = "200 OK", **headers: object) -> bytes:
     return head(status, Content_Length=len(body), **headers) + body
 
 
+def chunked(body: bytes) -> bytes:
+    return (
+        head("200 OK", Transfer_Encoding="chunked") + f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
+    )
+
+
 class FaultServer:
     """Runs on an event loop in a thread of its own; `requests` counts by path, `most_at_once` by overlap."""
 
@@ -247,6 +253,8 @@ not_found = fixed(whole(b"gone", "404 Not Found"))
 FAULTS: dict[str, Respond] = {
     "ok": fixed(whole(BODY)),
     "slow": slow,
+    "large": fixed(whole(bytes(900_000))),
+    "large-chunked": fixed(chunked(bytes(900_000))),
     "403": fixed(whole(b"", "403 Forbidden")),
     "404": not_found,
     "410": fixed(whole(b"", "410 Gone")),

@@ -277,18 +277,19 @@ def test_named_pipe_and_file_over_the_limit_cost_nothing(fetcher: Fetcher, tmp_p
     assert fetcher.fetch(str(tmp_path / "large.jpg")).status is Status.TOO_LARGE
 
 
-def test_large_objects_share_a_bounded_memory(tmp_path: Path) -> None:
-    """Twenty files of 900 kB, four megabytes for them: all arrive, though the caller is slow."""
-    for n in range(20):
-        (tmp_path / f"{n}.jpg").write_bytes(bytes(900_000))
+@pytest.mark.parametrize("kind", ["file", "large", "large-chunked"])
+def test_large_objects_share_a_bounded_memory(server: FaultServer, tmp_path: Path, kind: str) -> None:
+    """Twenty objects of 900 kB, four megabytes for them: all arrive, though the caller is slow."""
+    (tmp_path / "large.jpg").write_bytes(bytes(900_000))
+    uri = str(tmp_path / "large.jpg") if kind == "file" else f"{server.url}/{kind}"
     fetcher = Fetcher(LIMITS)
     arrived = 0
-    for _, fetched in fetcher.fetch_many([Source(str(tmp_path / f"{n}.jpg")) for n in range(20)]):
+    for _, fetched in fetcher.fetch_many([Source(uri)] * 20):
         arrived += len(fetched.payload or b"")
         time.sleep(0.01)
-        free = fetcher._budget._free
-        assert 0 <= free < LIMITS.max_buffered_bytes
+        assert 0 <= fetcher._budget._free < LIMITS.max_buffered_bytes
     assert arrived == 20 * 900_000
+    assert fetcher.fetch(uri).status is Status.OK
     fetcher.close()
 
 
@@ -327,7 +328,9 @@ def test_close_ends_requests_that_hang(server: FaultServer) -> None:
     waiting = fetcher.fetch_many([Source(f"{server.url}/silent"), Source(f"{server.url}/ok")])
     next(waiting)
     began = time.monotonic()
-    fetcher.close()
+    threading.Timer(0.1, fetcher.close).start()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(waiting)
     assert time.monotonic() - began < 1
 
 
@@ -500,7 +503,8 @@ def test_back_off_grows_with_jitter_and_retry_after_reads_dates() -> None:
     now = datetime(2026, 11, 21, 12, 0, 0, tzinfo=UTC)
     assert retry_after_s("Sat, 21 Nov 2026 12:00:07 GMT", now) == 7
     assert retry_after_s("120", now) == 120
-    assert [retry_after_s(text, now) for text in (None, "", "soon", "nan")][:3] == [None, None, None]
+    assert [retry_after_s(text, now) for text in (None, "", "soon")] == [None, None, None]
+    assert [retry_after_s(text, now) for text in ("-5", "nan", "inf", "1e9")] == [0, 0, 3600, 3600]
 
 
 def test_unexpected_mistake_is_raised_and_does_not_hang(

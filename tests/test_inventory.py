@@ -228,6 +228,13 @@ def test_listing_takes_images_by_name_in_any_case_and_skips_hidden_ones(
     assert frozen.n_rows == 3
 
 
+def test_pattern_takes_what_it_matches(tmp_path: Path, state: Storage) -> None:
+    for name in ("a-0.parquet", "a-1.parquet", "b-0.parquet"):
+        pq.write_table(pa.table({"uri": [name]}), tmp_path / name)
+    plan(str(tmp_path / "a-*.parquet"), state)
+    assert [row["uri"] for row in rows_of(state)] == ["a-0.parquet", "a-1.parquet"]
+
+
 def test_every_row_of_a_heavily_repeated_table_is_in_the_plan_once(
     tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
