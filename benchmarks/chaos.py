@@ -87,9 +87,8 @@ def kill_worker(words: str) -> Strike:
                     time.sleep(delay)
                     delay = 0
                     continue
-                victim = rng.choice(victims)
-                victim.kill()
-                return victim.cmdline()[0] if victim.is_running() else words
+                rng.choice(victims).kill()
+                return words
             time.sleep(0.02)
         return None
 
@@ -200,7 +199,7 @@ def draw_inventory(folder: Path, images: int) -> Path:
     """`images` rows over 500 drawn files, some of them broken, each row with its own URI."""
     rng = np.random.default_rng(0)
     sources = []
-    for number in range(500):
+    for _ in range(500):
         payload, extension = drawings.encode(drawings.draw(rng.choice(list(drawings.SUBJECTS)), rng), rng)
         sources.append((payload, extension))
     sources += [(payload, name.rsplit(".", 1)[1]) for name, payload in drawings.broken_files(1)]

@@ -49,9 +49,12 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
         return
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    here = {"num_cpus": num_cpus or LOGICAL_CPUS_PER_CORE * cores(), "include_dashboard": False}
-    joins = joins_cluster(address)
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, **({} if joins else here))
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if joins_cluster(address):
+        ray.init(address=address, **quiet)
+    else:  # "local": without it Ray would join whatever cluster it finds on this machine
+        cpus = num_cpus or LOGICAL_CPUS_PER_CORE * cores()
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     try:
         yield
     finally:

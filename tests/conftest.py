@@ -1,5 +1,7 @@
-"""What several test modules share: one Ray cluster, and the real photographs when they are there."""
+"""What several test modules share: one Ray cluster, an S3 server, the real photographs if they are there."""
 
+import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,3 +38,39 @@ def ray_cluster() -> Iterator[None]:
     quieten()
     with cluster(num_cpus=8):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Endpoint of the S3 server that the usual AWS variables name, else of moto's in a thread."""
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+        yield endpoint
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        yield settings["AWS_ENDPOINT_URL"]
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str) -> str:
+    """URI of a fresh, empty bucket."""
+    import boto3
+
+    name = f"iab-vision-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
+    return f"s3://{name}"
