@@ -240,7 +240,7 @@ OUTSIDE_THE_GRAPH = (permuted_labels, other_resize, cropped_instead_of_stretched
 
 
 @pytest.mark.parametrize(("plant", "kind", "metric"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
-def test_planted_fault_is_refused_and_named(  # noqa: PLR0917
+def test_planted_fault_is_refused_and_named(
     trained, pictures, faithful_graph, tmp_path, monkeypatch, capsys, plant, kind, metric
 ):
     if plant in OUTSIDE_THE_GRAPH:
