@@ -58,7 +58,8 @@ class PixelClassifier(nn.Module):  # type: ignore[misc]
         self.scale = nn.Parameter(1 / (std * 255), requires_grad=False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        normalised = (pixels.permute(0, 3, 1, 2).float() - self.shift) * self.scale
+        # Cast first: TensorRT takes uint8 at the input alone, and nothing but a cast may read it.
+        normalised = (pixels.float().permute(0, 3, 1, 2) - self.shift) * self.scale
         dtype = next(self.network.parameters()).dtype
         logits = self.network(pixel_values=normalised.to(dtype)).logits.float()
         scaled = logits / self.around.temperature

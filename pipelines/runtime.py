@@ -10,7 +10,10 @@ import hashlib
 import importlib
 import os
 import platform
+import re
 import subprocess
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import onnxruntime as ort
 
 from pipelines.bundle import Bundle
 from pipelines.specs import Provider, RuntimeSpec
+from pipelines.storage import is_local, local_path
 
 INPUT = "pixels"
 OUTPUTS = ["logits", "probabilities"]
@@ -104,6 +108,7 @@ class OnnxModel:
             "threads": self.spec.threads,
             "allow_tf32": self.spec.allow_tf32,
             "machine": cpu_name() if self.spec.provider == "cpu" else gpu_name(self.spec.device_id),
+            "nodes": {name: len(kinds) for name, kinds in placement(session).items()},
         }
 
     def _attempt(self, batch_nhwc: np.ndarray) -> list[np.ndarray] | None:
@@ -136,7 +141,12 @@ class OnnxModel:
 
 
 def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
-    """The model of an opened bundle; whether it is certified is for the caller to have checked."""
+    """The model of an opened bundle; whether it is certified is for the caller to have checked.
+
+    TensorRT's engines are kept beside a local bundle, in the folder of its name with `.engines` behind it.
+    """
+    if spec.provider == "tensorrt" and not spec.engine_cache and is_local(bundle.uri):
+        spec = replace(spec, engine_cache=f"{local_path(bundle.uri)}.engines")
     return OnnxModel(bundle.model_bytes(spec.precision, spec.provider), spec)
 
 
@@ -213,10 +223,10 @@ def _session_options(spec: RuntimeSpec, bucket: int) -> ort.SessionOptions:
     options.log_severity_level = _QUIET
     # Idle threads that spin take the cores from the decoders and from other sessions beside them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if spec.provider != "cpu":
         # Without it a missing CUDA library means a warning and a session on CPU (onnxruntime #23372).
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # Folds away the shape arithmetic of a dynamic batch, which would sit on the CPU provider.
         options.add_free_dimension_override_by_name("batch", bucket)
     return options
@@ -228,8 +238,7 @@ def _provider_options(model: bytes, spec: RuntimeSpec, bucket: int) -> dict[str,
     if spec.provider == "cuda":
         return {**_cuda_options(spec), "enable_cuda_graph": "1"}
     cache = str(engine_cache(model, spec))
-    _, height, width, _ = _input_shape(model)
-    shape = f"{INPUT}:{bucket}x{height}x{width}x3"
+    shape = f"{INPUT}:{bucket}x{'x'.join(map(str, _image_shape(model)))}"
     return {
         "device_id": str(spec.device_id),
         "trt_fp16_enable": "1" if spec.precision == "fp16" else "0",
@@ -260,16 +269,18 @@ def engine_cache(model: bytes, spec: RuntimeSpec) -> Path:
     An engine is native code for one GPU and one TensorRT, so both are in the name.
     """
     root = Path(spec.engine_cache or Path.home() / ".cache" / "iab-vision" / "engines")
-    versions = f"{gpu_name(spec.device_id)}-{ort.__version__}".replace(" ", "-").replace("/", "-")
+    tensorrt = importlib.import_module("tensorrt").__version__
+    versions = re.sub(r"[^\w.]+", "-", f"{gpu_name(spec.device_id)} tensorrt {tensorrt}")
     folder = root / f"{hashlib.sha256(model).hexdigest()[:16]}-{versions}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 
 
-def _input_shape(model: bytes) -> list[Any]:
-    session = ort.InferenceSession(model, providers=[EP_NAMES["cpu"]])
-    shape: list[Any] = session.get_inputs()[0].shape
-    return shape
+def _image_shape(model: bytes) -> list[int]:
+    """Height, width and channels of the input: an engine's profile is stated before there is a session."""
+    onnx = importlib.import_module("onnx")
+    pixels = onnx.load_model_from_string(model).graph.input[0]
+    return [axis.dim_value for axis in pixels.type.tensor_type.shape.dim[1:]]
 
 
 def _check_signature(session: ort.InferenceSession) -> None:
@@ -288,10 +299,18 @@ def _check_placement(session: ort.InferenceSession, spec: RuntimeSpec) -> None:
         raise ProviderUnavailable(f"{spec.provider} was asked for, but the session runs on {active}")
     if spec.provider == "cpu":
         return
+    nodes = placement(session)
+    allowed = {EP_NAMES[spec.provider], EP_NAMES["cuda"]}  # what TensorRT does not know, CUDA may run
+    if EP_NAMES[spec.provider] not in nodes or nodes.keys() - allowed:
+        raise ProviderUnavailable(f"{spec.provider} was asked for, but the nodes would run on {nodes}")
+
+
+def placement(session: ort.InferenceSession) -> dict[str, list[str]]:
+    """Provider -> the kinds of operators that it runs, once for each node."""
+    found: dict[str, list[str]] = {}
     for subgraph in session.get_provider_graph_assignment_info():
-        if subgraph.ep_name != EP_NAMES[spec.provider]:
-            nodes = ", ".join(node.op_type for node in subgraph.get_nodes())
-            raise ProviderUnavailable(f"{nodes} would run on {subgraph.ep_name} instead of {spec.provider}")
+        found.setdefault(subgraph.ep_name, []).extend(node.op_type for node in subgraph.get_nodes())
+    return found
 
 
 def _refusal(spec: RuntimeSpec, error: Exception) -> Exception:
@@ -320,7 +339,9 @@ def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
         cudart = ctypes.CDLL("libcudart.so.13")
     except OSError:
         return buffer  # only the copy to the device is slower
-    cudart.cudaHostRegister(ctypes.c_void_p(buffer.ctypes.data), ctypes.c_size_t(buffer.nbytes), 0)
+    address = ctypes.c_void_p(buffer.ctypes.data)
+    if cudart.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), 0) == 0:
+        weakref.finalize(buffer, cudart.cudaHostUnregister, address)
     return buffer
 
 

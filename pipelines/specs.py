@@ -35,6 +35,11 @@ class ImageSpec:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel standard deviation of RGB in [0, 1], divided by inside the graph."""
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one image's pixels: uint8 RGB."""
+        return self.height * self.width * 3
+
     def __post_init__(self) -> None:
         at_least("height", self.height, 1)
         at_least("width", self.width, 1)
@@ -146,7 +151,7 @@ class RuntimeSpec:
     allow_tf32: bool = False
     """Let CUDA round float32 products to TF32."""
     engine_cache: str = ""
-    """Local folder for TensorRT engines; empty is `~/.cache/iab-vision/engines`."""
+    """Local folder for TensorRT engines; empty: beside a local bundle, else `~/.cache/iab-vision/engines`."""
 
     def __post_init__(self) -> None:
         if self.precision == "int8" and self.provider != "cpu":
@@ -186,8 +191,8 @@ class Workers:
     """Actors that fetch and decode; 0 sizes the pool from the cluster."""
     infer_actors: int = 0
     """Actors that own an ONNX session; 0 is one per GPU, or one per CPU core."""
-    rows_per_chunk: int = 256
-    """Plan rows that a load actor takes at once."""
+    rows_per_chunk: int = 0
+    """Images that travel together; 0 is 64 on CPU, and the batch size on GPU."""
     rows_per_part: int = 20_000
     """Rows per part file: what a crash may cost."""
     rows_per_file: int = 1_000_000
@@ -196,5 +201,6 @@ class Workers:
     def __post_init__(self) -> None:
         at_least("load_actors", self.load_actors, 0)
         at_least("infer_actors", self.infer_actors, 0)
-        for name in ("rows_per_chunk", "rows_per_part", "rows_per_file"):
+        at_least("rows_per_chunk", self.rows_per_chunk, 0)
+        for name in ("rows_per_part", "rows_per_file"):
             at_least(name, getattr(self, name), 1)

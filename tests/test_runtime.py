@@ -156,6 +156,7 @@ def test_certificate_environment_names_what_ran(model):
     assert environment["providers"] == ["CPUExecutionProvider"]
     assert environment["batch_size"] == 6
     assert environment["machine"]
+    assert environment["nodes"] == {"CPUExecutionProvider": 4}
 
 
 def test_running_a_model_loads_neither_torch_nor_transformers():
