@@ -289,6 +289,23 @@ class TrainConfig(RecipeConfig):
     """Private Hugging Face repository for the finished model; the hub's own environment holds the token."""
 
 
+class TuneConfig(RecipeConfig):
+    """Search for a better recipe with short trainings; the same command continues an unfinished search."""
+
+    output: str
+    """Folder for the trials, their table and plot, and `best.yaml`."""
+    space: str = str(Path(__file__).parent / "configs" / "tune_space.yaml")
+    """YAML file that maps settings of the recipe to how they are drawn."""
+    trials: int = Field(default=16, ge=1)
+    """Recipes tried."""
+    grace_epochs: int = Field(default=2, ge=1)
+    """Epochs that every trial gets before it can be stopped for being worse than others."""
+    reduction: int = Field(default=3, ge=2)
+    """Of so many trials at each rung, one goes on."""
+    max_concurrent: int = Field(default=0, ge=0)
+    """Trials at once; 0: as many as the cluster's CPUs or GPUs allow."""
+
+
 class ExportConfig(JobConfig):
     """Turn a checkpoint into an ONNX bundle; exit code 3 and no bundle when it differs from it."""
 

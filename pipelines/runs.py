@@ -55,8 +55,13 @@ def finished(output: str, recipe: Recipe, data: LabelledData) -> Run | None:
     folder = storage.open_storage(output)
     if not folder.exists(RECIPE):
         return None
-    expected = json.loads(as_json(identity(recipe, data)))
-    before = json.loads(folder.read(RECIPE))
+    refuse_mismatch(output, json.loads(folder.read(RECIPE)), identity(recipe, data))
+    return Run(output, json.loads(folder.read(MARKER))) if folder.exists(MARKER) else None
+
+
+def refuse_mismatch(output: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise RunMismatch naming the first setting in which a folder's run differs from the one asked for."""
+    expected = json.loads(as_json(now))
     different = next((key for key in expected if before.get(key) != expected[key]), None)
     if different is not None:
         raise RunMismatch(
@@ -64,7 +69,6 @@ def finished(output: str, recipe: Recipe, data: LabelledData) -> Run | None:
             f"{difference(before.get(different), expected[different])}; "
             "give another --output, or the settings of that run to continue it"
         )
-    return Run(output, json.loads(folder.read(MARKER))) if folder.exists(MARKER) else None
 
 
 def difference(before: Any, now: Any) -> str:

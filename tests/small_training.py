@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipelines import ingest
+from pipelines import ingest, vit
 from pipelines.checkpoints import Sidecar
 from pipelines.recipe import Augment, Loss, Optimizer, Recipe
 from pipelines.schema import pixels_type
@@ -19,7 +19,7 @@ from pipelines.task import Place, Task
 from pipelines.training import Trainer
 
 COLOURS = np.array([(210, 60, 50), (60, 200, 70), (60, 80, 220), (220, 210, 60)], np.uint8)
-SPEC = ImageSpec(height=16, width=16)
+ALONE = Place(0, 1, torch.device("cpu"))
 STILL = Augment(views=1, crop_area=1, crop_aspect=1, flip=0)
 """No augmentation at all."""
 RECIPE = Recipe(
@@ -28,7 +28,9 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
-def picture(labels: Sequence[int], rng: np.random.Generator, *, side: int = 16, noise: int = 60) -> np.ndarray:
+def picture(
+    labels: Sequence[int], rng: np.random.Generator, *, side: int = 16, noise: int = 60
+) -> np.ndarray:
     """uint8 [side, side, 3]: noise with a patch of each label's colour, each in its own quarter."""
     canvas = rng.integers(128 - noise, 128 + noise, (side, side, 3)).astype(np.uint8)
     half = side // 2
@@ -51,15 +53,13 @@ def image_folder(root: Path, per_class: int = 12, classes: Sequence[str] = ("483
 class Blocks:
     """Decoded rows as a Ray Data iterator would give them."""
 
-    def __init__(self, labels: Sequence[Sequence[int]], seed: int = 0, noise: int = 60) -> None:
-        rng = np.random.default_rng(seed)
-        pixels = np.stack([picture(row, rng, noise=noise) for row in labels])
+    def __init__(self, pixels_nhwc: np.ndarray, labels: Sequence[Sequence[int]]) -> None:
         self.table = pa.table(
             {
                 "row_id": pa.array(range(len(labels)), pa.int64()),
                 "classes": pa.array([list(row) for row in labels], pa.list_(pa.int32())),
                 "pixels": pa.FixedSizeBinaryArray.from_buffers(
-                    pixels_type(16, 16), len(labels), [None, pa.py_buffer(pixels)]
+                    pixels_type(*pixels_nhwc.shape[1:3]), len(labels), [None, pa.py_buffer(pixels_nhwc)]
                 ),
             }
         )
@@ -69,39 +69,53 @@ class Blocks:
         yield from (self.table.slice(0, half), self.table.slice(half))
 
 
+def drawn(labels: Sequence[Sequence[int]], *, seed: int, noise: int) -> Blocks:
+    rng = np.random.default_rng(seed)
+    return Blocks(np.stack([picture(row, rng, noise=noise) for row in labels]), labels)
+
+
 def trainer(
     recipe: Recipe,
     labels: Sequence[Sequence[int]],
     *,
     n_classes: int = 3,
     multi_label: bool = False,
-    rank: int = 0,
-    workers: int = 1,
+    place: Place = ALONE,
     noise: int = 60,
 ) -> Trainer:
     """A worker in this process; its validation images are drawn like the training ones with another seed."""
-    blocks, held_out = Blocks(labels, noise=noise), Blocks(labels, seed=99, noise=noise)
-    targets = ingest.dense(blocks.table["classes"], n_classes)
-    ids = tuple(f"class {i}" for i in range(n_classes))
-    rows = np.arange(len(labels))
+    blocks, held_out = drawn(labels, seed=0, noise=noise), drawn(labels, seed=99, noise=noise)
+    classes = vit.Classes(tuple(f"class {i}" for i in range(n_classes)), multi_label)
+    return trainer_over(recipe, blocks, held_out, classes, place)
+
+
+def trainer_of(recipe: Recipe, pixels_nhwc: np.ndarray, labels: np.ndarray, *, n_classes: int) -> Trainer:
+    """A worker in this process over these pixels, one label each, already of the model's size."""
+    blocks = Blocks(pixels_nhwc, labels[:, None].tolist())
+    return trainer_over(recipe, blocks, blocks, vit.Classes(tuple(map(str, range(n_classes))), False), ALONE)
+
+
+def trainer_over(
+    recipe: Recipe, blocks: Blocks, held_out: Blocks, classes: vit.Classes, place: Place
+) -> Trainer:
+    n_classes, side = len(classes.ids), recipe.image_size or 16
+    spec = ImageSpec(height=side, width=side)
+    store = ingest.PixelStore(blocks, spec, n_classes)
+    rows = np.arange(len(store))
+    strata = np.where(store.targets_nc.any(1), store.targets_nc.argmax(1), n_classes)
     task = Task(
-        recipe=recipe.resolved(multi_label=multi_label),
-        sidecar=Sidecar("labels", ids, SPEC, multi_label),
-        stored_spec=SPEC,
+        recipe=recipe.resolved(multi_label=classes.multi_label),
+        sidecar=Sidecar("labels", classes.ids, spec, classes.multi_label),
+        stored_spec=spec,
         train_rows=rows,
-        strata=np.array([min(row, default=n_classes) for row in labels]),
+        strata=strata,
         validation_rows=rows,
-        class_counts=targets.sum(0).astype(np.int64),
+        class_counts=store.targets_nc.sum(0).astype(np.int64),
         streams=False,
-        epoch_images=len(labels),
+        epoch_images=len(store),
         run_uri="",
     )
-    made = Trainer(
-        task,
-        Place(rank, workers, torch.device("cpu")),
-        ingest.PixelStore(blocks, SPEC, n_classes),
-        ingest.PixelStore(held_out, SPEC, n_classes),
-    )
+    made = Trainer(task, place, store, ingest.PixelStore(held_out, spec, n_classes))
     made.parallel = made.model
     made.model.train()
     return made

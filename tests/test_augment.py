@@ -19,7 +19,9 @@ EVERYTHING = Augment(
 def pixels(n: int = 8, side: int = 24) -> torch.Tensor:
     """Smooth pictures: a gradient across, one down, and a constant."""
     ramp = np.linspace(20, 230, side)
-    one = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 90.0)], 2)
+    one = np.stack(
+        [np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 90.0)], 2
+    )
     return torch.from_numpy(np.stack([np.roll(one, 2 * i, 2) for i in range(n)]).astype(np.uint8))
 
 
@@ -37,7 +39,9 @@ def test_nothing_asked_for_changes_nothing():
 
 
 def test_flips_mirror_the_picture():
-    torch.testing.assert_close(changed(replace(OFF, flip=1), pixels()), plain(pixels()).flip(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        changed(replace(OFF, flip=1), pixels()), plain(pixels()).flip(3), atol=1e-5, rtol=0
+    )
     upside_down = changed(replace(OFF, vertical_flip=1), pixels())
     torch.testing.assert_close(upside_down, plain(pixels()).flip(2), atol=1e-5, rtol=0)
 
@@ -45,9 +49,9 @@ def test_flips_mirror_the_picture():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"crop_area": 0.3}, {"rotation_degrees": 30}, {"brightness": 0.5}, {"contrast": 0.5}, {"saturation": 0.5},
-        {"hue_degrees": 60}, {"blur": 1.0}, {"erasing": 1.0}, {"policy_operations": 3}, {"mixup": 1, "mix_chance": 1},
-        {"cutmix": 1, "mix_chance": 1},
+        {"crop_area": 0.3}, {"rotation_degrees": 30}, {"brightness": 0.5}, {"contrast": 0.5},
+        {"saturation": 0.5}, {"hue_degrees": 60}, {"blur": 1.0}, {"erasing": 1.0}, {"policy_operations": 3},
+        {"mixup": 1, "mix_chance": 1}, {"cutmix": 1, "mix_chance": 1},
     ],
 )  # fmt: skip
 def test_each_setting_alone_changes_pictures_and_keeps_their_range(setting):

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_training import image_folder
 
 from pipelines import corpus, datasets, ingest, splits
 from pipelines.labelled_input import DatasetError
 from pipelines.recipe import Columns, Ingest, Splits
 from pipelines.specs import ImageSpec
-from small_training import image_folder
 
 SPEC = ImageSpec(height=16, width=16)
 
@@ -33,7 +33,9 @@ def test_a_folder_of_labels_is_divided_70_20_10_in_every_class(tmp_path):
     assert set(data.classes) == {"1", "483", "v9i3On"}
     by_split = Counter(zip(data.targets().tolist(), data.splits.tolist(), strict=True))
     assert by_split == {
-        (label, split): count for label in range(3) for split, count in (("train", 14), ("validation", 4), ("test", 2))
+        (label, split): count
+        for label in range(3)
+        for split, count in (("train", 14), ("validation", 4), ("test", 2))
     }
     again = datasets.load(str(tmp_path / "images"))
     assert (again.splits == data.splits).all()
@@ -82,9 +84,7 @@ def test_a_label_map_renames_and_drops(tmp_path):
 
 def test_a_breeds_table_names_its_files_by_a_template(tmp_path):
     table = csv(tmp_path, "id,breed\n0a1,pug\n0b2,collie\n0c3,pug\n")
-    data = datasets.load(
-        table, taxonomy_name="labels", columns=Columns(label="breed", file="train/{id}.jpg")
-    )
+    data = datasets.load(table, taxonomy_name="labels", columns=Columns(label="breed", file="train/{id}.jpg"))
     assert data.rows["uri"][1].as_py().endswith(f"{tmp_path}/train/0b2.jpg")
     with pytest.raises(DatasetError, match="no column"):
         datasets.load(table, columns=Columns(label="breed", file="train/{name}.jpg"))
@@ -100,20 +100,24 @@ def test_several_labels_make_a_multi_label_model_and_none_is_a_right_answer(tmp_
 def test_json_lines_with_lists_of_labels(tmp_path):
     table = tmp_path / "labels.jsonl"
     table.write_text("\n".join(json.dumps(row) for row in [
-        {"uri": "/a.jpg", "labels": ["x", "y"]}, {"uri": "/b.jpg", "labels": []}, {"uri": "/c.jpg", "labels": ["y"]},
+        {"uri": "/a.jpg", "labels": ["x", "y"]},
+        {"uri": "/b.jpg", "labels": []},
+        {"uri": "/c.jpg", "labels": ["y"]},
     ]))  # fmt: skip
     assert datasets.load(str(table), taxonomy_name="labels").targets().tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
 def hugging_face_parquet(folder: Path) -> Path:
-    """Two splits with the bytes inside and integer labels named in the schema, as Hugging Face writes them."""
+    """Two splits with the bytes inside and integer labels named in the schema, as on the hub."""
     source = image_folder(folder / "source", per_class=4)
     out = folder / "parquet"
     out.mkdir()
     names = ["483", "1", "v9i3On"]
     features = {"label": {"names": names, "_type": "ClassLabel"}}
     for split in ("train", "test"):
-        images = [(file.read_bytes(), i) for i, name in enumerate(names) for file in (source / name).iterdir()]
+        images = [
+            (file.read_bytes(), i) for i, name in enumerate(names) for file in (source / name).iterdir()
+        ]
         table = pa.table(
             {
                 "image": [{"bytes": payload, "path": None} for payload, _ in images],

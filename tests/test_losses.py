@@ -9,6 +9,7 @@ from pipelines.losses import class_weights, criterion, positive_weights
 from pipelines.recipe import Balance, Loss
 
 COUNTS = np.array([90, 9, 1])
+PLAIN, UNWEIGHTED = Loss(label_smoothing=0), Balance()
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, functional.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3).float()
 
 
-def single(loss: Loss = Loss(label_smoothing=0), balance: Balance = Balance()):
+def single(loss: Loss = PLAIN, balance: Balance = UNWEIGHTED):
     return criterion(loss, balance, COUNTS, 100, multi_label=False)
 
 
@@ -65,7 +66,7 @@ def test_class_weights_keep_the_size_of_the_average_loss(name):
 
 def test_effective_number_weights_follow_the_paper():
     weights = class_weights(Balance(class_weights="effective", effective_beta=0.9), COUNTS, 100)
-    raw = (1 - 0.9) / (1 - 0.9**COUNTS.astype(float))
+    raw = (1 - 0.9) / (1 - 0.9 ** COUNTS.astype(float))
     assert np.allclose(weights / weights[0], raw / raw[0])
 
 

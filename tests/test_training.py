@@ -1,24 +1,29 @@
-"""The training loop: how a batch is cut does not matter, averages and resumes are exact, runs survive kills."""
+"""The training loop: how a batch is cut does not matter, resumes are exact, runs survive kills."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_training import RECIPE, STILL, image_folder, trained, trainer
 from transformers import AutoModelForImageClassification
 
 from pipelines import corpus, datasets, fitting, metrics, optimisation, runs
 from pipelines.recipe import Augment, Balance, Ingest, Loss, Optimizer, Splits, Stopping
 from pipelines.resources import Resources
 from pipelines.sampling import epoch_order
+from pipelines.task import Place
 from pipelines.training import Diverged
-from small_training import RECIPE, STILL, image_folder, trained, trainer
 
+ROOT = Path(__file__).parents[1]
 LABELS = [[i % 3] for i in range(64)]
 SEVERAL = [[j for j in range(4) if (i * 7 + 3) >> j & 1] for i in range(64)]
 MIXED = Augment(views=1, mixup=0.5, cutmix=1.0, brightness=0.3, erasing=0.3)
@@ -28,7 +33,7 @@ def first_step_gradients(recipe, labels, *, workers=1, **keywords):
     """Gradients of the first step, averaged over the workers as DistributedDataParallel does."""
     sums = None
     for rank in range(workers):
-        made = trainer(recipe, labels, rank=rank, workers=workers, **keywords)
+        made = trainer(recipe, labels, place=Place(rank, workers, torch.device("cpu")), **keywords)
         _, micro_batches = next(made.steps(0, 0))
         made.accumulate(micro_batches, seed=1)
         gradients = [p.grad / workers for p in made.model.parameters()]
@@ -101,7 +106,9 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
     second.train_epoch()
     for name, value in unbroken.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
-    assert torch.equal(second.averaged.weights["classifier.bias"], unbroken.averaged.weights["classifier.bias"])
+    assert torch.equal(
+        second.averaged.weights["classifier.bias"], unbroken.averaged.weights["classifier.bias"]
+    )
 
 
 def test_order_is_repeatable_and_covers_every_image_in_every_view():
@@ -142,7 +149,9 @@ def test_balancing_at_least_doubles_the_recall_of_a_rare_class():
 
 @pytest.mark.parametrize("loss", ["bce", "asymmetric"])
 def test_multi_label_training_reaches_a_high_mean_average_precision(loss):
-    recipe = replace(RECIPE, epochs=6, loss=Loss(multi_label=loss), optimizer=Optimizer(learning_rate=3e-3, ema_decay=0))
+    recipe = replace(
+        RECIPE, epochs=6, loss=Loss(multi_label=loss), optimizer=Optimizer(learning_rate=3e-3, ema_decay=0)
+    )
     made = trained(trainer(recipe, SEVERAL, n_classes=4, multi_label=True), 6)
     logits, targets = made.logits(np.arange(len(SEVERAL)))
     assert metrics.classification(logits, targets.astype(np.uint8))["map"] > 0.9
@@ -194,8 +203,12 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
     run = fitting.fit(plan, Ingest(max_broken_share=0.1), messages.append)
     best = tmp_path / "run" / "best"
     model = AutoModelForImageClassification.from_pretrained(best)
-    assert model.config.id2label == {i: one for i, one in enumerate(plan.data.classes)}
-    assert {file.name for file in best.iterdir()} >= {"README.md", "iab_vision.json", "preprocessor_config.json"}
+    assert model.config.id2label == dict(enumerate(plan.data.classes))
+    assert {file.name for file in best.iterdir()} >= {
+        "README.md",
+        "iab_vision.json",
+        "preprocessor_config.json",
+    }
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert run.content["test"]["accuracy"] > 0.6
@@ -249,3 +262,29 @@ def training_processes() -> list[int]:
             if title.startswith(b"ray::") and b"RayTrainWorker" in title:
                 found.append(int(folder.name))
     return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_continues_with_the_same_command(tmp_path):
+    folder = image_folder(tmp_path / "images")
+    output = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "jobs", "train", "--dataset", str(folder), "--output", str(output),
+        "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1", "--batch-size", "6",
+        "--epochs", "5", "--augment.views", "4", "--splits.validation", "0.25", "--splits.test", "0.25",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while len(runs.history(str(output))) < 2:
+        assert first.poll() is None
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = runs.history(str(output))
+    assert not (output / "run.json").exists()
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert second.returncode == 0, second.stderr[-2000:]
+    after = runs.history(str(output))
+    assert [line["epoch"] for line in after] == [1, 2, 3, 4, 5]
+    assert after[0] == before[0], "the first epoch was trained again"
+    assert json.loads((output / "run.json").read_text())["best"]["epoch"] <= 5

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_training import RECIPE, trained, trainer
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
 from pipelines import checkpoints, vit
 from pipelines.checkpoints import Sidecar
 from pipelines.recipe import Network, Optimizer, Recipe
 from pipelines.specs import ImageSpec
-from small_training import RECIPE, trained, trainer
 
 CLASSES = vit.Classes(("483", "1", "v9i3On"), False)
 DEEP = replace(RECIPE, layers=3)
@@ -44,14 +44,16 @@ def test_frozen_weights_are_bit_equal_after_training(network, learning):
     before = weights(made.model)
     trained(made, 1)
     changed = {
-        part_of(name) for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])
+        part_of(name)
+        for name, value in made.model.state_dict().items()
+        if not torch.equal(value, before[name])
     }
     assert changed == learning
 
 
 def part_of(name: str) -> str:
     if "layers." in name:
-        return name.split("layers.")[1].split(".")[0]
+        return name.split("layers.")[1].split(".", maxsplit=1)[0]
     return next((part for part in ("embeddings", "norm") if part in name), "head")
 
 
@@ -60,7 +62,9 @@ def test_gradual_unfreezing_thaws_one_block_at_a_time_from_the_top():
     lowest = [vit.first_trained_depth(network, 3, epoch) for epoch in range(9)]
     assert lowest == [4, 4, 3, 3, 2, 2, 1, 1, 0]
     model = vit.build(DEEP, CLASSES)
-    assert vit.freeze(model, network, 0) and not vit.freeze(model, network, 1) and vit.freeze(model, network, 2)
+    assert (
+        vit.freeze(model, network, 0) and not vit.freeze(model, network, 1) and vit.freeze(model, network, 2)
+    )
 
 
 def test_layer_decay_gives_each_block_the_stated_rate():

@@ -1,0 +1,54 @@
+"""Every settings file of the project is what its command takes, and says how it is run."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.config import TrainConfig
+from jobs.train_vit import recipe_of
+from pipelines.recipe import Recipe
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("train_*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_training_recipe_is_accepted_whole(path):
+    settings = TrainConfig.parse(
+        ["--config", str(path), "--dataset", "images", "--output", "run"], command="train"
+    )
+    recipe = recipe_of(settings)
+    assert recipe != Recipe()
+    resolved = recipe.resolved(multi_label="multi" in path.stem)
+    assert resolved.micro_batch(settings.num_workers) >= 1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_training_recipe_opens_with_its_command(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert f"--config jobs/configs/{path.name}" in "\n".join(head)
+
+
+def test_scratch_and_pretrained_models_get_their_own_defaults():
+    scratch = Recipe(model="scratch:tiny").resolved(multi_label=False)
+    tuned = Recipe(model="some/model").resolved(multi_label=True)
+    assert scratch.optimizer.peak > tuned.optimizer.peak
+    assert (scratch.image_size, scratch.patch_size, tuned.image_size) == (224, 16, None)
+    assert (scratch.select_by, tuned.select_by) == ("accuracy", "map")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"patch_size": 8}, "scratch"),
+        ({"target_precision": 1.5}, "target_precision"),
+    ],
+)
+def test_impossible_recipes_are_refused_by_name(keywords, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**keywords)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_multiple():
+    with pytest.raises(ValueError, match="multiple of 3"):
+        Recipe(batch_size=64).micro_batch(3)
