@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -162,25 +162,26 @@ def store_settings(uri: str, patience_s: float) -> dict[str, Any]:
     if OBJECT_SCHEMES[scheme_of(uri)] == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
         client["allow_http"] = endpoint.startswith("http://")
-        provider = shared_aws_credentials()
-        settings |= {"credential_provider": provider} if provider else {}
+        settings |= shared_aws_settings()
     return settings
 
 
-def shared_aws_credentials() -> Any:
-    """obstore reads the environment, web identity, ECS and EC2, but not ~/.aws: botocore does."""
-    if os.environ.get("AWS_ACCESS_KEY_ID") or not (Path.home() / ".aws").is_dir():
-        return None
+def shared_aws_settings() -> dict[str, Any]:
+    """obstore reads the environment, web identity, ECS and EC2, but no profiles of ~/.aws: botocore does."""
+    named = any(name in os.environ for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE"))
+    if "AWS_ACCESS_KEY_ID" in os.environ or not (named or (Path.home() / ".aws").is_dir()):
+        return {}
     from botocore.session import Session  # type: ignore[import-untyped]
 
-    credentials = Session().get_credentials()
-    if credentials is None:
-        return None
+    session = Session()
+    credentials, region = session.get_credentials(), session.get_config_variable("region")
+    found = {"region": region} if region else {}
+    return found | ({"credential_provider": partial(current, credentials)} if credentials else {})
 
-    def current() -> dict[str, Any]:
-        frozen = credentials.get_frozen_credentials()
-        soon = datetime.now(UTC) + timedelta(minutes=5)
-        keys = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key}
-        return keys | ({"token": frozen.token} if frozen.token else {}) | {"expires_at": soon}
 
-    return current
+def current(credentials: Any) -> dict[str, Any]:
+    """botocore's credentials, renewed by it if need be, as obstore takes them for the next minutes."""
+    frozen = credentials.get_frozen_credentials()
+    keys = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key}
+    token = {"token": frozen.token} if frozen.token else {}
+    return keys | token | {"expires_at": datetime.now(UTC) + timedelta(minutes=5)}

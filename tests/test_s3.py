@@ -147,6 +147,22 @@ def test_a_wrong_key_is_one_sentence_without_the_key(
     assert len(str(refusal.value)) < 300
 
 
+def test_a_profile_of_the_shared_credentials_file_is_found(
+    folder: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [
+        f"aws_{name} = {os.environ[f'AWS_{name.upper()}']}" for name in ("access_key_id", "secret_access_key")
+    ]
+    (tmp_path / "credentials").write_text("\n".join(["[nightly]", *keys]))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "nightly")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    again = open_storage(folder.uri)
+    again.put("x", b"signed")
+    assert again.open_input("x").read() == b"signed"
+
+
 def test_an_endpoint_where_nothing_listens_is_named_after_the_patience_runs_out(
     folder: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
