@@ -27,6 +27,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from pipelines.rowset import Range, RowSet, repeated
+from pipelines.schema import TRANSIENT
 from pipelines.storage import AlreadyExists, Storage
 
 RUN_JSON = "run.json"
@@ -309,8 +310,11 @@ class Ledger:
             raise
 
     def statuses(self) -> Counter[str]:
-        """Table rows by status in the parts of this generation."""
-        return total(part.statuses for part in self.view.parts)
+        """Rows by status: what was published and is not being rerun, and the parts of this generation."""
+        kept = total(file.statuses for file in self.view.files.values())
+        for status in TRANSIENT:
+            kept.pop(status.value, None)
+        return kept + total(part.statuses for part in self.view.parts)
 
     def hosts(self) -> Counter[str]:
         """Rows without a label by host, in the parts of this generation."""
