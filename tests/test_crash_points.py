@@ -247,7 +247,7 @@ def test_a_crash_at_any_write_of_a_rerun_is_made_good_and_readers_see_every_row_
     assert survives > 10
 
 
-TRACED = ("ledger.py", "output.py", "publishing.py", "local_storage.py")
+TRACED = ("entries.py", "ledger.py", "output.py", "publishing.py", "local_storage.py")
 
 
 @dataclass
