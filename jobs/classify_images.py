@@ -8,7 +8,6 @@ interrupted run and does nothing to a finished one.
 """
 
 import contextlib
-import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from importlib import metadata
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
-from jobs.cluster import cores, joins_cluster, ray_cluster
+from jobs import run_report
+from jobs.cluster import cores, joins_cluster, nodes_without, ray_cluster
+from jobs.commit_loop import Passes, classify_missing
 from jobs.config import ClassifyConfig, plain
 from jobs.errors import InputError, JobFailed, Refused, checking_input
 from jobs.pools import size_pools
-from jobs.progress import ProgressReport
 from jobs.signals import Stopped, stoppable
 from pipelines import inventory, output, publishing
 from pipelines.bundle import Bundle, NotCertified, open_bundle
@@ -31,14 +32,10 @@ from pipelines.output import Committer, PartDamaged
 from pipelines.plan import Plan
 from pipelines.publishing import TableDamaged
 from pipelines.runs import git_revision
-from pipelines.schema import TRANSIENT, Status
 from pipelines.specs import InventoryOptions, RuntimeSpec
-from pipelines.storage import Storage, join, open_storage, redact
-from pipelines.verification import REPORT_JSON
+from pipelines.storage import Storage, is_local, join, open_storage, redact
 
 CPU_BATCH, GPU_BATCH = 16, 256
-ROWS_PER_BLOCK_CPU, ROWS_PER_BLOCK_GPU = 64, 256
-"""Decoded images handed on at once: on CPU small, so that every session has work to the end."""
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +52,34 @@ class Run:
     plan: Plan
     ledger: Ledger
     certified: bool
+    images: int = 0
+    """Recorded by this process."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run(config: ClassifyConfig) -> int:
+    """Prepare, classify what is missing, publish, report; or say that it is all done."""
+    kept = "what is recorded stays recorded, and the same command continues it"
     try:
-        return carry_out(prepare(config))
+        with stoppable():
+            return carry_out(prepare(config))
     except (LedgerLost, LedgerDamaged, PartDamaged, TableDamaged) as error:
         raise JobFailed(str(error)) from error
+    except RayError as error:
+        raise JobFailed(f"{root_cause(error)}; {kept}") from error
     except OSError as error:
-        raise JobFailed(
-            f"{redact(str(error))}; what is recorded stays recorded, and the same command continues it"
-        ) from error
+        raise JobFailed(f"{error}; {kept}") from error
+    except Stopped as stop:
+        raise JobFailed(f"stopped by {stop}; {kept}") from None
+    except SystemExit:  # Ray's own answer to SIGTERM while it starts
+        raise JobFailed(f"stopped while Ray started; {kept}") from None
+
+
+def root_cause(error: RayError) -> str:
+    """The last line of the worker's own error; Ray's text is the whole trace."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return lines[-1]
 
 
 def prepare(config: ClassifyConfig) -> Run:
@@ -83,6 +96,7 @@ def prepare(config: ClassifyConfig) -> Run:
         certified = is_certified(bundle, config)
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
+        refuse_strangers(state, table)
         plan = inventory.plan(config.inventory, state, options=inventory_options(config))
     ledger = open_ledger(state, plan, bundle, config)
     with checking_input():
@@ -92,7 +106,18 @@ def prepare(config: ClassifyConfig) -> Run:
             "%s has no conditional put: two drivers started on it at once might both go on", redact(state.uri)
         )
     seconds = {"plan": time.monotonic() - started}
-    return Run(config, bundle, runtime, state, table, plan, ledger, certified, seconds)
+    return Run(config, bundle, runtime, state, table, plan, ledger, certified, seconds=seconds)
+
+
+def refuse_strangers(state: Storage, table: Storage) -> None:
+    """A table without a ledger is not ours; said before anything is written beside it."""
+    if not state.list("ledger"):
+        found = [entry.path for entry in table.list() if publishing.readers_see(entry.path)]
+        if found:
+            raise InputError(
+                f"{table.uri} holds files that are not of this run and that readers would count too "
+                f"({len(found)}, as {found[0]}); move them away or choose another output folder"
+            )
 
 
 def open_ledger(state: Storage, plan: Plan, bundle: Bundle, config: ClassifyConfig) -> Ledger:
@@ -149,10 +174,18 @@ def identity(bundle: Bundle, plan: Plan, config: ClassifyConfig) -> dict[str, An
     }
 
 
-def resolved(config: ClassifyConfig) -> dict[str, Any]:
+def resolved(config: ClassifyConfig) -> Any:
     """The config as it is kept beside the run, without what a URI may hold of credentials."""
-    values = config.model_dump(mode="json", exclude={"debug", "config"})
-    return {name: redact(value) if isinstance(value, str) else value for name, value in values.items()}
+    return redacted(config.model_dump(mode="json", exclude={"debug", "config"}))
+
+
+def redacted(value: Any) -> Any:
+    """The same with every string redacted, at any depth."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redacted(inner) for key, inner in value.items()}
+    return [redacted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def carry_out(run: Run) -> int:
@@ -160,22 +193,24 @@ def carry_out(run: Run) -> int:
     if run.ledger.view.state is State.PUBLISHED:
         publishing.finish(run.ledger, run.state, run.table)
         if not reopen_failed(run):
-            if not report_is_current(run):  # the driver died between publishing and reporting
-                write_report(run)
-            return say_done(run)
+            if not run_report.is_current(run.state, run.ledger):  # the driver died before it could report
+                report(run)
+            print(run_report.one_line(run.ledger, run.plan, run.table))
+            return 0
     else:
         run.ledger.announce()
-    if run.ledger.view.state is State.RUNNING and not run.ledger.done.full:
-        with ray_cluster(run.config.ray_address, num_cpus=run.config.num_cpus):
-            classify_missing(run)
     if run.ledger.view.state is State.RUNNING:
+        if not run.ledger.done.full:
+            with ray_cluster(run.config.ray_address, num_cpus=run.config.num_cpus):
+                classify_on_cluster(run)
         check_budget(run)
     started = time.monotonic()
     rows_per_file = run.config.workers.rows_per_file
     publishing.publish(run.ledger, run.plan, run.state, run.table, rows_per_file=rows_per_file)
     run.seconds["publish"] = time.monotonic() - started
-    write_report(run)
-    return say_done(run)
+    report(run)
+    print(run_report.one_line(run.ledger, run.plan, run.table))
+    return 0
 
 
 def reopen_failed(run: Run) -> bool:
@@ -188,78 +223,67 @@ def reopen_failed(run: Run) -> bool:
     return bool(failed)
 
 
-def classify_missing(run: Run) -> None:
-    """Pass after pass until every row is recorded; the last pass records passing failures too."""
-    passes = run.config.retry_passes + 1
-    started = time.monotonic()
-    with stoppable(), ProgressReport(run.plan.n_items, len(run.ledger.done)) as progress:
-        committer = Committer(run.ledger, run.state, every_s=run.config.commit_every_s)
-        try:
-            for number in range(1, passes + 1):
-                if number > 1:
-                    log.info("trying %s images again", f"{left_of(run):,}")
-                    time.sleep(run.config.retry_pause_s)
-                one_pass(run, committer, progress, final=number == passes)
-                committer.flush()
-                if run.ledger.done.full:
-                    break
-        except Stopped as stop:
-            committer.flush()
-            raise JobFailed(
-                f"stopped by {stop}; {len(run.ledger.done):,} of {run.plan.n_items:,} images are recorded, "
-                "and the same command continues"
-            ) from None
-    run.seconds["classify"] = time.monotonic() - started
-
-
-def left_of(run: Run) -> int:
-    return run.plan.n_items - len(run.ledger.done)
-
-
-def one_pass(run: Run, committer: Committer, progress: ProgressReport, *, final: bool) -> None:
-    """Run the dataflow over what is missing and hand each written part to the committer."""
-    spec = run.bundle.image_spec
+def classify_on_cluster(run: Run) -> None:
+    """Everything that needs Ray."""
+    started, before = time.monotonic(), len(run.ledger.done)
+    refuse_private_folders(run)
     config = run.config
-    on_cpu = config.provider == "cpu"
-    source = Source(
-        state_uri=run.state.uri,
-        image_spec=spec,
-        decode=plain(config.decode),
-        fetch=plain(config.fetch),
-        rows_per_block=ROWS_PER_BLOCK_CPU if on_cpu else ROWS_PER_BLOCK_GPU,
-    )
-    target = output.Target(
-        state_uri=run.state.uri,
-        generation=run.ledger.view.generation,
-        model_id=run.bundle.model_id,
-        taxonomy=run.bundle.taxonomy_name,
-        cattax=run.bundle.cattax,
-        final=final,
-    )
-    with checking_input():
+    committer = Committer(run.ledger, run.state, every_s=config.commit_every_s)
+    passes = Passes(later=config.retry_passes, pause_s=config.retry_pause_s)
+    try:
+        classify_missing(
+            run.ledger,
+            committer,
+            passes,
+            lambda final: dataflow(run, final=final),
+            every_s=config.commit_every_s,
+        )
+    finally:
+        run.seconds["classify"] = time.monotonic() - started
+        run.images = len(run.ledger.done) - before
+
+
+def refuse_private_folders(run: Run) -> None:
+    """A folder of this machine serves a cluster only if every node sees it."""
+    for uri in filter(is_local, (run.state.uri, run.bundle.uri)):
+        if blind := nodes_without(uri):
+            raise JobFailed(
+                f"{uri} is not there on {', '.join(blind)}; put output and bundle on storage that every node "
+                "reaches (s3://, gs://, az://, or a mount that all share)"
+            )
+
+
+def dataflow(run: Run, *, final: bool) -> Any:
+    """The dataset that classifies what the ledger misses."""
+    config, bundle = run.config, run.bundle
+    missing = run.ledger.done.missing()
+    try:
         pools = size_pools(
             plain(config.workers),
             ray.cluster_resources(),
-            provider=config.provider,
-            threads=config.threads_per_session,
-            n_items=left_of(run),
+            run.runtime,
+            n_items=run.plan.n_items - len(run.ledger.done),
             local_cores=None if joins_cluster(config.ray_address) else cores(),
         )
-    chunks = work_list(run.ledger.done.missing(), config.workers.rows_per_chunk)
-    parts = classify(chunks, source, Model(run.bundle.uri, run.runtime, config.top_k), target, pools)
-    done, errors = len(run.ledger.done), 0
-    for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
-            part = output.read_written(row).part
-            kept = committer.add(part) if part else None
-            if kept:
-                done += sum(stop - start for start, stop in kept.items)
-                errors += kept.rows - kept.statuses.get(Status.OK.value, 0)
-                progress.update(done, errors)
+    except ValueError as error:
+        raise JobFailed(str(error)) from error
+    source = Source(run.state.uri, bundle.image_spec, plain(config.decode), plain(config.fetch))
+    target = output.Target(
+        state_uri=run.state.uri,
+        generation=run.ledger.view.generation,
+        model_id=bundle.model_id,
+        taxonomy=bundle.taxonomy_name,
+        cattax=bundle.cattax,
+        final=final,
+    )
+    model = Model(bundle.uri, bundle.manifest_sha256, run.runtime, config.top_k)
+    return classify(work_list(missing, pools.rows_per_chunk), source, model, target, pools)
 
 
 def check_budget(run: Run) -> None:
-    """Refuse to publish too many rows without a label."""
+    """Refuse to publish too many rows without a label; a rerun of failed rows can only mend a table."""
+    if run.ledger.view.generation > 1:
+        return
     over = output.over_budget(
         run.ledger.statuses(),
         run.ledger.hosts(),
@@ -273,48 +297,13 @@ def check_budget(run: Run) -> None:
         )
 
 
-def report_is_current(run: Run) -> bool:
-    if not run.state.exists(REPORT_JSON):
-        return False
-    generation: int = json.loads(run.state.read(REPORT_JSON))["generation"]
-    return generation == run.ledger.view.generation
-
-
-def totals(run: Run) -> tuple[dict[str, int], dict[str, int]]:
-    """Published rows by status and by best label."""
-    statuses: dict[str, int] = {}
-    labels: dict[str, int] = {}
-    for file in run.ledger.view.files.values():
-        for counted, found in ((statuses, file.statuses), (labels, file.labels)):
-            for name, n in found.items():
-                counted[name] = counted.get(name, 0) + n
-    return statuses, labels
-
-
-def write_report(run: Run) -> None:
-    """`state/report.json`: counts by status, seconds by stage, images/s, label histogram."""
-    statuses, labels = totals(run)
-    classify_s = run.seconds.get("classify", 0.0)
-    report = {
-        "rows": run.plan.n_rows,
-        "images": run.plan.n_items,
-        "statuses": dict(sorted(statuses.items())),
-        "labels": dict(sorted(labels.items(), key=lambda pair: -pair[1])),
-        "seconds": {name: round(value, 3) for name, value in run.seconds.items()},
-        "images_per_second": round(run.plan.n_items / classify_s, 1) if classify_s else None,
+def report(run: Run) -> None:
+    seconds = {name: round(value, 3) for name, value in run.seconds.items()}
+    about = {
         "model_id": run.bundle.model_id,
         "taxonomy": run.bundle.taxonomy_name,
         "provider": run.config.provider,
         "precision": run.config.precision,
         "certified": run.certified,
-        "generation": run.ledger.view.generation,
-        "retryable_rows": sum(statuses.get(status.value, 0) for status in TRANSIENT),
     }
-    run.state.put(REPORT_JSON, json.dumps(report, indent=1).encode())
-
-
-def say_done(run: Run) -> int:
-    statuses, _ = totals(run)
-    counted = ", ".join(f"{name} {n:,}" for name, n in sorted(statuses.items(), key=lambda pair: -pair[1]))
-    print(f"{redact(run.table.uri)}: {run.plan.n_rows:,} rows published ({counted})")
-    return 0
+    run_report.write(run.state, run.ledger, run.plan, {"images": run.images, "seconds": seconds}, about)

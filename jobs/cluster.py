@@ -59,3 +59,23 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
         yield
     finally:
         ray.shutdown()
+
+
+def nodes_without(path: str) -> list[str]:
+    """Addresses of the cluster's other nodes on which a local path does not exist."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return []
+    sees = ray.remote(num_cpus=0)(os.path.exists)
+    answers = [
+        sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)).remote(
+            path
+        )
+        for node in nodes
+    ]
+    return [
+        node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen
+    ]

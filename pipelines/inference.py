@@ -8,24 +8,35 @@ the driver's business (`ledger.py`); nothing here decides what counts.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import ActorPoolStrategy, Dataset, ExecutionResources
 
 from pipelines import output
 from pipelines.bundle import open_bundle
 from pipelines.decoder import DecoderProcess
-from pipelines.fetch import Fetched, Fetcher
+from pipelines.fetch import Fetcher
 from pipelines.plan import open_plan
 from pipelines.prediction import Predictor, loaded_table, open_predictor
 from pipelines.rowset import Range
 from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec, RuntimeSpec
-from pipelines.storage import open_storage
+from pipelines.storage import open_storage, redact
 
-CALLS_PER_LOAD_ACTOR = 2
-"""Chunks in hand per load actor: the second is fetched while the first is decoded."""
+CALLS_PER_LOAD_ACTOR = 16
+"""Chunks in hand per load actor: while some wait for a slow host's last image, the others are decoded.
+
+What they may hold in memory is bounded by `FetchLimits`, not by this.
+"""
+
+BLOCKS_PER_CALL = 2
+"""Blocks that Ray counts for each call in hand, finished or not."""
+
+STEPS = 3
+"""Ray shares a limit among the steps; the share of loading, the largest, must keep all its calls busy."""
 
 INPUT_BLOCKS = 2_000
 """Most blocks that the work list is cut into: enough for any pool, few enough for the driver's memory."""
@@ -39,7 +50,6 @@ class Source:
     image_spec: ImageSpec
     decode: DecodeLimits
     fetch: FetchLimits
-    rows_per_block: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Model:
     """Which bundle runs, how, and what is kept of its answer."""
 
     bundle_uri: str
+    manifest_sha256: str
     runtime: RuntimeSpec
     top_k: int
 
@@ -60,7 +71,12 @@ class Pools:
     cpus_per_load: float
     cpus_per_infer: float
     gpus_per_infer: float
+    rows_per_chunk: int
     rows_per_part: int
+
+
+class BundleReplaced(RuntimeError):
+    """Another model lies where the run's model was."""
 
 
 def classify(chunks: pa.Table, source: Source, model: Model, target: output.Target, pools: Pools) -> Dataset:
@@ -69,10 +85,15 @@ def classify(chunks: pa.Table, source: Source, model: Model, target: output.Targ
     Args:
         chunks: `work_list` of the plan rows to classify.
     """
-    block_bytes = source.rows_per_block * source.image_spec.height * source.image_spec.width * 3
-    ray.data.DataContext.get_current().target_max_block_size = max(block_bytes, 1 << 20)
+    context = ray.data.DataContext.get_current()
+    block_bytes = pools.rows_per_chunk * source.image_spec.height * source.image_spec.width * 3
+    context.target_max_block_size = max(block_bytes, 1 << 20)
+    context.execution_options.resource_limits = ExecutionResources(
+        object_store_memory=memory_ahead(block_bytes, pools)
+    )
     return (
-        ray.data.from_arrow(blocks_of(chunks))
+        # not from_arrow, which has a task of its own look at every block before anything starts
+        ray.data.from_blocks(blocks_of(chunks))
         .map_batches(
             Loader,
             fn_constructor_args=(source,),
@@ -104,25 +125,32 @@ def classify(chunks: pa.Table, source: Source, model: Model, target: output.Targ
     )
 
 
+def memory_ahead(block_bytes: int, pools: Pools) -> int:
+    """Bytes of the object store that the run may use: what its actors hold, and as much again in between.
+
+    Without a limit decoding runs ahead of the model until half the store is full, gigabytes on any machine.
+    """
+    calls = pools.load_actors * CALLS_PER_LOAD_ACTOR + pools.infer_actors
+    return STEPS * BLOCKS_PER_CALL * calls * max(block_bytes, 1 << 20)
+
+
 def work_list(missing: Sequence[Range], rows_per_chunk: int) -> pa.Table:
     """Ranges of plan rows still to do, grouped into chunks of at most `rows_per_chunk` rows.
 
     Scattered rows (a later pass over failures) share a chunk, so that a thousand single rows are not a
     thousand requests for work.
     """
-    chunks: list[list[dict[str, int]]] = []
-    room = 0
-    for first, stop in missing:
-        start = first
-        while start < stop:
-            if room == 0:
-                chunks.append([])
-                room = rows_per_chunk
-            taken = min(room, stop - start)
-            chunks[-1].append({"start": start, "stop": start + taken})
-            start, room = start + taken, room - taken
-    span = pa.struct([pa.field("start", pa.int64()), pa.field("stop", pa.int64())])
-    return pa.table({"ranges": pa.array(chunks, pa.list_(span))})
+    firsts, stops = np.array(missing, np.int64).reshape(-1, 2).T
+    done_before = np.cumsum(stops - firsts) - (stops - firsts)
+    total = int((stops - firsts).sum())
+    # Work is laid end to end and cut where a range begins and where a chunk is full.
+    cuts = np.union1d(done_before, np.arange(0, total, rows_per_chunk))
+    owner = np.searchsorted(done_before, cuts, side="right") - 1
+    starts = firsts[owner] + cuts - done_before[owner]
+    lengths = np.diff(cuts, append=total)
+    spans = pa.StructArray.from_arrays([pa.array(starts), pa.array(starts + lengths)], ["start", "stop"])
+    offsets = np.searchsorted(cuts, np.arange(0, total + rows_per_chunk, rows_per_chunk))
+    return pa.table({"ranges": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), spans)})
 
 
 def blocks_of(chunks: pa.Table) -> list[pa.Table]:
@@ -141,26 +169,19 @@ class Loader:
         self._decoding = threading.Lock()
 
     def __call__(self, chunks: pa.Table) -> Iterator[pa.Table]:
-        """Rows of `schema.LOADED` with pixels, in the order their bytes arrive."""
+        """For each chunk its rows of `schema.LOADED` with pixels, in plan order."""
         for ranges in chunks["ranges"].to_pylist():
             items = self._plan.rows([(span["start"], span["stop"]) for span in ranges])
-            yield from self._load(items)
+            yield self._load(items)
 
-    def _load(self, items: pa.Table) -> Iterator[pa.Table]:
-        row_ids = items["row_id"].to_numpy()
-        waiting: list[tuple[int, Fetched]] = []
-        for index, fetched in self._fetcher.fetch_items(items):
-            waiting.append((int(row_ids[index]), fetched))
-            if len(waiting) == self._source.rows_per_block:
-                yield self._decode(waiting)
-                waiting = []
-        if waiting:
-            yield self._decode(waiting)
-
-    def _decode(self, arrived: Sequence[tuple[int, Fetched]]) -> pa.Table:
-        payloads = [fetched.payload for _, fetched in arrived if fetched.payload is not None]
+    def _load(self, items: pa.Table) -> pa.Table:
+        row_ids = items["row_id"].to_pylist()
+        # In plan order again: a part then holds a few long ranges, however many actors there are.
+        fetched = [outcome for _, outcome in sorted(self._fetcher.fetch_items(items), key=itemgetter(0))]
+        payloads = [outcome.payload for outcome in fetched if outcome.payload is not None]
         with self._decoding:
             prepared, pixels_nhwc = self._decoder.prepare_batch(payloads)
+            arrived = list(zip(row_ids, fetched, strict=True))
             return loaded_table(arrived, prepared, pixels_nhwc, self._source.image_spec)
 
 
@@ -168,9 +189,13 @@ class Classifier:
     """Owns one ONNX session; turns pixels into label columns."""
 
     def __init__(self, model: Model) -> None:
-        self._predictor: Predictor = open_predictor(
-            open_bundle(model.bundle_uri, verify=False), model.runtime, model.top_k
-        )
+        bundle = open_bundle(model.bundle_uri, verify=False)  # the model's own bytes are verified when read
+        if bundle.manifest_sha256 != model.manifest_sha256:
+            raise BundleReplaced(
+                f"{redact(model.bundle_uri)} is no longer the bundle that this run began with; put that one "
+                "back, or classify into another output folder"
+            )
+        self._predictor: Predictor = open_predictor(bundle, model.runtime, model.top_k)
 
     def __call__(self, loaded: pa.Table) -> pa.Table:
         """Rows of `schema.SCORED`, in the order they came."""

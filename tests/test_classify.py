@@ -61,6 +61,11 @@ def published(output: Path) -> pa.Table:
     return pads.dataset(output / "table", format="parquet").to_table()
 
 
+def statuses_by_uri(output: Path) -> dict[str, str]:
+    table = published(output)
+    return dict(zip(table["uri"].to_pylist(), table["status"].to_pylist(), strict=True))
+
+
 def written_at(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -143,14 +148,35 @@ def test_passing_failures_are_tried_again_before_they_are_recorded(ray_cluster, 
         pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
         settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--max-error-rate", "1"]
         assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)) == 0
-        statuses = dict(
-            zip(*(published(tmp_path / "out")[name].to_pylist() for name in ("uri", "status")), strict=True)
-        )
+        statuses = statuses_by_uri(tmp_path / "out")
         assert server.requests["/503-twice"] == 3
         assert server.requests["/404"] == 1
         assert statuses[uris[1]] == "not_found"
         assert statuses[uris[2]] == "server_error"
         assert statuses[uris[0]] not in ("server_error", "timeout")
+    finally:
+        server.close()
+
+
+def test_failed_rows_are_run_again_and_the_rest_stands(ray_cluster, images, bundle, tmp_path):
+    server = FaultServer()
+    try:
+        uris = [str(images / "00000.jpg"), f"{server.url}/503-twice", f"{server.url}/500"]
+        pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
+        settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--retry-passes", "0"]
+        arguments = command(
+            tmp_path / "in.parquet", bundle, tmp_path / "out", *settings, "--max-error-rate", "0.7"
+        )
+        assert main(arguments) == 0
+        before = statuses_by_uri(tmp_path / "out")
+        assert [before[uri] for uri in uris] == ["ok", "server_error", "server_error"]
+        assert main([*arguments, "--retry-failed"]) == 0  # one server_error more: all that is rerun fails
+        assert main([*arguments, "--retry-failed"]) == 0
+        after = statuses_by_uri(tmp_path / "out")
+        assert after[uris[0]] == "ok"
+        assert after[uris[1]] not in ("server_error", "timeout")
+        assert after[uris[2]] == "server_error"
+        assert main(["verify", str(tmp_path / "out")]) == 0
     finally:
         server.close()
 
