@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from jobs.cluster import quieten
 from jobs.errors import CommandError, InputError
+from pipelines.uris import redact
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         if "--debug" in rest:
             traceback.print_exc()
-        print(f"iab-vision {name}: {error}", file=sys.stderr)
+        print(f"iab-vision {name}: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"iab-vision {name}: interrupted", file=sys.stderr)
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in rest:
             raise
         print(
-            f"iab-vision {name}: {type(error).__name__}: {error} (the same command with --debug shows where)",
+            f"iab-vision {name}: {type(error).__name__}: {redact(str(error))} "
+            "(the same command with --debug shows where)",
             file=sys.stderr,
         )
         return 1

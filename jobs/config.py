@@ -10,19 +10,21 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -30,6 +32,7 @@ from pydantic_settings import (
 
 from jobs.errors import InputError
 from pipelines import recipe, specs
+from pipelines.status import Status
 
 Spec = TypeVar("Spec")
 
@@ -125,8 +128,8 @@ class JobConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The command line is put first by pydantic-settings; the YAML file arrives as init values."""
-        return env_settings, init_settings
+        """What is given in code stands; `parse` alone adds the environment, the YAML file and the flags."""
+        return (init_settings,)
 
     @classmethod
     def parse(cls, argv: Sequence[str], *, command: str) -> Self:
@@ -136,19 +139,29 @@ class JobConfig(BaseSettings):
             InputError: an unknown flag or key, a value of the wrong type or out of its limits.
         """
         try:
-            return cls(_cli_parse_args=list(argv), _cli_prog_name=f"iab-vision {command}", **read_yaml(argv))  # type: ignore[call-arg]
+            below = merged(read_yaml(argv), EnvSettingsSource(cls)())
+            return cls(_cli_parse_args=list(argv), _cli_prog_name=f"iab-vision {command}", **below)  # type: ignore[call-arg]
         except pydantic.ValidationError as error:
             raise InputError(explain(error, cls)) from error
         except SettingsError as error:
             raise InputError(explain_flags(str(error), cls, command)) from error
 
 
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value, `above` has its way."""
+    both = dict(below)
+    for key, value in above.items():
+        inner = both.get(key)
+        both[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
+
+
 def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings of the file named by `--config`, if any."""
+    """The settings of the file named by `--config` or `IAB_VISION_CONFIG`, if any."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     try:
-        path = parser.parse_known_args(list(argv))[0].config
+        path = parser.parse_known_args(list(argv))[0].config or os.environ.get("IAB_VISION_CONFIG")
         if path is None:
             return {}
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -373,6 +386,17 @@ class ClassifyConfig(RayConfig):
     """Largest share of rows without a label that is still published."""
     max_error_rate_of: dict[str, float] = Field(default_factory=dict)
     """Largest share of rows with one status, `status=share`."""
+
+    @field_validator("max_error_rate_of")
+    @classmethod
+    def _known_statuses(cls, shares: dict[str, float]) -> dict[str, float]:
+        for status, share in shares.items():
+            if status not in set(Status):
+                raise ValueError(f"{status!r} is not a status{suggestion(status, list(Status))}")
+            if not 0 <= share <= 1:
+                raise ValueError(f"{status} is {share}; a share is between 0 and 1")
+        return shares
+
     retry_passes: int = Field(default=2, ge=0)
     """Later passes over rows that failed for a passing reason, before they are recorded."""
     retry_pause_s: float = Field(default=10.0, ge=0)

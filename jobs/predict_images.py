@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.config import PredictConfig, plain
-from jobs.errors import InputError, checking_input
+from jobs.errors import InputError, Refused, checking_input
 
 
 def run(config: PredictConfig) -> int:
@@ -35,8 +35,11 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise InputError("no image was named; give files or URLs after the settings")
     with checking_input():
         bundle = bundles.open_bundle(config.bundle)
-        if not config.allow_uncertified:
+    if not config.allow_uncertified:
+        try:
             bundle.certificate_for("cpu", config.precision)
+        except bundles.NotCertified as error:
+            raise Refused(str(error)) from error
     predictor = open_predictor(bundle, RuntimeSpec(precision=config.precision, batch_size=1), config.top_k)
     fetcher = Fetcher(plain(config.fetch))
     try:
@@ -57,12 +60,15 @@ def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("image", "score", "id", "category", title=None, show_lines=False)
     for row in rows:
         if row["status"] != "ok":
-            table.add_row(row["uri"], "", "", f"[red]{row['status']}[/red]: {row['error'] or ''}")
+            table.add_row(
+                escape(row["uri"]), "", "", escape(f"{row['status']}: {row['error'] or ''}"), style="red"
+            )
         for rank, label in enumerate(row["labels"]):
             table.add_row(
                 row["uri"] if rank == 0 else "", f"{label['score']:.3f}", label["id"], label["path"]

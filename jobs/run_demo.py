@@ -173,8 +173,9 @@ def show(root: Path, truth: dict[str, str]) -> None:
     show_rows([*labelled[:8], *failed], truth)
     known = [row for row in labelled if row["uri"] in truth]
     right = sum(row["top_id"] == truth[row["uri"]] for row in known)
+    share = right / max(1, len(known))
     say(
-        f"\n{right} of {len(known)} new pictures are labelled as drawn: {right / len(known):.0%}, where "
+        f"\n{right} of {len(known)} new pictures are labelled as drawn: {share:.0%}, where "
         f"chance is {1 / len(drawings.SUBJECTS):.0%}. They are drawings: the figure says that the stages "
         "fit together, and nothing about photographs.\n"
     )

@@ -99,3 +99,29 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 60
+
+
+def test_what_code_asks_for_is_not_changed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IAB_VISION_OUTPUT", "production")
+    monkeypatch.setenv("IAB_VISION_TOP_K", "3")
+    config = ClassifyConfig(inventory="in.csv", bundle="b", output="demo")
+    assert (config.output, config.top_k) == ("demo", 5)
+
+
+def test_the_environment_may_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.yaml").write_text("top_k: 2\n")
+    monkeypatch.setenv("IAB_VISION_CONFIG", str(tmp_path / "job.yaml"))
+    assert parse().top_k == 2
+
+
+def test_a_budget_for_an_unknown_status_is_refused() -> None:
+    with pytest.raises(InputError, match="did you mean not_found"):
+        parse("--max-error-rate-of", "not_fund=0.1")
+
+
+def test_secrets_in_a_uri_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["classify", "--bundle", "ftp://user:hunter2@host.invalid/b", *REQUIRED[:2], *REQUIRED[4:]])
+        != 0
+    )
+    assert "hunter2" not in capsys.readouterr().err
