@@ -17,6 +17,7 @@ from jobs import drawings
 from pipelines.specs import ImageSpec, Measuring
 
 CLASS_IDS = ("1", "27", "483", "530", "avbNf2", "672", "243", "275")
+MOST_ROWS, ROWS_AT_ONCE = 20_000_000, 500_000
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
 
 
@@ -102,17 +103,26 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def inventory(folder: Path, sources: Sequence[Path], rows: int) -> Path:
-    """A table of `rows` rows, each with a URI of its own: symbolic links to the sources in turn."""
-    links = folder / "links"
-    uris = []
-    for number in range(rows):
-        if number % 10_000 == 0:
-            (links / f"{number // 10_000:04d}").mkdir(parents=True)
-        source = sources[number % len(sources)]
-        link = links / f"{number // 10_000:04d}" / f"{number:08d}{source.suffix}"
-        link.symlink_to(source)
-        uris.append(str(link))
+    """A table of `rows` rows, each with a URI of its own, over the sources in turn.
+
+    The files lie in a folder with symbolic links to itself: the way through them is the number.
+    """
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True)
+    for number in range(MOST_ROWS // 10_000):
+        (pictures / f"{number:02d}").symlink_to(pictures)
+    names = [f"{number:06d}{source.suffix}" for number, source in enumerate(sources)]
+    for name, source in zip(names, sources, strict=True):
+        (pictures / name).symlink_to(source)
     path = folder / "inventory.parquet"
-    pages = [f"https://publisher.example/articles/{number // 3}" for number in range(rows)]
-    pq.write_table(pa.table({"uri": uris, "page_url": pages}), path)
+    schema = pa.schema([("uri", pa.string()), ("page_url", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, ROWS_AT_ONCE):
+            numbers = range(start, min(start + ROWS_AT_ONCE, rows))
+            uris = [
+                f"{pictures}/{n // 10_000:02d}/{n // 100 % 100:02d}/{n % 100:02d}/{names[n % len(names)]}"
+                for n in numbers
+            ]
+            pages = [f"https://publisher.example/articles/{n // 3}" for n in numbers]
+            writer.write_table(pa.table([uris, pages], schema=schema))
     return path

@@ -9,10 +9,11 @@ from typing import Self
 
 import psutil
 
-EVERY_S = 1.0
-"""A look at 25 processes takes some 10 ms: it must not become what is measured."""
+EVERY_S, EVERY_S_BEFORE = 1.0, 0.2
+"""A look at 25 processes takes some 10 ms: rare once there is something to measure, often until then."""
 
 ROLES = {
+    "raylet/raylet": "raylet",
     "Classifier": "infer actors",
     "Loader": "load actors",
     "write_batch": "writing tasks",
@@ -20,7 +21,6 @@ ROLES = {
     "default_worker.py": "starting workers",
     "decoder_worker": "decoders",
     "gcs_server": "gcs",
-    "raylet/raylet": "raylet",
 }
 """Words in a command line and what the process is, the first that fits; Ray's workers rename themselves."""
 
@@ -35,6 +35,8 @@ class ProcessTree:
         self._roles: dict[int, str] = {}
         self._looks: list[tuple[float, dict[int, float]]] = []
         self._cpu_s: dict[int, float] = {}
+        self.loading_since = 0.0
+        """When a load actor was first seen at work (`time.time`); 0 if none was."""
         self.peak_bytes: dict[str, int] = defaultdict(int)
         """Largest resident memory of one process of each role."""
         self.peak_private_bytes: dict[str, int] = defaultdict(int)
@@ -65,7 +67,8 @@ class ProcessTree:
         while not self._stop.is_set():
             started = time.monotonic()
             self.look()
-            self._stop.wait(max(0.0, EVERY_S - (time.monotonic() - started)))
+            every_s = EVERY_S if self.loading_since else EVERY_S_BEFORE
+            self._stop.wait(max(0.0, every_s - (time.monotonic() - started)))
 
     def look(self) -> None:
         """Take note of every process that is there now; what has ended keeps its last figure."""
@@ -84,6 +87,8 @@ class ProcessTree:
         with process.oneshot():
             words, times, memory = " ".join(process.cmdline()), process.cpu_times(), process.memory_info()
         role = self._role(process, words)
+        if role == "load actors" and "__init__" not in words and not self.loading_since:
+            self.loading_since = time.time()
         self._cpu_s[process.pid] = times.user + times.system
         self.peak_bytes[role] = max(self.peak_bytes[role], memory.rss)
         private = memory.rss - memory.shared
