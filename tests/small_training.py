@@ -127,3 +127,26 @@ def trained(made: Trainer, epochs: int) -> Trainer:
         made.train_epoch()
         made.position = replace(made.position, epoch=made.position.epoch + 1, step=0, loss_sum=0.0)
     return made
+
+
+def curve(rank: int, workers: int, folder: str, steps: int) -> None:
+    """One of several real processes: train so many steps and leave this worker's losses in the folder."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{workers}", rank=rank, world_size=workers
+    )
+    recipe = replace(
+        RECIPE,
+        epochs=20,
+        batch_size=32,
+        augment=Augment(views=1, mixup=0.3, erasing=0.3, brightness=0.3),
+        optimizer=Optimizer(learning_rate=1e-4, ema_decay=0),
+    )
+    made = trainer(recipe, [[i % 3] for i in range(96)], place=Place(rank, workers, torch.device("cpu")))
+    made.wrap()
+    losses = []
+    for epoch in range(-(-steps // made.task.steps_per_epoch)):
+        for step, batches in made.steps(epoch, 0):
+            losses.append(made.train_step(batches, epoch=epoch, step=step))
+    np.save(f"{folder}/losses-{workers}-{rank}.npy", np.array(losses[:steps]))
+    torch.distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_training
 import torch
 from small_training import RECIPE, STILL, image_folder, trained, trainer
 from transformers import AutoModelForImageClassification
@@ -178,6 +179,16 @@ def test_an_unknown_selection_metric_is_refused_with_the_known_ones():
         made.score(made.evaluate())
 
 
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns_for_the_first_50_steps(tmp_path):
+    for workers in (1, 2):
+        torch.multiprocessing.spawn(small_training.curve, (workers, str(tmp_path), 50), nprocs=workers)
+    alone = np.load(tmp_path / "losses-1-0.npy")
+    together = np.mean([np.load(tmp_path / f"losses-2-{rank}.npy") for rank in (0, 1)], axis=0)
+    assert len(alone) == 50 and alone[-5:].mean() < alone[:5].mean()
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
 # Whole runs on a real Ray cluster
 
 
@@ -271,8 +282,9 @@ def test_a_killed_driver_continues_with_the_same_command(tmp_path):
     output = tmp_path / "run"
     command = [
         sys.executable, "-m", "jobs", "train", "--dataset", str(folder), "--output", str(output),
-        "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1", "--batch-size", "6",
-        "--epochs", "5", "--augment.views", "4", "--splits.validation", "0.25", "--splits.test", "0.25",
+        "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1",
+        "--batch-size", "6", "--epochs", "5", "--augment.views", "4",
+        "--splits.validation", "0.25", "--splits.test", "0.25",
     ]  # fmt: skip
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     while len(runs.history(str(output))) < 2:
