@@ -30,7 +30,7 @@ from pipelines.storage import Storage
 from pipelines.verification import verify
 
 N_ITEMS = 6
-LINES_APART = int(os.environ.get("IAB_VISION_TEST_LINES_APART", "11"))
+LINES_APART = int(os.environ.get("IAB_VISION_TEST_LINES_APART", "17"))
 """Signals come at every so-manieth line that runs; 1 tries them all, in several minutes."""
 PAIRS_APART = int(os.environ.get("IAB_VISION_TEST_PAIRS_APART", "3"))
 """A second crash is tried after every so-manieth first one; 1 tries them all."""
@@ -296,7 +296,7 @@ def test_a_signal_between_any_two_lines_loses_and_doubles_nothing(
         places.add(stop.where)
         line += LINES_APART
     print(f"\n{signal.__name__}: {line // LINES_APART} moments at {len(places)} different lines")
-    assert len(places) > 100
+    assert len(places) > 60
 
 
 def three_parts(run: SmallRun, state: Storage, table: Storage) -> None:
