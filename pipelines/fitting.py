@@ -14,7 +14,7 @@ from pipelines.card import model_card
 from pipelines.checkpoints import Sidecar
 from pipelines.corpus import Corpus
 from pipelines.datasets import LabelledData
-from pipelines.journal import Listener, Messages
+from pipelines.journal import Listener, Messages, refuse_missing
 from pipelines.recipe import Ingest, Recipe
 from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
@@ -48,10 +48,12 @@ def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) 
     """The run of this recipe on this dataset.
 
     Raises:
-        ValueError: the model cannot be built, or the batch cannot be divided among the workers.
+        ValueError: the model cannot be built, the batch cannot be divided among the workers, or a tracker
+            is not installed.
     """
     recipe = recipe.resolved(multi_label=data.multi_label)
     recipe.micro_batch(resources.num_workers)
+    refuse_missing(resources.trackers)
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
     vit.parameter_groups(model, recipe.optimizer)
     return Plan(data, recipe, vit.image_spec(model, recipe.model), output, resources)

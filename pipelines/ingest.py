@@ -232,4 +232,4 @@ def stream_batches(
         local_shuffle_buffer_size=max(SHUFFLE_ROWS, 4 * batch_size),
         local_shuffle_seed=seed,
     ):
-        yield pixels_of(batch, spec), dense(batch["classes"], n_classes)
+        yield pixels_of(batch, spec).copy(), dense(batch["classes"], n_classes)  # torch wants to own it

@@ -4,6 +4,7 @@ Only the leading worker writes. Storages cannot append, so files are written who
 history is the checkpoint's, and each epoch stands in it once.
 """
 
+import importlib.util
 import json
 import tempfile
 import threading
@@ -27,6 +28,19 @@ def numbers(line: Line) -> dict[str, float]:
         for name, value in line.items()
         if isinstance(value, (int, float)) and name not in NO_NUMBERS
     }
+
+
+class TrackerMissing(ValueError):
+    """A tracker is asked for whose package is not installed."""
+
+
+def refuse_missing(trackers: Sequence[str]) -> None:
+    """Raise TrackerMissing before anything costly starts."""
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TrackerMissing(
+            f"tracker {missing[0]} is not installed; pip install 'iab-vision[{missing[0]}]', or leave it out"
+        )
 
 
 class Journal:

@@ -346,7 +346,7 @@ class Trainer:
         message = {
             "done": position.epoch * n_steps + position.step,
             "total": self.recipe.epochs * n_steps,
-            "epoch": position.epoch,
+            "epoch": position.epoch if position.step else len(position.history) - 1,
             "loss": position.loss_sum / position.step if position.step else last.get("loss"),
             "metric": last.get(self.recipe.select_by),
             "images_per_s": images_per_s,

@@ -1,11 +1,13 @@
 """Every settings file of the project is what its command takes, and says how it is run."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from jobs.config import TrainConfig
 from jobs.train_vit import recipe_of
+from pipelines.journal import TrackerMissing, refuse_missing
 from pipelines.recipe import Recipe
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("train_*.yaml"))
@@ -52,3 +54,10 @@ def test_impossible_recipes_are_refused_by_name(keywords, words):
 def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_multiple():
     with pytest.raises(ValueError, match="multiple of 3"):
         Recipe(batch_size=64).micro_batch(3)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training():
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(TrackerMissing, match=r"iab-vision\[wandb\]"):
+        refuse_missing(["wandb"])
