@@ -4,9 +4,10 @@
 
 Each round classifies the same drawn images into a fresh folder on a Ray cluster of two nodes on this
 machine, and SIGKILLs one victim: an ONNX actor, a load actor, a task worker, the driver at a random
-moment, the driver while it plans, writes the ledger or publishes, or the second node. A killed driver's
-command is simply run again. A round passes when the command ended with 0, `iab-vision verify` passes,
-and the published table holds every row of the inventory exactly once.
+moment, the driver while it plans, writes the ledger or publishes, or the second node; or it starts a
+rival driver on the same output. A killed driver's command is simply run again. A round passes when the
+command ended with 0, `iab-vision verify` passes, and the published table holds every row of the
+inventory exactly once.
 """
 
 import argparse
@@ -131,6 +132,16 @@ def publishing(output: Path) -> bool:
     return (output / "table").is_dir()
 
 
+def start_rival(round_: Round, driver: subprocess.Popen[bytes], _: random.Random) -> str | None:
+    """A second driver on the same output, at the same moment; one of the two must give way and say why."""
+    rival = round_.start()
+    code = rival.wait(TIMEOUT_S)
+    driver.wait(TIMEOUT_S)
+    said = round_.output.with_suffix(".log").read_text(errors="replace")
+    gave_way = "another driver" in said
+    return "rival" if {code, driver.returncode} == {0, 1} and gave_way else None
+
+
 class TwoNodes:
     """A Ray cluster of a head and one more node on this machine; the second can be shot and replaced."""
 
@@ -246,6 +257,7 @@ def main() -> int:
     parser.add_argument(
         "--bundle", type=Path, help="a certified bundle; made here from random weights if not given"
     )
+    parser.add_argument("--only", default="", help="only the kinds whose name holds this text")
     parser.add_argument("--keep", action="store_true", help="keep the folders of rounds that passed")
     arguments = parser.parse_args()
 
@@ -262,7 +274,9 @@ def main() -> int:
         "driver, ledger": kill_driver_when("ledger", writing_ledger),
         "driver, publishing": kill_driver_when("publishing", publishing),
         "second node": nodes.kill_second,
+        "rival driver": start_rival,
     }
+    strikes = {name: strike for name, strike in strikes.items() if arguments.only in name}
     rng = random.Random(arguments.seed)
     outcome = {name: collections.Counter[str]() for name in strikes}
     try:

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 import ray
+from obstore.exceptions import BaseError
 from ray.exceptions import RayError
 
 from jobs import run_report
@@ -67,8 +68,8 @@ def run(config: ClassifyConfig) -> int:
         raise JobFailed(str(error)) from error
     except RayError as error:
         raise JobFailed(f"{root_cause(error)}; {kept}") from error
-    except OSError as error:
-        raise JobFailed(f"{error}; {kept}") from error
+    except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
+        raise JobFailed(f"{str(error).splitlines()[0]}; {kept}") from error
     except Stopped as stop:
         raise JobFailed(f"stopped by {stop}; {kept}") from None
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
