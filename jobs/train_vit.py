@@ -8,7 +8,6 @@ about 15 minutes (BENCHMARKS.md has the accuracy). Exit code 0 for a finished ru
 """
 
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from jobs import cluster
 from jobs.config import RecipeConfig, TrainConfig, plain
 from jobs.errors import JobFailed, checking_input
+from jobs.training_progress import TrainingProgress
 
 log = logging.getLogger(__name__)
 
@@ -109,51 +109,12 @@ def recipe_of(config: RecipeConfig) -> Any:
 
 def tell(content: Any) -> None:
     """The result in a few lines."""
+    from pipelines.card import HEADLINES
+
     split = "test" if content["test"] else "validation"
-    shown = {name: value for name, value in content[split].items() if isinstance(value, float)}
+    shown = {name: content[split][name] for name in HEADLINES if name in content[split]}
     log.info("%s: %s", split, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     log.info(
         "best epoch %s of %s, %.0f s in all; temperature %.2f",
         content["best"]["epoch"], content["recipe"]["epochs"], content["seconds"], content["temperature"],
     )  # fmt: skip
-
-
-class TrainingProgress:
-    """Shows loss, validation metric, images/s and time left: a bar on a terminal, else a line at times."""
-
-    LINE_EVERY_S = 30.0
-
-    def __init__(self, metric: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self.metric = metric
-        self.console = Console(stderr=True)
-        columns = (TextColumn("training"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console)
-        self.task = self.bar.add_task("", total=None, note="decoding")
-        self.first: tuple[int, float] | None = None
-        self.epoch, self.spoke = -1, 0.0
-
-    def __enter__(self) -> "TrainingProgress":
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, message: dict[str, Any]) -> None:
-        done, total, now = message["done"], message["total"], time.monotonic()
-        self.first = self.first or (done, now)
-        metric = f", {self.metric} {message['metric']:.4f}" if message["metric"] is not None else ""
-        loss = f"loss {message['loss']:.3f}" if message["loss"] is not None else ""
-        note = f"epoch {message['epoch'] + 1}, {loss}{metric}, {message['images_per_s']:,.0f} images/s"
-        self.bar.update(self.task, completed=done, total=total, note=note)
-        if not self.console.is_terminal and (
-            message["epoch"] != self.epoch or now - self.spoke >= self.LINE_EVERY_S
-        ):
-            self.epoch, self.spoke = message["epoch"], now
-            rate = (done - self.first[0]) / max(now - self.first[1], 1e-9)
-            left = f", about {(total - done) / rate:.0f} s left" if rate else ""
-            log.info("%s of %s steps, %s%s", f"{done:,}", f"{total:,}", note, left)
