@@ -20,6 +20,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from export.checkpoint import Checkpoint
+from pipelines.manifest import MAX_FILE_BYTES
 from pipelines.runtime import INPUT, OUTPUTS
 from pipelines.specs import ImageSpec
 
@@ -70,8 +71,14 @@ def convert(network: nn.Module, around: Surroundings, metadata: Mapping[str, str
     """The portable graph: opset 23 with one native `Attention` per block, dynamic batch.
 
     Raises:
-        NotConvertible: torch.onnx knows no translation of an operation of the network.
+        NotConvertible: torch.onnx knows no translation of an operation, or the file would be too large.
     """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    if weights > MAX_FILE_BYTES:
+        name = type(network).__name__
+        raise NotConvertible(
+            f"{name} has {weights} bytes of weights; one ONNX file holds at most {MAX_FILE_BYTES}"
+        )
     with onnx_attention(network):
         program = trace(network, around, opset=OPSET)
     return finish(program, metadata)

@@ -8,6 +8,7 @@ A refusal leaves a report beside the output, never a bundle.
 import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,22 @@ def export(
     }
     if not all(document["passed"] for document in documents.values()):
         raise refusal(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", evidence, documents)
-    page = report.render(evidence, documents)
-    storage.open_storage(output_uri).put(f"{bundle.CERTIFICATES}/cpu.html", page)
-    bundle.write_bundle(output_uri, files, manifest, documents)
+    files[f"{bundle.CERTIFICATES}/cpu.html"] = report.render(evidence, documents)
+    with _removed_on_failure(output_uri):
+        bundle.write_bundle(output_uri, files, manifest, documents)
     return bundle.open_bundle(output_uri)
+
+
+@contextmanager
+def _removed_on_failure(output_uri: str) -> Iterator[None]:
+    """Leave no half of a bundle behind: the folder was empty before, so all that is in it is ours."""
+    try:
+        yield
+    except BaseException:
+        folder = storage.open_storage(output_uri)
+        for entry in folder.list():
+            folder.delete(entry.path)
+        raise
 
 
 def _drawn(images_uri: str, measuring: Measuring, *, calibrating: bool) -> tuple[list[Sample], list[Sample]]:

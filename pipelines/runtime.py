@@ -224,6 +224,9 @@ def _session_options(spec: RuntimeSpec, bucket: int) -> ort.SessionOptions:
     # Idle threads that spin take the cores from the decoders and from other sessions beside them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if spec.precision == "int8":
+        # A CPU without VNNI adds products of unsigned and signed bytes in 16 bits, where they overflow.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if spec.provider != "cpu":
         # Without it a missing CUDA library means a warning and a session on CPU (onnxruntime #23372).
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -184,6 +184,16 @@ def test_unnormalised_processor_gives_unnormalised_pixels():
     assert (spec.mean, spec.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+def test_model_beyond_one_onnx_file_is_refused_before_it_is_traced():
+    """Weights in a second file could be swapped or point elsewhere; nothing below ViT-g needs them."""
+    with torch.device("meta"):
+        huge = torch.nn.Linear(1 << 15, 1 << 15)
+    with pytest.raises(
+        convert.NotConvertible, match=r"Linear has 4295098368 bytes of weights; one ONNX file"
+    ):
+        convert.convert(huge, Surroundings(SPEC, 1.0, False), {})
+
+
 def test_operation_that_onnx_cannot_express_is_a_clear_error():
     class Odd(torch.nn.Module):
         def __init__(self):

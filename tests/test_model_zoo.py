@@ -15,6 +15,7 @@ from export.reference import torch_reference
 from pipelines.runtime import OnnxModel
 from pipelines.specs import ImageSpec, RuntimeSpec
 
+pytestmark = pytest.mark.slow
 N_CLASSES = 7
 ENCODER = {
     "hidden_size": 48,
