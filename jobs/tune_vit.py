@@ -9,6 +9,7 @@ trials.svg, best.yaml and, last, tune.json.
 """
 
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ def run(config: TuneConfig) -> int:
     from pipelines.ingest import IngestError
     from pipelines.resources import Resources
 
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's own tables; ours is the log and trials.csv
     with checking_input():
         resources = Resources(num_workers=config.num_workers, cpus_per_worker=config.cpus_per_worker)
         plan = fitting.plan(labelled(config), recipe_of(config), config.output, resources)
@@ -33,7 +35,7 @@ def run(config: TuneConfig) -> int:
             trials=config.trials,
             grace_epochs=config.grace_epochs,
             reduction=config.reduction,
-            max_concurrent=config.max_concurrent,
+            max_concurrent=config.max_concurrent or fitting_here(config),
             seed=config.seed,
         )
         space = tuning.read_space(config.space)
@@ -49,6 +51,13 @@ def run(config: TuneConfig) -> int:
                 raise JobFailed(str(error)) from error
     tell(done, config.output)
     return 0
+
+
+def fitting_here(config: TuneConfig) -> int:
+    """Trials at once on a cluster of this machine, which has more logical CPUs than cores; 0 on another."""
+    if cluster.joins_cluster(config.ray_address):
+        return 0
+    return max(1, cluster.cores() // config.num_workers)
 
 
 def tell(content: dict[str, Any], output: str) -> None:

@@ -8,6 +8,7 @@ unfinished folder continues it, trials from their own checkpoints.
 import dataclasses
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,8 @@ from pipelines.corpus import Corpus
 from pipelines.fitting import Plan
 from pipelines.recipe import Ingest, Recipe
 from pipelines.specs import at_least
+
+log = logging.getLogger(__name__)
 
 FOLDER, TRIALS = "search", "trials"
 TABLE, PLOT, BEST, MARKER = "trials.csv", "trials.svg", "best.yaml", "tune.json"
@@ -155,7 +158,7 @@ def search_identity(plan: Plan, space: Mapping[str, Any], search: Search) -> dic
     return {
         **runs.identity(plan.recipe, plan.data),
         "space": dict(space),
-        "search": dataclasses.asdict(search),
+        "search": {name: value for name, value in vars(search).items() if name != "max_concurrent"},
     }
 
 
@@ -205,8 +208,31 @@ def tuner(plan: Plan, prepared: Corpus, space: Mapping[str, Any], search: Search
             num_samples=search.trials,
             max_concurrent_trials=search.max_concurrent or room_for(plan),
         ),
-        run_config=tune.RunConfig(name=FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=0),
+        run_config=tune.RunConfig(
+            name=FOLDER,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[announcer(search.trials)],
+        ),
     )
+
+
+def announcer(total: int) -> Any:
+    """A callback of Ray Tune that says in the log how the trials are doing."""
+    from ray.tune import Callback
+
+    class Announcer(Callback):  # type: ignore[misc]
+        """Its base may be imported only where Ray is, so it is defined here."""
+
+        def on_trial_result(self, trial: Any, result: Any, **_: Any) -> None:
+            log.info("trial %s, epoch %s: score %.4f", trial.trial_id, result["epoch"], result["score"])
+
+        def on_trial_complete(self, trials: list[Any], trial: Any, **_: Any) -> None:
+            ended = sum(one.is_finished() for one in trials)
+            log.info("trial %s ended, %d of %d", trial.trial_id, ended, total)
+
+    return Announcer()
 
 
 def room_for(plan: Plan) -> int:

@@ -62,7 +62,7 @@ def build(recipe: Recipe, classes: Classes) -> Any:
     model = scratch(recipe, labels) if recipe.is_scratch else pretrained(recipe, labels)
     add_drop_path(model, recipe.network.drop_path)
     if recipe.network.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
