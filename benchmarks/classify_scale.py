@@ -27,6 +27,10 @@ from classify_throughput import arrivals, rows_of_parts
 from inputs import VIT_MINIATURE, drawn_files, inventory, random_bundle
 from process_tree import ProcessTree
 
+from jobs import classify_images
+from jobs.config import ClassifyConfig
+from jobs.pools import CPU_CHUNK
+from pipelines.inference import work_list
 from pipelines.ledger import Part
 from pipelines.rowset import Range
 
@@ -120,7 +124,9 @@ def show(runs: Sequence[Run]) -> None:
 def resume(folder: Path, files: Sequence[Path], bundle: Path, rows: int) -> None:
     """Record all but a hundredth of a plan as done, and wait for the first new part."""
     table, output = inventory(folder, files, rows), folder / "predictions"
-    record_most(table, bundle, output)
+    config = ClassifyConfig(inventory=str(table), bundle=str(bundle), output=str(output))
+    record_most(config)
+    before_ray_s = time_to_work_list(config)
     parts = output / "state" / "parts"
     started = time.time()
     process = subprocess.Popen(command(table, bundle, output))
@@ -130,24 +136,34 @@ def resume(folder: Path, files: Sequence[Path], bundle: Path, rows: int) -> None
         part_s = time.time() - started
         process.send_signal(signal.SIGTERM)
         process.wait()
+    if not tree.loading_since:
+        raise SystemExit("classify ended before it loaded anything; what it said stands above")
     load_s, driver_mb = tree.loading_since - started, tree.peak_private_bytes["driver"] / 1e6
     console.print(
-        f"resume of {rows:,} rows, 99 % of them recorded: first load after {load_s:.1f} s, first new part "
-        f"after {part_s:.1f} s; driver at most {driver_mb:,.0f} MB"
+        f"resume of {rows:,} rows, 99 % of them recorded: work list after {before_ray_s:.2f} s; "
+        f"with Ray's start, first load after {load_s:.1f} s, first part after {part_s:.1f} s; "
+        f"driver {driver_mb:.0f} MB"
     )
 
 
-def record_most(table: Path, bundle: Path, output: Path) -> None:
+def record_most(config: ClassifyConfig) -> None:
     """Plan the run as the command would, and enter parts into its ledger; no file is behind them."""
-    from jobs import classify_images
-    from jobs.config import ClassifyConfig
-
-    config = ClassifyConfig(inventory=str(table), bundle=str(bundle), output=str(output))
     began = time.monotonic()
     run = classify_images.prepare(config)
     console.print(f"planned {run.plan.n_items:,} images in {time.monotonic() - began:.1f} s")
     run.ledger.announce()
     run.ledger.record([finished(number, items) for number, items in enumerate(done_items(run.plan.n_items))])
+
+
+def time_to_work_list(config: ClassifyConfig) -> float:
+    """Seconds from nothing to the first chunk that a load actor would take."""
+    began = time.monotonic()
+    run = classify_images.prepare(config)
+    chunks = work_list(run.ledger.done.missing(), CPU_CHUNK)
+    run.plan.rows([(span["start"], span["stop"]) for span in chunks["ranges"][0].as_py()])
+    seconds = time.monotonic() - began
+    console.print(f"{chunks.num_rows:,} chunks are left; known after {seconds:.2f} s")
+    return seconds
 
 
 def done_items(n_items: int) -> Iterator[tuple[Range, ...]]:
