@@ -4,7 +4,7 @@ Exit code 0 when every check passes, 1 when one fails, 2 when the path is neithe
 """
 
 from jobs.config import VerifyConfig
-from jobs.errors import checking_input
+from jobs.errors import InputError, checking_input
 
 
 def run(config: VerifyConfig) -> int:
@@ -12,10 +12,8 @@ def run(config: VerifyConfig) -> int:
 
     with checking_input():
         folder = storage.open_storage(config.path)
-        if folder.exists(bundle.MANIFEST_FILE):
-            checks = bundle_checks(config.path)
-        else:
-            checks = predictions_checks(config.path)
+        is_bundle = folder.exists(bundle.MANIFEST_FILE)
+    checks = bundle_checks(config.path) if is_bundle else predictions_checks(config.path)
     print_checks(checks)
     return 0 if all(passed for _, passed, _ in checks) else 1
 
@@ -26,7 +24,9 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
 
     try:
         bundle = bundles.open_bundle(uri)
-    except bundles.BundleDamaged as error:
+    except bundles.NotABundle as error:
+        raise InputError(str(error)) from error
+    except ValueError as error:  # damaged: that is what was asked
         return [("hashes", False, str(error))]
     checks = [("hashes", True, f"{len(bundle.manifest.files)} files as the manifest says")]
     for certificate in bundle.certificates:
@@ -40,9 +40,15 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
 
 
 def predictions_checks(uri: str) -> list[tuple[str, bool, str]]:
-    from pipelines.verification import verify
+    from pipelines.verification import NotPredictions, verify
 
-    return [(check.name, check.ok, check.detail) for check in verify(uri).checks]
+    try:
+        report = verify(uri)
+    except NotPredictions as error:
+        raise InputError(str(error)) from error
+    except (ValueError, KeyError) as error:  # a file of ours that cannot be read is damage too
+        return [("state", False, f"{type(error).__name__}: {error}")]
+    return [(check.name, check.ok, check.detail) for check in report.checks]
 
 
 def print_checks(checks: list[tuple[str, bool, str]]) -> None:

@@ -315,3 +315,11 @@ def test_scattered_rows_share_chunks_and_none_is_left_out():
     assert rows == [row for start, stop in missing for row in range(start, stop)]
     assert max(sum(span["stop"] - span["start"] for span in chunk) for chunk in chunks) <= 256
     assert len(chunks) == 5
+
+
+def test_verify_tells_damage_from_a_folder_that_is_something_else(ray_cluster, images, bundle, tmp_path):
+    assert main(command(images, bundle, tmp_path / "out")) == 0
+    assert main(["verify", str(images)]) == 2
+    (tmp_path / "out" / "state" / "plan" / "plan.json").write_text("{")
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    assert main(["verify", str(bundle)]) == 0
