@@ -12,6 +12,7 @@ inventory exactly once.
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -67,15 +68,10 @@ Strike = Callable[[Round, subprocess.Popen[bytes], random.Random], str | None]
 def ray_workers(words: str) -> Iterator[psutil.Process]:
     """Worker processes of this machine's cluster whose title holds `words`."""
     for process in psutil.Process().children(recursive=True):
-        try:
-            if (
-                process.cmdline()
-                and process.cmdline()[0].startswith("ray::")
-                and words in process.cmdline()[0]
-            ):
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and words in title:
                 yield process
-        except psutil.Error:
-            continue
 
 
 def kill_worker(words: str) -> Strike:

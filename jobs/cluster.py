@@ -12,6 +12,7 @@ from contextlib import contextmanager
 LOGICAL_CPUS_PER_CORE = 4
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread cut off by the end of a job must not start a cluster of its own
     "RAY_DATA_LOG_LEVEL": "ERROR",  # its plan and its own progress table; ours stands instead
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one error-like line per actor pool (ray #53727)
 }
@@ -57,6 +58,11 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     try:
         yield
+    except BaseException:
+        # A dataflow may still run in its threads: that it is cut off now is not worth their tracebacks.
+        logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+        raise
     finally:
         ray.shutdown()
 
