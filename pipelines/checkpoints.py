@@ -4,6 +4,7 @@
 `read_sidecar` reads the latter. The state of a run is one file, read without unpickling code.
 """
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -78,6 +79,6 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     torch.save(dict(state), folder / STATE_FILE)
 
 
-def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
+def parse_state(payload: bytes, device: torch.device) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     return state

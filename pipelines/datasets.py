@@ -6,6 +6,7 @@ part, opening an image `ingest.py`'s.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -97,7 +98,9 @@ def load(
             f"{dataset_uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
         )
     table = divided(found, ids, classes, split)
-    return LabelledData(table, classes, known, taxonomy_name, multi_label, dataset_uri, dropped)
+    own_table = taxonomy_name.endswith(".csv") and "://" not in taxonomy_name
+    reference = str(Path(taxonomy_name).absolute()) if own_table else taxonomy_name
+    return LabelledData(table, classes, known, reference, multi_label, dataset_uri, dropped)
 
 
 def renamed(labels: list[list[str]], label_map: str | None) -> tuple[list[list[str]], dict[str, int]]:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import appraisal, checkpoints, corpus, runs, sampling, splits, storage, vit
+import numpy as np
+
+from pipelines import appraisal, checkpoints, corpus, metrics, runs, sampling, splits, storage, vit
 from pipelines.card import model_card
 from pipelines.checkpoints import Sidecar
 from pipelines.corpus import Corpus
@@ -48,15 +50,25 @@ def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) 
     """The run of this recipe on this dataset.
 
     Raises:
-        ValueError: the model cannot be built, the batch cannot be divided among the workers, or a tracker
-            is not installed.
+        ValueError: the model cannot be built, the batch cannot be divided among the workers, a tracker is
+            not installed, or the metric that selects does not exist.
     """
     recipe = recipe.resolved(multi_label=data.multi_label)
     recipe.micro_batch(resources.num_workers)
     refuse_missing(resources.trackers)
+    refuse_unknown_metric(recipe.select_by, len(data.classes), multi_label=data.multi_label)
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
     vit.parameter_groups(model, recipe.optimizer)
     return Plan(data, recipe, vit.image_spec(model, recipe.model), output, resources)
+
+
+def refuse_unknown_metric(name: str, n_classes: int, *, multi_label: bool) -> None:
+    """Raise ValueError when validation will not yield the metric that is to select the best epoch."""
+    some = np.eye(min(n_classes, 8), dtype=np.float32)
+    truth = some.astype(np.uint8) if multi_label else np.arange(len(some))
+    known = {"validation_loss", *metrics.classification(some, truth)}
+    if name not in known:
+        raise ValueError(f"select_by is {name}; it must be one of {', '.join(sorted(known))}")
 
 
 def fit(plan: Plan, how: Ingest, listen: Listener | None = None) -> runs.Run:
@@ -107,7 +119,7 @@ def train(
     from ray.train.torch import TorchTrainer
 
     resources = plan.resources
-    filesystem, path = storage.open_storage(plan.output).filesystem_and_path()
+    filesystem, path = runs.ray_storage(plan.output)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
     shards = corpus.training_shards(prepared, plan.recipe.balance, seed=plan.recipe.seed)
     with Messages(listen) as messages:
@@ -163,6 +175,7 @@ def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
         run_uri=plan.output,
         checkpoint_every_steps=plan.resources.checkpoint_every_steps,
         trackers=plan.resources.trackers,
+        resume_from=runs.mend_snapshot(plan.output),
         progress=queue,
     )
 

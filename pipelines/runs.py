@@ -4,20 +4,28 @@
 the marker of a finished run. Everything between is written by `training.py` and `fitting.py`.
 """
 
+import io
 import json
 import subprocess
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow.fs as pafs
+
 from pipelines import splits, storage
+from pipelines.checkpoints import STATE_FILE
 from pipelines.datasets import LabelledData
 from pipelines.recipe import Recipe
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
 CHECKPOINTS, HISTORY = "checkpoints", "metrics.jsonl"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of the checkpoints."""
 LIBRARIES = ("ray", "torch", "transformers", "numpy", "pillow", "pyarrow")
 
 
@@ -104,6 +112,41 @@ def history(output: str) -> list[dict[str, Any]]:
 
 def as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n").encode()
+
+
+def mend_snapshot(output: str) -> str | None:
+    """When Ray's list of checkpoints was torn by a kill, remove it and name the newest whole checkpoint.
+
+    Ray 2.60 writes the list in place; a run whose list is cut off or empty could never be continued.
+    """
+    folder = storage.open_storage(storage.join(output, CHECKPOINTS))
+    if not folder.exists(SNAPSHOT) or is_json(folder.read(SNAPSHOT)):
+        return None
+    folder.delete(SNAPSHOT)
+    states = sorted((e.path for e in folder.list() if e.path.endswith(f"/{STATE_FILE}")), reverse=True)
+    whole = (path for path in states if zipfile.is_zipfile(io.BytesIO(folder.read(path))))
+    newest = next(whole, None)
+    return None if newest is None else storage.join(output, CHECKPOINTS, *newest.split("/")[:-1])
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def ray_storage(output: str) -> tuple[pafs.FileSystem, str]:
+    """The folder as Ray Train and Ray Tune take it: a filesystem that they write to, and a path on it.
+
+    Not the storage's own obstore one: its files refuse the buffers in which pyarrow writes (tried, obstore
+    0.12). Listings are not cached, for other processes write here too.
+    """
+    if storage.is_local(output):
+        return pafs.LocalFileSystem(), str(storage.local_path(output))
+    filesystem, path = fsspec.core.url_to_fs(output, use_listings_cache=False)
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
 def git_revision() -> str | None:

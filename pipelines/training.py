@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from pipelines import augment, checkpoints, metrics, optimisation, vit
+from pipelines import augment, checkpoints, metrics, optimisation, storage, vit
+from pipelines.checkpoints import STATE_FILE
 from pipelines.ingest import Pixels, PixelStore, stream_batches
 from pipelines.journal import Journal
 from pipelines.losses import criterion
@@ -61,7 +62,10 @@ def train_worker(config: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            trainer.restore(checkpoints.load_state(Path(folder), place.device))
+            trainer.restore(checkpoints.parse_state(Path(folder, STATE_FILE).read_bytes(), place.device))
+    elif task.resume_from is not None:
+        payload = storage.open_storage(task.resume_from).read(STATE_FILE)
+        trainer.restore(checkpoints.parse_state(payload, place.device))
     trainer.run()
 
 
@@ -256,14 +260,8 @@ class Trainer:
         self.tell(images_per_s=images_per_s)
 
     def score(self, measured: dict[str, float]) -> float:
-        """The metric that selects, larger being better.
-
-        Raises:
-            ValueError: there is no such metric.
-        """
+        """The metric that selects, larger being better."""
         name = self.recipe.select_by
-        if name not in measured:
-            raise ValueError(f"select_by is {name}; it must be one of {', '.join(sorted(measured))}")
         return -measured[name] if name in LOWER_IS_BETTER else measured[name]
 
     def weights(self, *, averaged: bool) -> Any:

@@ -186,7 +186,7 @@ def tuner(plan: Plan, prepared: Corpus, space: Mapping[str, Any], search: Search
     trainable = tune.with_resources(
         tune.with_parameters(train_trial, plan=plan, prepared=prepared), {"CPU": DRIVER_CPUS}
     )
-    filesystem, path = storage.open_storage(plan.output).filesystem_and_path()
+    filesystem, path = runs.ray_storage(plan.output)
     folder = f"{path}/{FOLDER}"
     if tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
         return tune.Tuner.restore(

@@ -17,7 +17,7 @@ import torch
 from small_training import RECIPE, STILL, image_folder, trained, trainer
 from transformers import AutoModelForImageClassification
 
-from pipelines import corpus, datasets, fitting, metrics, optimisation, runs
+from pipelines import checkpoints, corpus, datasets, fitting, metrics, optimisation, runs
 from pipelines.recipe import Augment, Balance, Ingest, Loss, Optimizer, Splits, Stopping
 from pipelines.resources import Resources
 from pipelines.sampling import epoch_order
@@ -174,9 +174,10 @@ def test_early_stopping_counts_epochs_without_gain():
 
 
 def test_an_unknown_selection_metric_is_refused_with_the_known_ones():
-    made = trainer(replace(RECIPE, select_by="acuracy"), LABELS)
-    with pytest.raises(ValueError, match="accuracy"):
-        made.score(made.evaluate())
+    with pytest.raises(ValueError, match=r"acuracy.*accuracy@3"):
+        fitting.refuse_unknown_metric("acuracy", 5, multi_label=False)
+    fitting.refuse_unknown_metric("accuracy@3", 5, multi_label=False)
+    fitting.refuse_unknown_metric("map", 2, multi_label=True)
 
 
 @pytest.mark.slow
@@ -187,6 +188,22 @@ def test_two_workers_learn_what_one_learns_for_the_first_50_steps(tmp_path):
     together = np.mean([np.load(tmp_path / f"losses-2-{rank}.npy") for rank in (0, 1)], axis=0)
     assert len(alone) == 50 and alone[-5:].mean() < alone[:5].mean()
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_a_list_of_checkpoints_torn_by_a_kill_gives_way_to_the_newest_whole_one(tmp_path):
+    folder = tmp_path / "checkpoints"
+    state = trainer(RECIPE, LABELS).state()
+    for name in ("checkpoint_1", "checkpoint_2", "checkpoint_3"):
+        (folder / name).mkdir(parents=True)
+        checkpoints.save_state(folder / name, state)
+    newest = folder / "checkpoint_3" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    snapshot.write_text('{"checkpoint_results": []}')
+    assert runs.mend_snapshot(str(tmp_path)) is None and snapshot.exists()
+    snapshot.write_text("")
+    assert runs.mend_snapshot(str(tmp_path)) == str(folder / "checkpoint_2")
+    assert not snapshot.exists()
 
 
 # Whole runs on a real Ray cluster
