@@ -1,6 +1,6 @@
 """On a GPU machine: certify a ViT-B/16-224 on CUDA and TensorRT, and measure it beside PyTorch and the floor.
 
-    python benchmarks/gpu_inference.py --images ../shared/photos [--checkpoint RUN] [--providers cuda,tensorrt]
+    python benchmarks/gpu_inference.py --images ../shared/photos [--checkpoint RUN] [--providers cuda]
 
 One NVIDIA GPU, ten minutes (TensorRT builds an engine per batch size). Pixels start in host memory for every
 variant. The floor is arithmetic: 35.1 GFLOP per image over the matrix rate that a large fp16 product reaches

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 LOGICAL_CPUS_PER_CORE = 4
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread cut off by the end of a job must not start a cluster of its own
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its job must not start a cluster of its own
     "RAY_DATA_LOG_LEVEL": "ERROR",  # its plan and its own progress table; ours stands instead
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one error-like line per actor pool (ray #53727)
 }
