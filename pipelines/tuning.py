@@ -229,7 +229,7 @@ def announcer(total: int) -> Any:
             log.info("trial %s, epoch %s: score %.4f", trial.trial_id, result["epoch"], result["score"])
 
         def on_trial_complete(self, trials: list[Any], trial: Any, **_: Any) -> None:
-            ended = sum(one.is_finished() for one in trials)
+            ended = 1 + sum(one.is_finished() for one in trials if one is not trial)
             log.info("trial %s ended, %d of %d", trial.trial_id, ended, total)
 
     return Announcer()
