@@ -85,16 +85,16 @@ def classify(chunks: pa.Table, source: Source, model: Model, target: output.Targ
     Args:
         chunks: `work_list` of the plan rows to classify.
     """
-    context = ray.data.DataContext.get_current()
-    block_bytes = pools.rows_per_chunk * source.image_spec.height * source.image_spec.width * 3
-    context.target_max_block_size = max(block_bytes, 1 << 20)
-    context.execution_options.resource_limits = ExecutionResources(
+    # not from_arrow, which has a task of its own look at every block before anything starts
+    work = ray.data.from_blocks(blocks_of(chunks))
+    block_bytes = pools.rows_per_chunk * source.image_spec.pixel_bytes
+    # Of this dataset alone: the process's own context would carry them into the next job.
+    work.context.target_max_block_size = max(block_bytes, 1 << 20)
+    work.context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=memory_ahead(block_bytes, pools)
     )
     return (
-        # not from_arrow, which has a task of its own look at every block before anything starts
-        ray.data.from_blocks(blocks_of(chunks))
-        .map_batches(
+        work.map_batches(
             Loader,
             fn_constructor_args=(source,),
             batch_size=1,
