@@ -99,8 +99,10 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> C
     broken = ingest.broken(outcome, data.rows["uri"].to_pylist(), max_share=how.max_broken_share)
     for image in broken[:LISTED]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
-    repeated = splits.duplicates_to_drop(outcome["sha256"].to_pylist(), data.splits)
-    usable = pa.compute.equal(outcome["status"], "ok").to_numpy() & ~repeated
+    readable = pa.compute.equal(outcome["status"], "ok").to_numpy()
+    # A broken copy is counted once, as broken.
+    repeated = splits.duplicates_to_drop(outcome["sha256"].to_pylist(), data.splits) & readable
+    usable = readable & ~repeated
     rows = {name: data.indices(name)[usable[data.indices(name)]] for name in decoded}
     refuse_empty(rows)
     left = {name: int(repeated[data.indices(name)].sum()) for name in decoded}

@@ -208,16 +208,17 @@ def test_broken_and_copied_images_are_left_out_and_counted(ray_cluster, tmp_path
     (folder / "1" / "0.png").write_bytes(b"not an image")
     (folder / "483" / "1.png").write_bytes(b"")
     data = datasets.load(str(folder), split=Splits(validation=0.3, test=0.3))
-    test_row = data.indices("test")[0]
-    train_row = data.indices("train")[0]
-    uris = data.rows["uri"].to_pylist()
-    Path(uris[train_row].removeprefix("file://")).write_bytes(
-        Path(uris[test_row].removeprefix("file://")).read_bytes()
-    )
+    uris = [uri.removeprefix("file://") for uri in data.rows["uri"].to_pylist()]
+    whole = [
+        row for row in range(30) if uris[row] not in map(str, (folder / "1/0.png", folder / "483/1.png"))
+    ]
+    test_row = next(row for row in whole if data.splits[row] == "test")
+    train_row = next(row for row in whole if data.splits[row] == "train")
+    Path(uris[train_row]).write_bytes(Path(uris[test_row]).read_bytes())
     found = corpus.prepare(data, SPEC, Ingest(max_broken_share=0.2), seed=0)
-    broken = {image["status"] for image in found.broken}
-    assert len(found.broken) >= 1 and broken <= {"not_an_image", "empty"}
-    kept = sum(len(rows) for rows in found.rows.values())
-    assert kept == 30 - len(found.broken) - sum(found.duplicates.values())
+    assert {image["status"] for image in found.broken} == {"not_an_image", "empty"}
+    assert found.duplicates == {"train": 1}
+    assert sum(len(rows) for rows in found.rows.values()) == 27
+    assert train_row not in found.rows["train"] and test_row in found.rows["test"]
     with pytest.raises(ingest.IngestError, match="max-broken-share"):
         corpus.prepare(data, SPEC, Ingest(max_broken_share=0.0), seed=0)
