@@ -4,6 +4,7 @@ Only the chosen command's module is imported, and that module imports heavy libr
 `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 refused by a quality gate.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from jobs.cluster import quieten
 from jobs.errors import CommandError, InputError
@@ -108,5 +110,21 @@ def run(name: str, argv: Sequence[str]) -> int:
     return code
 
 
+def entry() -> NoReturn:
+    """The console script: run the command and end the process at once, whatever threads a failure left."""
+    try:
+        code = main()
+    except SystemExit as ended:  # argparse, after --help
+        code = ended.code if isinstance(ended.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

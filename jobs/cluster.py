@@ -37,7 +37,7 @@ def joins_cluster(address: str | None) -> bool:
 
 @contextmanager
 def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
-    """Connect for the duration of a job, and disconnect; a cluster started here ends with it.
+    """Connect for the duration of a job, and disconnect; a cluster started here ends with it, or the process.
 
     Without an address, `RAY_ADDRESS` decides (set by `ray job submit`), else a local cluster is started.
     A process that is connected already is left as it is.
@@ -59,12 +59,12 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     try:
         yield
     except BaseException:
-        # A dataflow may still run in its threads: that it is cut off now is not worth their tracebacks.
-        logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+        # A dataflow may still run in Ray's threads, and taking Ray down under them can crash the
+        # interpreter: the end of the process, which is near, ends the cluster too (`cli.entry`).
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         raise
-    finally:
-        ray.shutdown()
+    ray.shutdown()
 
 
 def nodes_without(path: str) -> list[str]:
