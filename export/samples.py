@@ -20,8 +20,8 @@ from pipelines.decoder import DecoderProcess
 from pipelines.images import ORIENTATION_TAG
 from pipelines.labelled_input import IMAGE_SUFFIXES, DatasetError
 from pipelines.recipe import Columns
-from pipelines.schema import Status
 from pipelines.specs import ImageSpec
+from pipelines.status import Status
 from pipelines.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
 
 HELD_OUT = ("validation", "test")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from pipelines.schema import TRANSIENT, Status
 from pipelines.specs import FetchLimits
+from pipelines.status import TRANSIENT, Status
 from pipelines.uris import redact
 
 BACKOFF_FACTOR = 2.5

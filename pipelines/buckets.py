@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from pipelines.attempts import Failure, status_of_code
 from pipelines.budget import Reservation
 from pipelines.object_storage import OBJECT_SCHEMES, store_settings
-from pipelines.schema import Status
 from pipelines.specs import FetchLimits
+from pipelines.status import Status
 from pipelines.uris import scheme_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipelines.attempts import Failure
-from pipelines.schema import Status
+from pipelines.status import Status
 
 SMALL_BYTES = 256 << 10
 """Objects up to this size are bounded by the number of requests alone and reserve nothing."""

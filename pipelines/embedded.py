@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipelines.attempts import Failure
 from pipelines.budget import check_size
-from pipelines.schema import Status
+from pipelines.status import Status
 from pipelines.tables import BATCH_ROWS, open_input
 
 BATCH_BYTES = 8 << 20

@@ -23,8 +23,8 @@ from pipelines.budget import SMALL_BYTES, ByteBudget, Reservation, paused
 from pipelines.delivery import Arrival, Delivery
 from pipelines.embedded import EmbeddedReader, Place, read_embedded
 from pipelines.object_storage import OBJECT_SCHEMES
-from pipelines.schema import Status
 from pipelines.specs import FetchLimits
+from pipelines.status import Status
 from pipelines.uris import is_local, scheme_of
 from pipelines.web import WebClient
 

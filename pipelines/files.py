@@ -12,7 +12,7 @@ from urllib.parse import unquote_to_bytes
 
 from pipelines.attempts import Failure
 from pipelines.budget import check_size
-from pipelines.schema import Status
+from pipelines.status import Status
 from pipelines.uris import scheme_of
 
 T = TypeVar("T")

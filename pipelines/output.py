@@ -24,7 +24,7 @@ from pipelines import schema
 from pipelines.ledger import Ledger, Part, part_of, ranges_from
 from pipelines.plan import Plan, open_plan
 from pipelines.rowset import Range, RowSet, count, ranges_of, row_ids_of
-from pipelines.schema import TRANSIENT, Status
+from pipelines.status import TRANSIENT, Status
 from pipelines.storage import Storage, open_storage
 
 ROW_ID = "__row_id"

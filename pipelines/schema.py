@@ -6,14 +6,10 @@ the same types as any other. This module computes nothing. The values of `status
 
 import pyarrow as pa
 
-from pipelines.status import TRANSIENT as TRANSIENT  # noqa: PLC0414 (re-exported)
-from pipelines.status import Status as Status  # noqa: PLC0414 (re-exported)
-
 LABELS_TYPE = pa.list_(pa.struct([pa.field("id", pa.string()), pa.field("score", pa.float32())]))
 
-LOADED = pa.schema(
+OUTCOME = pa.schema(
     [
-        pa.field("row_id", pa.int64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("sha256", pa.string()),
@@ -22,6 +18,21 @@ LOADED = pa.schema(
         pa.field("format", pa.string()),
     ]
 )
+"""What became of the image's bytes."""
+
+LABELLED = pa.schema(
+    [
+        pa.field("top_id", pa.string()),
+        pa.field("top_score", pa.float32()),
+        pa.field("labels", LABELS_TYPE),
+        pa.field("tier1_id", pa.string()),
+        pa.field("tier1_score", pa.float32()),
+        pa.field("cat", pa.list_(pa.string())),
+    ]
+)
+"""What the model says of it; null where the status is not `ok`."""
+
+LOADED = pa.schema([pa.field("row_id", pa.int64(), nullable=False), *OUTCOME])
 """load -> infer, beside the column `pixels` of `pixels_type`; `row_id` is the row of the plan."""
 
 
@@ -33,17 +44,7 @@ def pixels_type(height: int, width: int) -> pa.DataType:
     return pa.binary(height * width * 3)
 
 
-SCORED = pa.schema(
-    [
-        *LOADED,
-        pa.field("top_id", pa.string()),
-        pa.field("top_score", pa.float32()),
-        pa.field("labels", LABELS_TYPE),
-        pa.field("tier1_id", pa.string()),
-        pa.field("tier1_score", pa.float32()),
-        pa.field("cat", pa.list_(pa.string())),
-    ]
-)
+SCORED = pa.schema([*LOADED, *LABELLED])
 """infer -> write: one row per work item, before it is joined with the plan's rows."""
 
 PREDICTIONS_HEAD = pa.schema(
@@ -51,18 +52,8 @@ PREDICTIONS_HEAD = pa.schema(
 )
 PREDICTIONS_TAIL = pa.schema(
     [
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-        pa.field("sha256", pa.string()),
-        pa.field("width_px", pa.int32()),
-        pa.field("height_px", pa.int32()),
-        pa.field("format", pa.string()),
-        pa.field("top_id", pa.string()),
-        pa.field("top_score", pa.float32()),
-        pa.field("labels", LABELS_TYPE),
-        pa.field("tier1_id", pa.string()),
-        pa.field("tier1_score", pa.float32()),
-        pa.field("cat", pa.list_(pa.string())),
+        *OUTCOME,
+        *LABELLED,
         pa.field("cattax", pa.int32(), nullable=False),
         pa.field("model_id", pa.string(), nullable=False),
         pa.field("taxonomy", pa.string(), nullable=False),

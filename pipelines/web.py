@@ -15,8 +15,8 @@ from yarl import URL
 from pipelines.addresses import BLOCKED_ERRNO, guarded_socket
 from pipelines.attempts import Failure, retry_after_s, status_of_code
 from pipelines.budget import SMALL_BYTES, Reservation
-from pipelines.schema import Status
 from pipelines.specs import FetchLimits
+from pipelines.status import Status
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NEEDS_QUOTING = re.compile(r"[^!-~]|[\"<>\\^`{|}]")

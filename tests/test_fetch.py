@@ -26,8 +26,8 @@ from pipelines.attempts import backoff_s, retry_after_s
 from pipelines.fetch import Fetched, Fetcher, Source
 from pipelines.inventory import plan
 from pipelines.listing import InventoryError
-from pipelines.schema import Status
 from pipelines.specs import FetchLimits
+from pipelines.status import Status
 from pipelines.storage import open_storage
 
 LIMITS = FetchLimits(
