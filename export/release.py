@@ -97,8 +97,7 @@ def _removed_on_failure(output_uri: str) -> Iterator[None]:
         yield
     except BaseException:
         folder = storage.open_storage(output_uri)
-        for entry in folder.list():
-            folder.delete(entry.path)
+        folder.delete(*[entry.path for entry in folder.list()])
         raise
 
 

@@ -70,10 +70,11 @@ class FsspecStorage:
         with self._replacing(target) as (filesystem, temporary):
             filesystem.cp_file(f"{self.opened[1]}/{source}", temporary)
 
-    def delete(self, path: str) -> None:
+    def delete(self, *paths: str) -> None:
         filesystem, folder = self.opened
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.rm_file(f"{folder}/{path}")
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.rm_file(f"{folder}/{path}")
 
     def open_input(self, path: str) -> Any:
         filesystem, folder = self.filesystem_and_path()

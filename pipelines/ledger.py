@@ -39,7 +39,7 @@ from pipelines.entries import (
     unsealed,
 )
 from pipelines.rowset import Range, RowSet, repeated
-from pipelines.schema import TRANSIENT
+from pipelines.status import TRANSIENT
 from pipelines.storage import AlreadyExists, Storage
 
 __all__ = [
@@ -79,6 +79,7 @@ class Ledger:
         self.view = View()
         self.done = RowSet(n_items)
         """Items that are recorded, in this generation or an earlier one."""
+        self._paths: set[str] = set()
         for payload in read_entries(state):
             self._take(*unsealed(payload))
 
@@ -132,8 +133,7 @@ class Ledger:
             ValueError: a part repeats an item that is recorded.
         """
         self._settle()
-        known = {part.path for part in self.view.parts}
-        new = [part for part in parts if part.path not in known]
+        new = [part for part in parts if part.path not in self._paths]
         claimed = [span for part in new for span in part.items]
         if self.done.present(claimed) or repeated(claimed):
             raise ValueError(
@@ -223,6 +223,7 @@ class Ledger:
         self.done.remove(ranges_from(entry.get("reopened", ())))
         for part in entry.get("parts", ()):
             self.done.add(ranges_from(part["items"]))
+            self._paths.add(part["path"])
         self.view = view
 
     def _rival(self) -> str:

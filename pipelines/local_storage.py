@@ -86,8 +86,9 @@ class LocalStorage:
             sync_file(temporary)
             temporary.replace(self.root / target)
 
-    def delete(self, path: str) -> None:
-        (self.root / path).unlink(missing_ok=True)
+    def delete(self, *paths: str) -> None:
+        for path in paths:
+            (self.root / path).unlink(missing_ok=True)
 
     def open_input(self, path: str) -> Any:
         return pafs.LocalFileSystem().open_input_file(str(self.root / path))

@@ -100,9 +100,9 @@ class ObjectStorage:
         with self._explained(source):
             self.store.copy(source, target)
 
-    def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._explained(path):
-            self.store.delete(path)
+    def delete(self, *paths: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._explained(paths[0] if paths else ""):
+            self.store.delete(list(paths))
 
     def open_input(self, path: str) -> Any:
         with self._explained(path):

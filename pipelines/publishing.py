@@ -29,7 +29,7 @@ from pipelines.output import ROW_ID, counts, parts_folder, read_part
 from pipelines.plan import Plan
 from pipelines.rerun import replaced, row_sequence
 from pipelines.rowset import Range, RowSet, merged, ranges_of, row_ids_of
-from pipelines.schema import TRANSIENT
+from pipelines.status import TRANSIENT
 from pipelines.storage import Storage, is_local, local_path, sha256_of
 
 SUCCESS = "_SUCCESS"
@@ -89,8 +89,7 @@ def finish(ledger: Ledger, state: Storage, table: Storage) -> None:
         table.put(SUCCESS, b"")
     for generation in range(1, ledger.view.generation + 1):
         for folder in (parts_folder(generation), spool_folder(generation)):
-            for entry in state.list(folder):
-                state.delete(entry.path)
+            state.delete(*[entry.path for entry in state.list(folder)])
 
 
 def failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:

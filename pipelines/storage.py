@@ -66,8 +66,8 @@ class Storage(Protocol):
     def copy(self, source: str, target: str) -> None:
         """Copy within the storage, on the server where it can, replacing `target`."""
 
-    def delete(self, path: str) -> None:
-        """Remove the file; no error when it is not there."""
+    def delete(self, *paths: str) -> None:
+        """Remove the files; no error for one that is not there."""
 
     def open_input(self, path: str) -> Any:
         """A pyarrow RandomAccessFile over the file."""

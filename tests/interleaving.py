@@ -100,7 +100,8 @@ class World:
         if operation in WRITES:
             self.versions[path] = (driver.name, len(driver.history))
         elif operation == "delete":
-            self.versions.pop(path, None)
+            for deleted in args:
+                self.versions.pop(str(deleted), None)
         return result
 
     def quietly(self, driver: Driver, operation: str, path: str, proceed: Callable[[], Any]) -> Any:

@@ -142,7 +142,10 @@ class Litter:
         try:
             return self.crash(operation, args, proceed)
         except Crash:
-            if self.crash.half and operation != "delete":
+            if self.crash.half and operation == "delete":
+                for path in args[: len(args) // 2]:
+                    (self.folder / path).unlink()
+            elif self.crash.half:
                 target = self.folder / args[0]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 payload = args[1] if isinstance(args[1], bytes) else b"PAR1"

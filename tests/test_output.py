@@ -204,9 +204,7 @@ def test_a_rerun_interrupted_after_a_file_was_replaced_ends_the_same(run: SmallR
     unfinished = {entry.path: run.state.read(entry.path) for entry in run.state.list()}
     run.publish(ledger)
     published = {entry.path: run.table.read(entry.path) for entry in run.table.list()}
-    for entry in run.state.list("ledger"):
-        if entry.path not in unfinished:
-            run.state.delete(entry.path)
+    run.state.delete(*[e.path for e in run.state.list("ledger") if e.path not in unfinished])
     for path, payload in unfinished.items():
         run.state.put(path, payload)
     run.publish(run.ledger())

@@ -1,20 +1,18 @@
 """Classification with everything in a bucket: images, plan, ledger, table. Against any S3, see conftest."""
 
-import asyncio
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import boto3
 import numpy as np
 import pyarrow.dataset as pads
 import pytest
+from flaky_proxy import FlakyProxy
 from PIL import Image
 from small_models import small_bundle
 
@@ -22,45 +20,6 @@ from jobs.cli import main
 from pipelines.storage import Storage, open_storage
 
 pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow]
-
-
-class Proxy:
-    """A TCP relay in front of the server, which can be out of order for a while."""
-
-    def __init__(self, endpoint: str) -> None:
-        address = urlsplit(endpoint)
-        self._target = (address.hostname, address.port)
-        self.down = False
-        self._relays: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        started = asyncio.start_server(self._serve, "127.0.0.1", 0)
-        server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
-        self.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-    def stop_serving(self) -> None:
-        self.down = True
-        for writer in list(self._relays):
-            self._loop.call_soon_threadsafe(writer.transport.abort)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.down:
-            writer.transport.abort()
-            return
-        there_reader, there = await asyncio.open_connection(*self._target)
-        self._relays |= {writer, there}
-        await asyncio.gather(self._relay(reader, there), self._relay(there_reader, writer))
-        self._relays -= {writer, there}
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
 
 
 @pytest.fixture
@@ -134,14 +93,14 @@ def test_a_run_in_a_bucket_survives_a_kill_and_a_second_driver(images, bundle, b
 def test_an_outage_of_the_server_is_ridden_out(images, bundle, bucket, s3_server):
     output = f"{bucket}/predictions"
     state = open_storage(f"{output}/state")
-    proxy = Proxy(s3_server)
-    driver = start(command(images, bundle, output), AWS_ENDPOINT_URL=proxy.endpoint)
-    while entries(state) < 2 and driver.poll() is None:
-        time.sleep(0.05)
-    proxy.stop_serving()
-    time.sleep(8)
-    proxy.down = False
-    _, errors = driver.communicate(timeout=240)
+    with FlakyProxy(s3_server) as proxy:
+        driver = start(command(images, bundle, output), AWS_ENDPOINT_URL=proxy.url)
+        while entries(state) < 2 and driver.poll() is None:
+            time.sleep(0.05)
+        proxy.take_down()
+        time.sleep(8)
+        proxy.bring_back()
+        _, errors = driver.communicate(timeout=240)
     assert driver.returncode == 0, errors
     assert statuses(output) == {"ok": 300, "not_an_image": 1}
 
