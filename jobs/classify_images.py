@@ -35,6 +35,7 @@ from pipelines.publishing import TableDamaged
 from pipelines.runs import git_revision
 from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage import Storage, is_local, join, open_storage, redact
+from pipelines.traces import root_cause
 
 CPU_BATCH, GPU_BATCH = 16, 256
 
@@ -67,20 +68,13 @@ def run(config: ClassifyConfig) -> int:
     except (LedgerLost, LedgerDamaged, PartDamaged, TableDamaged) as error:
         raise JobFailed(str(error)) from error
     except RayError as error:
-        raise JobFailed(f"{root_cause(error)}; {kept}") from error
+        raise JobFailed(f"{root_cause(str(error))}; {kept}") from error
     except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
         raise JobFailed(f"{str(error).splitlines()[0]}; {kept}") from error
     except Stopped as stop:
         raise JobFailed(f"stopped by {stop}; {kept}") from None
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
         raise JobFailed(f"stopped while Ray started; {kept}") from None
-
-
-def root_cause(error: RayError) -> str:
-    """The last line of the worker's own error; Ray's text is the whole trace."""
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[-1]
 
 
 def prepare(config: ClassifyConfig) -> Run:

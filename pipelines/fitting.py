@@ -21,6 +21,7 @@ from pipelines.recipe import Ingest, Recipe
 from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
 from pipelines.task import Task
+from pipelines.traces import root_cause
 from pipelines.training import train_worker
 
 
@@ -145,17 +146,11 @@ def train(
         try:
             return trainer.fit()
         except RayTrainingFailed as error:
+            first = next(iter(getattr(error, "worker_failures", {}).values()), error)
             raise TrainingFailed(
-                f"training failed: {last_line(error)}; what was checkpointed is kept, and the same command "
-                "continues it"
+                f"training failed: {root_cause(str(first))}; what was checkpointed is kept, and the same "
+                "command continues it"
             ) from error
-
-
-def last_line(error: Exception) -> str:
-    """The workers' own words, at the end of Ray's report."""
-    causes = getattr(error, "worker_failures", {})
-    text = str(next(iter(causes.values()), error))
-    return text.strip().splitlines()[-1]
 
 
 def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:

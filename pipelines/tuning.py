@@ -20,6 +20,7 @@ from pipelines.corpus import Corpus
 from pipelines.fitting import Plan
 from pipelines.recipe import Ingest, Recipe
 from pipelines.specs import at_least
+from pipelines.traces import root_cause
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ def table(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
                 **{setting: (result.config or {}).get(setting) for setting in space},
                 "epochs": len(scores),
                 "score": max(scores) if scores else None,
-                "error": str(result.error).strip().splitlines()[-1] if result.error else None,
+                "error": root_cause(str(result.error)) if result.error else None,
                 "scores": scores,
             }
         )

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_models import small_bundle
 from small_run import SmallRun, small_run
+from test_classify import draw
 from test_crash_points import drive, published, verified
+
+from jobs.cli import main
 
 PAGE = 4096
 
@@ -68,4 +72,32 @@ def test_whatever_was_being_written_when_the_disk_filled_up_a_rerun_completes(sm
         shutil.rmtree(run.uri)
         pages += 1
     print(f"\n{pages} amounts of free space; stopped after {sorted(stopped_after)}")
+    assert stopped_after >= {"nothing", "start", "parts", "close"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_command_whose_disk_filled_up_says_so_and_completes_once_there_is_space(
+    ray_cluster: None, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_bundle(tmp_path / "bundle")
+    images = draw(tmp_path / "images", 30)
+    stopped_after = set()
+    for pages in (0, 4, 8, 9, 10, 11, 12, 13, 14):
+        output = small_disk / str(pages)
+        command = ["classify", "--inventory", str(images), "--bundle", str(tmp_path / "bundle"),
+                   "--output", str(output), "--workers.rows-per-part", "10"]  # fmt: skip
+        ballast = leave_free(small_disk, pages)
+        code = main(command)
+        message = capsys.readouterr().err.strip()
+        ballast.unlink()
+        if code != 0:
+            assert code == 1
+            assert "No space left on device" in message.splitlines()[-1]
+            entries = sorted((output / "state" / "ledger").glob("*.json"))
+            stopped_after.add(json.loads(entries[-1].read_text())["kind"] if entries else "nothing")
+            assert main(command) == 0
+        assert main(["verify", str(output)]) == 0
+        shutil.rmtree(output)
+    print(stopped_after)
     assert stopped_after >= {"nothing", "start", "parts", "close"}

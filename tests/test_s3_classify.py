@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +10,7 @@ import boto3
 import numpy as np
 import pyarrow.dataset as pads
 import pytest
+from drivers import start
 from flaky_proxy import FlakyProxy
 from PIL import Image
 from small_models import small_bundle
@@ -47,16 +46,6 @@ def command(images: str, bundle: str, output: str, *settings: str) -> list[str]:
         "--workers.rows-per-part", "20", "--workers.rows-per-chunk", "20", "--commit-every-s", "0.1",
         *settings,
     ]  # fmt: skip
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs", *arguments],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def entries(state: Storage) -> int:
