@@ -74,9 +74,11 @@ def ray_workers(words: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def kill_worker(words: str) -> Strike:
+def kill_worker(words: str, *, within_s: float) -> Strike:
+    """Kill one such worker, up to `within_s` after the first was seen."""
+
     def strike(_: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
-        delay = rng.uniform(0, 3)
+        delay = rng.uniform(0, within_s)
         until = time.monotonic() + 60
         while time.monotonic() < until and driver.poll() is None:
             if victims := list(ray_workers(words)):
@@ -262,9 +264,9 @@ def main() -> int:
     bundle = arguments.bundle or make_bundle(folder, folder / "images")
     nodes = TwoNodes()
     strikes: dict[str, Strike] = {
-        "ONNX actor": kill_worker("Classifier"),
-        "load actor": kill_worker("Loader"),
-        "task worker": kill_worker("write_batch"),
+        "ONNX actor": kill_worker("Classifier", within_s=3),
+        "load actor": kill_worker("Loader", within_s=3),
+        "task worker": kill_worker("write_batch", within_s=0.5),
         "driver, any time": kill_driver_at_random,
         "driver, planning": kill_driver_when("planning", planning),
         "driver, ledger": kill_driver_when("ledger", writing_ledger),
