@@ -1,6 +1,6 @@
 """What decoding costs, in and out of process, and what damaged files do to it.
 
-    python -m benchmarks.decode [--photos ../shared/photos] [--tricky ../shared/tricky] [--mutations 2000]
+    python benchmarks/decode.py [--photos ../shared/photos] [--tricky ../shared/tricky] [--mutations 2000]
 
 Three tables, in about two minutes on 2 cores. Cost per image: Pillow's full decode, `images.prepare`, and
 `DecoderProcess` in batches of 64, turn by turn over the same JPEGs. Damage: seeded mutations
@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +26,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from mutations import mutations
+
 from pipelines import images
 from pipelines.decoder import DecoderProcess
 from pipelines.decoder_worker import FAULTS_VARIABLE
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
-from tests.mutations import mutations
 
 SPEC = ImageSpec()
 BATCH = 64
