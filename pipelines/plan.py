@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -237,13 +237,13 @@ def _groups_of(items: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:
-    """Pieces of at most half a row group, by items and by rows (an item is never cut)."""
+    """Pieces of at most half a row group, by items and by rows (an item is never cut); none of no items."""
     lengths = pc.list_value_length(table["rows"]).to_numpy()
     weights = np.maximum(
         np.cumsum(lengths) // (ROWS_PER_GROUP // 2), np.arange(len(lengths)) // (ITEMS_PER_GROUP // 2)
     )
     cuts = np.flatnonzero(np.diff(weights, prepend=-1))
-    for start, stop in zip(cuts, np.append(cuts[1:], len(lengths)), strict=True):
+    for start, stop in pairwise([*cuts.tolist(), len(lengths)]):
         yield table.slice(start, stop - start)
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import pickle
+import tarfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -167,6 +168,27 @@ def test_folder_of_tables_is_one_inventory_with_the_columns_of_all(tmp_path: Pat
     (folder / "_SUCCESS").touch()
     plan(str(folder), state)
     assert [(row["uri"], row["n"], row["m"]) for row in rows_of(state)] == [("a", 1, None), ("b", 2**40, "x")]
+
+
+def test_folder_whose_second_table_repeats_the_first_is_planned(tmp_path: Path, state: Storage) -> None:
+    pq.write_table(pa.table({"uri": ["a", "b"]}), tmp_path / "mon.parquet")
+    pq.write_table(pa.table({"uri": ["b", "a"]}), tmp_path / "tue.parquet")
+    frozen = plan(str(tmp_path), state)
+    assert (frozen.n_items, frozen.n_rows) == (2, 4)
+    assert [row["uri"] for row in rows_of(state)] == ["a", "a", "b", "b"]
+
+
+def test_batch_of_repeated_uris_alone_is_planned(tmp_path: Path, state: Storage) -> None:
+    uris = [f"https://a.example/{n}.jpg" for n in range(tables.BATCH_ROWS)]
+    pq.write_table(pa.table({"uri": uris + uris}), tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    assert (frozen.n_items, frozen.n_rows) == (len(uris), 2 * len(uris))
+    assert frozen.read(0, frozen.n_items, ["uri"])["uri"].to_pylist() == uris
+
+
+def test_shard_without_images_is_a_plan_without_items(tmp_path: Path, state: Storage) -> None:
+    tarfile.open(tmp_path / "shard.tar", "w").close()
+    assert plan(str(tmp_path / "shard.tar"), state).n_items == 0
 
 
 def test_table_without_rows_is_a_plan_without_items(tmp_path: Path, state: Storage) -> None:
