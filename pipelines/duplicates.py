@@ -26,6 +26,9 @@ ROWS_PER_SPILL = 500_000
 HASH_BUCKETS_LOG2 = 4
 """Hashes are sorted in 2**4 slices by their upper bits, so that sorting takes a sixteenth of their size."""
 
+LEADER = "leader"
+"""What the last column of spilled rows is called; a column of the caller's may be called the same."""
+
 Hasher = Callable[[pa.Array], np.ndarray]
 
 
@@ -107,7 +110,7 @@ class Spill:
             writer.close()
 
     def _keep(self, batch: pa.RecordBatch, start: int, rows: np.ndarray, leaders: np.ndarray) -> None:
-        kept = batch.take(pa.array(rows - start)).append_column("leader", pa.array(leaders))
+        kept = batch.take(pa.array(rows - start)).append_column(LEADER, pa.array(leaders))
         segments = self._segment_of(leaders)
         for segment in np.unique(segments):
             part = kept.filter(pa.array(segments == segment))
@@ -121,16 +124,16 @@ class Spill:
         return [start, *inside.tolist(), stop]
 
     def followers_of(self, start: int, stop: int) -> pa.Table | None:
-        """Rows, with `leader`, that repeat a leader in [start, stop), by leader and then as in the table."""
+        """Rows that repeat a leader in [start, stop), which comes last, by leader and then as in the table."""
         segment = int(self._segment_of(np.array([start]))[0])
         if segment not in self._writers:
             return None
         if self._segment != segment:
             with pa.memory_map(str(self._path(segment))) as file:
                 spilled = pa.ipc.open_stream(file).read_all()
-            order = np.argsort(spilled["leader"].to_numpy(), kind="stable")
+            order = np.argsort(leaders_of(spilled), kind="stable")
             self._segment, self._loaded = segment, spilled.take(pa.array(order))
-        first, end = np.searchsorted(self._loaded["leader"].to_numpy(), [start, stop])
+        first, end = np.searchsorted(leaders_of(self._loaded), [start, stop])
         return self._loaded.slice(first, end - first) if first < end else None
 
     def is_follower(self, start: int, stop: int) -> np.ndarray:
@@ -145,6 +148,12 @@ class Spill:
 
     def _path(self, segment: int) -> Path:
         return self._folder / f"followers-{segment}.arrow"
+
+
+def leaders_of(spilled: pa.Table) -> np.ndarray:
+    """The leader that each spilled row repeats: the last column, found by its place and not by its name."""
+    leaders: np.ndarray = spilled.column(spilled.num_columns - 1).to_numpy()
+    return leaders
 
 
 def group(start: int, batch: pa.RecordBatch, spill: Spill) -> Iterator[tuple[pa.Table, np.ndarray]]:
@@ -168,8 +177,8 @@ def group(start: int, batch: pa.RecordBatch, spill: Spill) -> Iterator[tuple[pa.
 
 
 def _join(leaders: pa.Table, numbers: np.ndarray, followers: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    rows = pa.concat_tables([leaders, followers.drop_columns(["leader"])])
-    keys = np.concatenate([numbers, followers["leader"].to_numpy()])
+    rows = pa.concat_tables([leaders, followers.remove_column(followers.num_columns - 1)])
+    keys = np.concatenate([numbers, leaders_of(followers)])
     led_by = np.searchsorted(numbers, keys)
     uris = rows["uri"].combine_chunks()
     collided = pc.not_equal(uris, uris.take(pa.array(led_by))).to_numpy(zero_copy_only=False)

@@ -105,7 +105,8 @@ def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
 
     def items() -> Iterator[pa.Table]:
         for rows in shards.members([file.uri for file in found.files], all_files=options.all_files):
-            yield to_items(rows, np.arange(rows.num_rows + 1), carried)
+            offsets = np.arange(rows.num_rows + 1)
+            yield to_items(rows.select(["uri", "key"]), offsets, carried, rows.drop_columns(["uri", "key"]))
 
     return carried, items()
 
@@ -172,15 +173,16 @@ def _read_embedded(uris: Sequence[str], schema: pa.Schema, column: str, options:
     def items() -> Iterator[pa.Table]:
         for uri in uris:
             for start, n_rows, beside in embedded.rows_beside(uri, described, column, path):
-                rows = _placed(beside, uri, np.arange(start, start + n_rows), columns)
-                rows = rows.append_column("payload_column", pa.array([column] * n_rows))
-                yield to_items(rows, np.arange(n_rows + 1), columns.carried)
+                numbers = np.arange(start, start + n_rows)
+                places = {"container": [uri] * n_rows, "offset": numbers, "payload_column": [column] * n_rows}
+                rows = _named(beside, uri, numbers, columns)
+                yield to_items(rows, np.arange(n_rows + 1), columns.carried, pa.table(places))
 
     return columns.carried, items()
 
 
-def _placed(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:
-    """A file's rows with their places in it; the URI of a row that gives none is `<file>#<row>`."""
+def _named(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:
+    """A file's rows by the plan's names; the URI of a row that gives none is `<file>#<row>`."""
     text = pa.array(numbers).cast(pa.string())
     places = pc.binary_join_element_wise(file_uri, text, "#")
     given = beside.get(columns.source["uri"])
@@ -188,7 +190,7 @@ def _placed(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, col
     arrays = {new: beside[old] for new, old in columns.source.items() if new != "uri" and old in beside}
     if "image_id" in arrays:
         arrays["image_id"] = arrays["image_id"].cast(pa.string())
-    return pa.table({"uri": uris, "container": [file_uri] * len(numbers), "offset": numbers, **arrays})
+    return pa.table({"uri": uris, **arrays})
 
 
 def _known(uris: pa.Array) -> pa.Array:
@@ -201,20 +203,21 @@ def _with_known_uris(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch.set_column(index, "uri", _known(batch.column(index)))
 
 
-def to_items(rows: pa.Table, offsets: np.ndarray, carried: pa.Schema) -> pa.Table:
+def to_items(
+    rows: pa.Table, offsets: np.ndarray, carried: pa.Schema, places: pa.Table | None = None
+) -> pa.Table:
     """Rows, grouped by `offsets`, as items of the plan without their numbers.
 
     Args:
-        rows: `uri`, and any of the other columns of `LOCATION`, `image_id` and `carried`.
-        offsets: item i is rows offsets[i] to offsets[i + 1]; its place is that of the first of them.
+        rows: `uri`, and any of `image_id` and the columns of `carried`, whatever those are called.
+        offsets: item i is rows offsets[i] to offsets[i + 1]; its URI is that of the first of them.
+        places: for each item, the columns of `LOCATION` that say where its bytes are, if not at its URI.
     """
     rows = rows.combine_chunks()
     firsts = pa.array(offsets[:-1])
-    single = len(firsts) == rows.num_rows
-    arrays = []
-    for field in list(LOCATION)[1:]:
-        values = rows[field.name] if field.name in rows.column_names else pa.nulls(rows.num_rows, field.type)
-        arrays.append(values if single else values.take(firsts))
+    located = {} if places is None else dict(zip(places.column_names, places.columns, strict=True))
+    located["uri"] = rows["uri"] if len(firsts) == rows.num_rows else rows["uri"].take(firsts)
+    arrays = [located.get(field.name, pa.nulls(len(firsts), field.type)) for field in list(LOCATION)[1:]]
     fields = [pa.field("image_id", pa.string()), *carried]
     children = [_column(rows, field) for field in fields]
     struct = pa.StructArray.from_arrays(children, fields=fields)
@@ -278,7 +281,7 @@ def _check_names(names: Sequence[str], given: Sequence[str]) -> None:
     if taken:
         remedies = " ".join(f"--rename {name}=source_{name}" for name in taken)
         raise InventoryError(
-            f"the predictions table has columns called {', '.join(taken)} of its own: "
+            f"the predictions table and its parts have columns called {', '.join(taken)} of their own: "
             f"use {remedies} or --drop-columns {','.join(taken)}"
         )
 

@@ -24,11 +24,9 @@ from pipelines import schema
 from pipelines.ledger import Ledger, Part, part_of, ranges_from
 from pipelines.plan import Plan, open_plan
 from pipelines.rowset import Range, RowSet, count, ranges_of, row_ids_of
+from pipelines.schema import ROW_ID
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage import Storage, open_storage
-
-ROW_ID = "__row_id"
-"""The row id's column in a part; `row_id` may be a carried column of the caller's."""
 
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
 HOSTS_KEPT = 20
@@ -117,7 +115,8 @@ def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
         "classified_at": datetime.now(UTC),
     }
     columns = {ROW_ID: results["row_id"], "uri": items["uri"].take(owners)}
-    columns |= {field.name: pc.struct_field(rows.flatten(), field.name) for field in rows.type.value_type}
+    given = rows.flatten()  # its fields by position: pyarrow would take a name like `.a` for a path
+    columns |= {field.name: pc.struct_field(given, [index]) for index, field in enumerate(given.type)}
     columns |= {name: results[name] for name in schema.PREDICTIONS_TAIL.names if name not in constants}
     for name, value in constants.items():
         columns[name] = pa.repeat(pa.scalar(value, fields.field(name).type), len(owners))

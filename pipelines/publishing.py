@@ -25,10 +25,11 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.ledger import Ledger, Part, State, TableFile, View
-from pipelines.output import ROW_ID, counts, parts_folder, read_part
+from pipelines.output import counts, parts_folder, read_part
 from pipelines.plan import Plan
 from pipelines.rerun import replaced, row_sequence
 from pipelines.rowset import Range, RowSet, merged, ranges_of, row_ids_of
+from pipelines.schema import ROW_ID
 from pipelines.status import TRANSIENT
 from pipelines.storage import Storage, is_local, local_path, sha256_of
 

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.ledger import Ledger, Part, TableFile
-from pipelines.output import ROW_ID, read_part
+from pipelines.output import read_part
 from pipelines.plan import Plan
 from pipelines.rowset import Range, row_ids_of
+from pipelines.schema import ROW_ID
 from pipelines.storage import Storage
 
 ITEMS_AT_ONCE = 65_536

@@ -60,8 +60,10 @@ PREDICTIONS_TAIL = pa.schema(
         pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )
-RESERVED = frozenset([*PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
-"""Column names that belong to the predictions table; a carried column may not take one."""
+ROW_ID = "__row_id"
+"""The plan's row id in a part; `row_id` itself may be a carried column of the caller's."""
+RESERVED = frozenset([ROW_ID, *PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
+"""Column names that belong to the predictions table and its parts; a carried column may not take one."""
 
 
 def predictions_schema(carried: pa.Schema) -> pa.Schema:

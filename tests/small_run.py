@@ -13,8 +13,14 @@ from pipelines.plan import Plan, item_schema, write_plan
 from pipelines.publishing import publish
 from pipelines.storage import Storage, join, open_storage
 
-CARRIED = pa.schema([pa.field("publisher_id", pa.int32()), pa.field("row_id", pa.list_(pa.string()))])
-"""A carried column may be called what we call our own row id inside, and be of any type."""
+CARRIED = pa.schema(
+    [
+        pa.field("publisher_id", pa.int32()),
+        pa.field("row_id", pa.list_(pa.string())),
+        pa.field(".container", pa.string()),
+    ]
+)
+"""A carried column may be called what we call our own inside, or like a path, and be of any type."""
 IDENTITY = {"plan": "p1", "model_id": "m1", "top_k": 2}
 
 
@@ -74,7 +80,12 @@ def small_run(uri: str | Path, n_items: int = 20) -> SmallRun:
 
 
 def row(item: int, copy: int) -> dict[str, object]:
-    return {"image_id": f"image-{item}-{copy}", "publisher_id": item * 10, "row_id": [str(item)] * copy}
+    return {
+        "image_id": f"image-{item}-{copy}",
+        "publisher_id": item * 10,
+        "row_id": [str(item)] * copy,
+        ".container": f"/etc/{item}",
+    }
 
 
 def scored(row_ids: Sequence[int], status: Callable[[int], str] = lambda row_id: "ok") -> pa.Table:

@@ -15,6 +15,7 @@ import pytest
 
 from pipelines import duplicates, tables
 from pipelines import plan as frozen_plan
+from pipelines.fetch import Fetcher
 from pipelines.inventory import plan
 from pipelines.listing import InventoryError
 from pipelines.plan import PlanMismatch, open_plan
@@ -84,7 +85,7 @@ def test_relative_uri_is_kept_and_located_beside_its_table(tmp_path: Path, state
     assert [item["container"] for item in items[1:]] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["status", "Labels"])
+@pytest.mark.parametrize("name", ["status", "Labels", "__row_id"])
 def test_carried_column_that_takes_our_name_is_refused_with_the_remedy(
     tmp_path: Path, state: Storage, name: str
 ) -> None:
@@ -189,6 +190,37 @@ def test_batch_of_repeated_uris_alone_is_planned(tmp_path: Path, state: Storage)
 def test_shard_without_images_is_a_plan_without_items(tmp_path: Path, state: Storage) -> None:
     tarfile.open(tmp_path / "shard.tar", "w").close()
     assert plan(str(tmp_path / "shard.tar"), state).n_items == 0
+
+
+def test_carried_columns_may_be_called_what_the_plan_calls_its_own(tmp_path: Path, state: Storage) -> None:
+    """They steer nothing: what is fetched is what lies at the row's URI."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 9)
+    own: dict[str, object] = {
+        "row_id": "r", "container": "/etc/hostname", "offset": 1, "length": 2, "payload_column": "x",
+        "rows": [3], "leader": "l", "payload": b"y", "key": "k", ".a": 4, "a.b": 5, "": 6,
+    }  # fmt: skip
+    given = [{"uri": str(tmp_path / name), "image_id": f"{n}", **own} for n, name in enumerate("abab")]
+    pq.write_table(pa.Table.from_pylist(given), tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    assert sorted(rows_of(state), key=lambda row: row["image_id"]) == given
+    fetcher = Fetcher()
+    fetched = dict(fetcher.fetch_items(frozen.rows([(0, 2)])))
+    fetcher.close()
+    assert [fetched[n].payload for n in range(2)] == [b"a" * 9, b"b" * 9]
+
+
+def test_images_in_a_table_keep_columns_called_what_the_plan_calls_its_own(
+    tmp_path: Path, state: Storage
+) -> None:
+    given = {"container": ["/etc/hostname"] * 2, "offset": [7, 8], "payload_column": ["x", "y"]}
+    pq.write_table(pa.table({"image": [b"one", b"two"], **given}), tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    assert [{name: row[name] for name in given} for row in rows_of(state)] == pa.table(given).to_pylist()
+    fetcher = Fetcher()
+    fetched = dict(fetcher.fetch_items(frozen.rows([(0, 2)])))
+    fetcher.close()
+    assert [fetched[n].payload for n in range(2)] == [b"one", b"two"]
 
 
 def test_table_without_rows_is_a_plan_without_items(tmp_path: Path, state: Storage) -> None:
