@@ -2,6 +2,10 @@
 
 Headers are read in one pass over each shard; bodies are skipped where they are larger than a read. The
 samples' other members (captions, labels) are not read; `key` joins predictions to them.
+
+A shard counts only if it is whole to its last byte: after an end-of-archive mark comes another tar (as
+`cat` puts several into one file; it is read on, as by GNU tar's --ignore-zeros), or nothing but zeros.
+Python's reader, and with it many others, takes a damaged header for the end and drops what follows it.
 """
 
 import io
@@ -41,7 +45,7 @@ def members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
     """The images of each shard, shard by shard in the order given.
 
     Raises:
-        InventoryError: a shard is no plain tar, or ends in the middle of a member.
+        InventoryError: a shard is no plain tar, is damaged, or was cut anywhere.
     """
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
         yield from _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
@@ -58,25 +62,47 @@ def _in_order(threads: ThreadPoolExecutor, call: Callable[[T], R], inputs: Itera
 
 def _members_of(uri: str, all_files: bool) -> pa.Table:
     rows = []
-    name = "its first member"
+    place = "at its beginning"
     try:
-        with (
-            open_input(uri) as file,
-            tarfile.open(fileobj=io.BufferedReader(file, READ_BYTES), mode="r:") as tar,
-        ):
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member of a shard of millions
+        with io.BufferedReader(open_input(uri), READ_BYTES) as file:
+            for member in _walk(file):
                 name = member.name
+                place = f"at or after the member {name}"
                 if member.isreg() and not member.issparse() and (all_files or _is_image(name)):
                     rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
     except tarfile.TarError as error:
         raise InventoryError(
-            f"{redact(uri)} cannot be read as a tar at {name}: {error}. Shards must be whole and not "
-            "compressed: an image inside is fetched by its byte range"
+            f"{redact(uri)} cannot be read as a tar {place}: {error}. Shards must be whole and not "
+            "compressed, for an image inside is fetched by its byte range: fetch or pack it anew"
         ) from error
     columns = zip(*rows, strict=True) if rows else ([] for _ in MEMBERS)
     return pa.table(
         [pa.array(list(column), field.type) for column, field in zip(columns, MEMBERS, strict=True)], MEMBERS
+    )
+
+
+def _walk(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+    """Every member of every archive in the file. Raises TarError unless it is whole."""
+    start: int | None = 0
+    while start is not None:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member of a shard of millions
+                yield member
+            start = _after_end_mark(file, tar.offset)
+
+
+def _after_end_mark(file: io.BufferedReader, offset: int) -> int | None:
+    """Where the file goes on after the zeros at `offset`, or None if it does not."""
+    file.seek(offset)
+    zeros = 0
+    while (block := file.read(tarfile.BLOCKSIZE)) and not block.strip(b"\0"):
+        zeros += len(block)
+    if zeros >= tarfile.BLOCKSIZE:
+        return offset + zeros if block else None
+    raise tarfile.ReadError(
+        f"the header at byte {offset:,} is damaged" if block else "it has no end-of-archive mark: it was cut"
     )
 
 

@@ -2,9 +2,11 @@
 
 import csv
 import gzip
+import io
 import os
 import pickle
 import tarfile
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from pathlib import Path
 
@@ -192,6 +194,55 @@ def test_shard_without_images_is_a_plan_without_items(tmp_path: Path, state: Sto
     assert plan(str(tmp_path / "shard.tar"), state).n_items == 0
 
 
+def shard(path: Path, names: Iterable[str]) -> Path:
+    """A tar of files of 700 bytes, so that header n is at byte 1536 * n."""
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 700
+            tar.addfile(member, io.BytesIO(name.encode().ljust(700, b".")))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        (
+            lambda tar: tar[: 4 * 1536] + bytes([tar[4 * 1536] ^ 1]) + tar[4 * 1536 + 1 :],
+            r"3\.jpg.*6,144.*damaged",
+        ),
+        (lambda tar: tar[: 4 * 1536] + bytes(512) + tar[4 * 1536 + 512 :], r"3\.jpg.*damaged"),
+        (lambda tar: tar[: 4 * 1536], r"3\.jpg.*was cut"),
+        (lambda tar: tar[: 4 * 1536 + 100], r"3\.jpg.*damaged"),
+        (lambda tar: tar[: 4 * 1536 + 512], r"4\.jpg"),
+        (lambda tar: tar[: 10 * 1536], r"9\.jpg.*was cut"),
+        (lambda tar: tar + b"what is this", r"9\.jpg.*damaged"),
+        (lambda tar: tar[:-1] + b"x" + tar[:-1], r"9\.jpg.*damaged"),
+    ],
+)
+def test_damaged_shard_is_refused_at_its_last_good_member(
+    tmp_path: Path, state: Storage, damage: Callable[[bytes], bytes], place: str
+) -> None:
+    path = shard(tmp_path / "shard.tar", [f"{n}.jpg" for n in range(10)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(
+        InventoryError, match=rf"shard\.tar cannot be read as a tar at or after the member {place}"
+    ):
+        plan(str(path), state)
+
+
+def test_tars_put_together_into_one_file_are_read_to_the_end(tmp_path: Path, state: Storage) -> None:
+    tars = [shard(tmp_path / f"{part}.tar", [f"{part}{n}.jpg" for n in range(3)]) for part in "ab"]
+    whole = tmp_path / "whole.tar"
+    whole.write_bytes(b"".join(tar.read_bytes() for tar in tars) + bytes(512))
+    frozen = plan(str(whole), state)
+    assert [row["key"] for row in rows_of(state)] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    fetcher = Fetcher()
+    fetched = dict(fetcher.fetch_items(frozen.rows([(0, 6)])))
+    fetcher.close()
+    assert [(fetched[n].payload or b"")[:6] for n in (2, 5)] == [b"a2.jpg", b"b2.jpg"]
+
+
 def test_carried_columns_may_be_called_what_the_plan_calls_its_own(tmp_path: Path, state: Storage) -> None:
     """They steer nothing: what is fetched is what lies at the row's URI."""
     for name in ("a", "b"):
@@ -280,6 +331,28 @@ def test_listing_takes_images_by_name_in_any_case_and_skips_hidden_ones(
     uris = [row["uri"] for row in rows_of(state)]
     assert sorted(uris) == sorted([f"{folder}/a/c.webp", f"{folder}/b.JPG", f"file://{folder}/%FF.png"])
     assert frozen.n_rows == 3
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_folder_that_may_not_be_read_is_not_left_out_in_silence(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    for name in ("a/1.jpg", "closed/2.jpg"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).touch()
+    refusal: OSError = PermissionError(13, "Permission denied", f"{tmp_path}/images/closed")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if str(path).endswith("/closed"):
+            raise refusal
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(InventoryError, match=r"cannot be listed whole: .*images/closed.*readable"):
+        plan(f"{scheme}{tmp_path}/images", state)
+    refusal = FileNotFoundError(2, "removed meanwhile")
+    assert plan(f"{scheme}{tmp_path}/images", state).n_items == 1
 
 
 def test_pattern_takes_what_it_matches(tmp_path: Path, state: Storage) -> None:
