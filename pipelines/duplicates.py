@@ -124,7 +124,7 @@ class Spill:
         return [start, *inside.tolist(), stop]
 
     def followers_of(self, start: int, stop: int) -> pa.Table | None:
-        """Rows that repeat a leader in [start, stop), which comes last, by leader and then as in the table."""
+        """Rows that repeat a leader in [start, stop), which comes last, by leader, then as in the table."""
         segment = int(self._segment_of(np.array([start]))[0])
         if segment not in self._writers:
             return None

@@ -60,11 +60,9 @@ class FsspecStorage:
 
     def list(self, prefix: str = "") -> list[Entry]:
         filesystem, folder = self.opened
-        try:
-            found = filesystem.find(f"{folder}/{prefix}".rstrip("/"), detail=True)
-        except FileNotFoundError:
-            return []
-        return [fsspec_entry(info, folder) for name, info in sorted(found.items()) if not is_temporary(name)]
+        found = walk(filesystem, f"{folder}/{prefix}".rstrip("/"))
+        entries = [fsspec_entry(info, folder) for info in found if not is_temporary(info["name"])]
+        return sorted(entries, key=lambda entry: entry.path)
 
     def copy(self, source: str, target: str) -> None:
         with self._replacing(target) as (filesystem, temporary):
@@ -93,6 +91,20 @@ class FsspecStorage:
         filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
         yield filesystem, temporary
         filesystem.mv(temporary, target)
+
+
+def walk(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Every file below a folder. Not fsspec's `find`: it passes over folders that cannot be read."""
+    try:
+        found = filesystem.ls(folder, detail=True)
+    except FileNotFoundError:  # there is none, or it was removed while we list
+        return
+    for info in found:
+        name = info["name"].rstrip("/")
+        if info["type"] != "directory":
+            yield info
+        elif name != folder:
+            yield from walk(filesystem, name)
 
 
 def fsspec_entry(info: dict[str, Any], folder: str) -> Entry:

@@ -108,7 +108,7 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
-        for parent, _, names in os.walk(folder):
+        for parent, _, names in os.walk(folder, onerror=raise_unless_gone):
             for name in names:
                 path = Path(parent, name)
                 with contextlib.suppress(FileNotFoundError):  # removed while we list
@@ -118,6 +118,12 @@ class LocalStorage:
     def _entry(self, path: Path, status: os.stat_result) -> Entry:
         modified = datetime.fromtimestamp(status.st_mtime, UTC)
         return Entry(path.relative_to(self.root).as_posix(), status.st_size, None, modified)
+
+
+def raise_unless_gone(error: OSError) -> None:
+    """A folder that cannot be read would be missing in silence; one that was removed meanwhile may be."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def write_synced(path: Path, payload: bytes) -> None:
