@@ -36,8 +36,10 @@ class Failure(Exception):
     def __init__(
         self, status: Status, error: str, *, retry_after_s: float | None = None, final: bool = False
     ) -> None:
-        # One line without secrets, here once for all: texts come from libraries, servers and the inventory.
-        self.error = redact(" ".join(error.split()))[:300] or status.value
+        # One line of UTF-8 without secrets, here once for all: texts come from libraries, servers (whose
+        # other bytes arrive as lone surrogates, which no Arrow string holds) and the inventory.
+        text = " ".join(error.split()).encode(errors="replace").decode()
+        self.error = redact(text)[:300] or status.value
         super().__init__(self.error)
         self.status = status
         self.retry_after_s = retry_after_s

@@ -13,6 +13,7 @@ from itertools import accumulate, groupby
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from obstore.exceptions import BaseError
 
 from pipelines.attempts import Failure
 from pipelines.budget import check_size
@@ -24,6 +25,10 @@ BATCH_BYTES = 8 << 20
 
 IDLE_CURSORS = 2
 """Readers kept open for the rows that follow: one for each thread that loads."""
+
+
+UNREADABLE = (OSError, BaseError, pa.ArrowException, IndexError)
+"""What reading a table raises; BaseError is obstore's, from below pyarrow's reader."""
 
 
 class AmbiguousPayload(ValueError):
@@ -134,7 +139,7 @@ class EmbeddedReader:
         self._lock = threading.Lock()
 
     def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
-        """Payloads of rows in ascending order. Raises OSError, ArrowException or IndexError."""
+        """Payloads of rows in ascending order. Raises one of UNREADABLE."""
         cursor = self._take(container, column, rows[0])
         for row in rows:
             yield cursor.payload(row)
@@ -171,7 +176,7 @@ def read_embedded(
             for payload in reader.read(container, column, [place.row for place in found]):
                 yield found[done].index, _outcome(payload, max_bytes)
                 done += 1
-        except (OSError, pa.ArrowException, IndexError) as error:
+        except UNREADABLE as error:
             failure = _failure_of(error)
             for place in found[done:]:
                 yield place.index, failure

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.stored import AlreadyExists, Entry, is_temporary, temporary_name
@@ -75,8 +76,9 @@ class FsspecStorage:
                 filesystem.rm_file(f"{folder}/{path}")
 
     def open_input(self, path: str) -> Any:
-        filesystem, folder = self.filesystem_and_path()
-        return filesystem.open_input_file(f"{folder}/{path}")
+        filesystem, folder = self.opened
+        # Not pyarrow's open_input_file: it asks isfile() first, to which any failure means "no such file".
+        return pa.PythonFile(filesystem.open(f"{folder}/{path}", "rb"), mode="r")
 
     def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
         filesystem, folder = self.opened

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.stored import AlreadyExists, Entry, StorageError
@@ -105,17 +106,23 @@ class ObjectStorage:
             self.store.delete(list(paths))
 
     def open_input(self, path: str) -> Any:
-        with self._explained(path):
-            filesystem, folder = self.filesystem_and_path()
-            return filesystem.open_input_file(f"{folder}/{path}")
+        filesystem, folder = self._filesystem_and_folder()
+        # Not pyarrow's open_input_file: it asks isfile() first, to which any failure means "no such file".
+        n_bytes = self.size(path)
+        return pa.PythonFile(filesystem.open(f"{folder}/{path}", size=n_bytes), mode="r")
 
     def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
+        filesystem, folder = self._filesystem_and_folder()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), folder
+
+    def _filesystem_and_folder(self) -> tuple[Any, str]:
+        """This folder as fsspec has it."""
         from obstore.fsspec import FsspecStore
 
         parts = urlsplit(self.uri)
         protocol: Any = OBJECT_SCHEMES[scheme_of(self.uri)]
-        wrapped = FsspecStore(protocol, **store_settings(self.uri, self.patience_s))
-        return pafs.PyFileSystem(pafs.FSSpecHandler(wrapped)), f"{parts.netloc}{parts.path}"
+        filesystem = FsspecStore(protocol, **store_settings(self.uri, self.patience_s))
+        return filesystem, f"{parts.netloc}{parts.path}"
 
     @contextlib.contextmanager
     def _explained(self, path: str, *passed: type[Exception]) -> Iterator[None]:

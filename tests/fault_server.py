@@ -259,6 +259,8 @@ FAULTS: dict[str, Respond] = {
     "404": not_found,
     "410": fixed(whole(b"", "410 Gone")),
     "418": fixed(whole(b"", "418 I'm a teapot")),
+    "latin-1-reason": fixed(b"HTTP/1.1 404 Introuv\xe9\r\nContent-Length: 0\r\n\r\n"),
+    "latin-1-location": fixed(b"HTTP/1.1 302 Found\r\nLocation: http://\xe9[\r\nContent-Length: 0\r\n\r\n"),
     "429-once": at_first(1, whole(b"", "429 Too Many Requests", Retry_After=1), whole(BODY)),
     "429-for-ever": fixed(whole(b"", "429 Too Many Requests", Retry_After=0)),
     "429-for-an-hour": fixed(whole(b"", "429 Too Many Requests", Retry_After=3600)),

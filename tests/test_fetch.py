@@ -7,7 +7,7 @@ import os
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +20,17 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 from fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
+from obstore.exceptions import GenericError
 
 from pipelines.addresses import refusal
-from pipelines.attempts import backoff_s, retry_after_s
+from pipelines.attempts import Failure, backoff_s, retry_after_s
+from pipelines.embedded import EmbeddedReader, Place, read_embedded
 from pipelines.fetch import Fetched, Fetcher, Source
 from pipelines.inventory import plan
 from pipelines.listing import InventoryError
 from pipelines.specs import FetchLimits
 from pipelines.status import Status
-from pipelines.storage import open_storage
+from pipelines.storage import StorageError, open_storage
 
 LIMITS = FetchLimits(
     connect_timeout_s=0.5,
@@ -68,6 +70,8 @@ FAULT_TABLE = {
     "403": (Status.DENIED, 1),
     "410": (Status.NOT_FOUND, 1),
     "418": (Status.HTTP_ERROR, 1),
+    "latin-1-reason": (Status.NOT_FOUND, 1),
+    "latin-1-location": (Status.HTTP_ERROR, 1),
     "429-once": (Status.OK, 2),
     "429-for-ever": (Status.THROTTLED, 3),
     "500": (Status.SERVER_ERROR, 3),
@@ -110,6 +114,7 @@ def test_every_http_fault_has_its_status_and_attempts(server: FaultServer, fetch
     assert {
         fault: (one.status, one.attempts) for fault, one in zip(FAULT_TABLE, found, strict=True)
     } == FAULT_TABLE
+    pa.array([fetched.error for fetched in found], pa.string())  # raises for a byte that is no UTF-8
     assert seconds < LIMITS.total_timeout_s + 1
     assert seen == []
 
@@ -376,6 +381,39 @@ def test_images_inside_parquet_are_read_in_place(
     }
     (tmp_path / "train.parquet").unlink()
     assert {one.status for _, one in fetcher.fetch_items(frozen.read(30, 40))} == {Status.NOT_FOUND}
+
+
+def test_table_that_its_bucket_refuses_is_a_passing_failure(
+    server: FaultServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is wrong or an outage must not be recorded as images that are not there."""
+    for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "a"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    storage = open_storage("s3://403/folder", patience_s=0.2)
+    with pytest.raises(StorageError, match="403"):
+        storage.open_input("train.parquet")
+    with pytest.raises(FileNotFoundError):
+        open_storage("s3://404/folder").open_input("train.parquet")
+    sources = [
+        Source(f"s3://{bucket}/t.parquet#0", f"s3://{bucket}/t.parquet", 0, None, "image")
+        for bucket in ("403", "404")
+    ]
+    found = dict(fetcher.fetch_many(sources))
+    assert [found[0].status, found[1].status] == [Status.CONNECTION_FAILED, Status.NOT_FOUND]
+
+
+def test_table_that_breaks_off_keeps_the_rows_that_were_read() -> None:
+    class Breaking(EmbeddedReader):
+        def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
+            yield pa.scalar(b"first")
+            raise GenericError("the server is gone")
+
+    places = [Place("s3://b/t.parquet", "image", row, row) for row in range(3)]
+    found = dict(read_embedded(Breaking(), places, 1_000))
+    assert found[0] == b"first"
+    failures = [outcome.status for outcome in found.values() if isinstance(outcome, Failure)]
+    assert failures == [Status.CONNECTION_FAILED] * 2
 
 
 REAL_S3 = urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")).hostname in ("127.0.0.1", "localhost")
