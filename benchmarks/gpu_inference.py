@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export import convert, release
+from export import certification, convert, release
 from export.checkpoint import opened
 from pipelines.bundle import Bundle, open_bundle
 from pipelines.runtime import ProviderUnavailable, gpu_name, load
@@ -69,7 +69,7 @@ def random_vit_base(folder: Path) -> str:
 def certify(bundle_uri: str, images: str, providers: list[str]) -> None:
     for provider, precision in VARIANTS:
         if provider in providers:
-            documents = release.certify(
+            documents = certification.certify(
                 bundle_uri,
                 images,
                 provider=provider,
@@ -77,7 +77,7 @@ def certify(bundle_uri: str, images: str, providers: list[str]) -> None:
                 measuring=Measuring(sample_images=200, batch_size=64),
             )
             for document in documents.values():
-                print(release.one_line(provider, precision, document))
+                print(certification.one_line(provider, precision, document))
 
 
 def speeds(bundle: Bundle, checkpoint: str, providers: list[str], batches: list[int], floor: float) -> None:

@@ -1,9 +1,10 @@
 """One measurement: the same encoded images through the checkpoint and through a model as it would be run.
 
 `gather` takes the reference's side once; `measure` takes a candidate's and returns the document that
-becomes its certificate, with the verdict in it. Where the documents go is `release.py`'s business.
+becomes its certificate, with the verdict in it. Where it goes, `release.py` and `certification.py` decide.
 """
 
+import base64
 import hashlib
 import io
 import math
@@ -25,6 +26,7 @@ from pipelines.runtime import OnnxModel
 from pipelines.specs import ImageSpec, Precision
 
 WORST_IMAGES = 8
+THUMBNAIL_PX = 160
 SPEED_S = 0.4
 """Least time that a batch size's speed is measured over, seconds."""
 
@@ -187,7 +189,7 @@ def worst(evidence: Evidence, found: Scores) -> list[dict[str, Any]]:
     return [
         {
             "image_id": evidence.sample[row].image_id,
-            "row": int(row),
+            "thumbnail": thumbnail(evidence.scores.pixels_nhwc[row]),
             "max_logit": float(change[row]),
             "reference": named(
                 evidence.scores.class_ids, evidence.scores.probabilities_nc[row], parity.TOP_K
@@ -196,6 +198,15 @@ def worst(evidence: Evidence, found: Scores) -> list[dict[str, Any]]:
         }
         for row in np.argsort(-change, kind="stable")[:WORST_IMAGES]
     ]
+
+
+def thumbnail(pixels_hwc: np.ndarray) -> str:
+    """The pixels that the model saw, as a data URI of a few kilobytes."""
+    image = Image.fromarray(pixels_hwc)
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 def _findings(evidence: Evidence, found: Scores, limits: Limits) -> list[diagnosis.Finding]:

@@ -3,7 +3,8 @@
     iab-vision certify BUNDLE --images ../shared/photos --provider cuda --precisions fp16
 
 On a GPU node this makes what a CPU node exported runnable there. Exit code 3 when a precision differs too
-much; its certificate then says so, and classify does not run it.
+much; its certificate then says so, and classify does not run it. What is compared with is the bundle's own
+float32 model on CPU; that one itself is certified anew only against its run: `--checkpoint RUN`.
 """
 
 from jobs.config import CertifyConfig, plain
@@ -11,22 +12,23 @@ from jobs.errors import JobFailed, Refused, checking_input
 
 
 def run(config: CertifyConfig) -> int:
-    from export import release
+    from export import certification
     from pipelines.runtime import ProviderUnavailable
 
     with checking_input():
         try:
-            documents = release.certify(
+            documents = certification.certify(
                 config.bundle,
                 config.images,
                 provider=config.provider,
                 precisions=config.precisions,
                 measuring=plain(config.measuring),
+                checkpoint_uri=config.checkpoint,
             )
-        except release.ParityRefused as error:
+        except certification.ParityRefused as error:
             raise Refused(str(error)) from error
         except ProviderUnavailable as error:
             raise JobFailed(str(error)) from error
     for (provider, precision), document in documents.items():
-        print(release.one_line(provider, precision, document))
+        print(certification.one_line(provider, precision, document))
     return 0

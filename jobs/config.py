@@ -345,6 +345,8 @@ class CertifyConfig(JobConfig):
     """Execution provider to certify."""
     precisions: list[specs.Precision] = ["fp32"]
     """Precisions to certify."""
+    checkpoint: str | None = None
+    """What the bundle was exported from, to compare with; without it the bundle's own fp32 model on cpu."""
     measuring: Measuring = Measuring()
     """How parity is measured."""
 

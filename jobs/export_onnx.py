@@ -12,7 +12,7 @@ from jobs.errors import Refused, checking_input
 
 
 def run(config: ExportConfig) -> int:
-    from export import release
+    from export import certification, release
 
     with checking_input():
         try:
@@ -23,9 +23,9 @@ def run(config: ExportConfig) -> int:
                 precisions=config.precisions,
                 measuring=plain(config.measuring),
             )
-        except release.ParityRefused as error:
+        except certification.ParityRefused as error:
             raise Refused(str(error)) from error
     for certificate in bundle.certificates:
-        print(release.one_line(certificate.provider, certificate.precision, certificate.content))
+        print(certification.one_line(certificate.provider, certificate.precision, certificate.content))
     print(f"bundle {config.output}, model {bundle.model_id}")
     return 0

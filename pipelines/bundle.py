@@ -28,6 +28,7 @@ from pipelines.manifest import (
     NotCertified,
     model_file,
     record,
+    stored_precision,
 )  # fmt: skip
 from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.taxonomy import Taxonomy
@@ -36,7 +37,8 @@ __all__ = [
     "CERTIFICATES", "FLAT", "LABELS", "LABELS_FILE", "MANIFEST_FILE", "MODEL_FILES", "TAXONOMY_FILE",
     "Bundle",
     "BundleDamaged", "Certificate", "FileRecord", "Manifest", "NotABundle", "NotCertified", "add_certificate",
-    "check_graph", "labels_bytes", "model_file", "open_bundle", "read_labels", "record", "write_bundle",
+    "check_graph", "labels_bytes", "model_file", "open_bundle", "read_labels", "record",
+    "stored_precision", "write_bundle",
 ]  # fmt: skip
 
 LABELS_FILE = "labels.parquet"
@@ -113,14 +115,19 @@ class Bundle:
 
     def model_bytes(self, precision: Precision, provider: Provider = "cpu") -> bytes:
         """The verified bytes of the ONNX file that `provider` runs for `precision`."""
-        name = model_file(precision, provider)
-        if name not in self.manifest.files:
+        expected = self.model_record(precision, provider)
+        return _read_verified(storage.open_storage(self.uri), model_file(precision, provider), expected)
+
+    def model_record(self, precision: Precision, provider: Provider = "cpu") -> FileRecord:
+        """What that file must be; raises `NotCertified` when the bundle was made without it."""
+        found = self.manifest.files.get(model_file(precision, provider))
+        if found is None:
             held = [p for p, file in MODEL_FILES.items() if file in self.manifest.files]
             raise NotCertified(
                 f"{storage.redact(self.uri)} holds no {precision} model (it holds {', '.join(held)}); "
                 f"export it again with --precisions {','.join([*held, precision])}"
             )
-        return _read_verified(storage.open_storage(self.uri), name, self.manifest.files[name])
+        return found
 
     def certificate_for(self, provider: Provider, precision: Precision) -> Certificate:
         """The passing certificate that covers `precision` on `provider`; raises `NotCertified`."""
@@ -193,11 +200,11 @@ def add_certificate(
 ) -> None:
     """Write or replace one certificate, bound to the manifest and the model file that it speaks of."""
     document = {
+        **content,
         "provider": provider,
         "precision": precision,
         "manifest_sha256": hashlib.sha256(manifest.to_json()).hexdigest(),
         "model_sha256": manifest.files[model_file(precision, provider)].sha256,
-        **content,
     }
     payload = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
     storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", payload)

@@ -161,13 +161,18 @@ class Certificate:
         return certificate
 
 
-def model_file(precision: Precision, provider: Provider = "cpu") -> str:
-    """Name of the ONNX file that `provider` runs for `precision`.
+def stored_precision(precision: Precision, provider: Provider) -> Precision:
+    """The precision of the file that `provider` runs for `precision`.
 
     TensorRT lowers the portable float32 graph to fp16 itself: its parser does not know the fused
     operators of the fp16 file, which are written for the CUDA provider.
     """
-    return MODEL_FILES["fp32" if provider == "tensorrt" else precision]
+    return "fp32" if provider == "tensorrt" else precision
+
+
+def model_file(precision: Precision, provider: Provider = "cpu") -> str:
+    """Name of the ONNX file that `provider` runs for `precision`."""
+    return MODEL_FILES[stored_precision(precision, provider)]
 
 
 def record(payload: bytes) -> FileRecord:

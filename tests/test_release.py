@@ -1,5 +1,6 @@
 """Export writes a whole bundle or none; certify adds what another machine measured; the report shows it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from export import checkpoint, measurement, release, samples
+from export import certification, checkpoint, measurement, release, samples
 from export.samples import NoImages
 from jobs.cli import main
 from pipelines import bundle
@@ -165,19 +166,71 @@ def test_certify_adds_this_machines_certificate_and_keeps_the_model(copied, pict
     assert after.model_id == before
     assert certificate.content["reference"].startswith(f"model.onnx of {before}")
     assert "int8 on cpu: passed" in capsys.readouterr().out
+    assert precisions_shown(copied) == ["fp32", "fp16", "int8"]
+
+
+def precisions_shown(folder: Path) -> list[str]:
+    page = (folder / "certificates" / "cpu.html").read_text()
+    return re.findall(r"<h2>(\w+) on cpu", page)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_float32_model_is_not_certified_against_itself(copied, pictures, capsys):
+    """The difference would be 0.0, and would replace what the export proved against PyTorch."""
+    before = contents_of(copied)
+    command = ["certify", str(copied), "--images", str(pictures)]
+    assert main([*command, "--measuring.sample-images", "5"]) == 2
+    assert "compared with itself. Name the run" in capsys.readouterr().err
+    assert contents_of(copied) == before
+
+
+def test_float32_model_is_certified_anew_against_its_checkpoint(copied, pictures, trained):
+    (copied / "certificates" / "cpu-fp32.json").unlink()
+    command = ["certify", str(copied), "--images", str(pictures), "--checkpoint", str(trained)]
+    assert main([*command, "--measuring.sample-images", "5"]) == 0
+    content = open_bundle(str(copied)).certificate_for("cpu", "fp32").content
+    assert "in PyTorch" in content["reference"]
+    assert content["metrics"]["max_logit"] > 0
+    assert precisions_shown(copied) == ["fp32", "fp16", "int8"]
+
+
+def test_checkpoint_of_another_model_is_no_reference(copied, pictures, tmp_path, capsys):
+    other = small_models.checkpoint(tmp_path / "other", network=small_models.vit(seed=4))
+    before = contents_of(copied)
+    assert main(["certify", str(copied), "--images", str(pictures), "--checkpoint", str(other)]) == 2
+    assert re.search(r"has sha256 \w+, but .* was exported from sha256", capsys.readouterr().err)
+    assert contents_of(copied) == before
+
+
+def test_combination_that_cannot_run_is_refused_before_anything_is_measured(copied, pictures, capsys):
+    before = contents_of(copied)
+    command = ["certify", str(copied), "--images", str(pictures), "--provider", "cuda"]
+    assert main([*command, "--precisions", "fp32,int8"]) == 2
+    assert "int8 does not run on cuda" in capsys.readouterr().err
+    assert contents_of(copied) == before
+
+
+def test_tensorrt_has_the_temperature_of_the_float32_file_that_it_runs(exported):
+    manifest = open_bundle(str(exported)).manifest
+    fp32_only = dataclasses.replace(manifest, temperatures={"fp32": 1.3})
+    assert certification.labels_of(fp32_only, CLASS_IDS, "tensorrt", "fp16").temperature == 1.3
 
 
 def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, pictures, capsys):
     """An int8 file that does not belong to this model, put there with a manifest to match."""
-    manifest = open_bundle(str(copied)).manifest
+    before = open_bundle(str(copied))
+    manifest = before.manifest
     noisy = _with_noise((copied / "model.int8.onnx").read_bytes())
     files = {**manifest.files, "model.int8.onnx": bundle.record(noisy)}
     fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if name != "model_id"}
     altered = bundle.Manifest(**{**fields, "files": files})
     (copied / "model.int8.onnx").write_bytes(noisy)
     (copied / "manifest.json").write_bytes(altered.to_json())
-    bundle.add_certificate(str(copied), altered, "cpu", "fp32", {"passed": True})
-    bundle.add_certificate(str(copied), altered, "cpu", "int8", {"passed": True})
+    for certificate in before.certificates:
+        bundle.add_certificate(str(copied), altered, "cpu", certificate.precision, certificate.content)
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
     assert main([*command, "--measuring.sample-images", "20"]) == 3
     assert "int8 on cpu is refused" in capsys.readouterr().err
@@ -225,7 +278,7 @@ def test_report_is_one_page_that_needs_nothing_else(exported):
     assert not re.search(r'(src|href)="(?!data:)', page)
     for name in ("fp32", "fp16", "int8"):
         assert re.search(rf'{name} on cpu: <span class="passed">passed', page)
-    assert page.count("data:image/png;base64,") == 3 * 8
+    assert page.count("data:image/jpeg;base64,") == 3 * 8
     assert "images/s" in page
     assert "undefined" not in page.lower()
 
