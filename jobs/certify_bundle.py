@@ -7,8 +7,9 @@ much; its certificate then says so, and classify does not run it. What is compar
 float32 model on CPU; that one itself is certified anew only against its run: `--checkpoint RUN`.
 """
 
-from jobs.config import CertifyConfig, plain
+from jobs.config import CertifyConfig
 from jobs.errors import JobFailed, Refused, checking_input
+from jobs.settings import plain
 
 
 def run(config: CertifyConfig) -> int:

@@ -21,9 +21,10 @@ from ray.exceptions import RayError
 from jobs import run_report
 from jobs.cluster import cores, joins_cluster, nodes_without, ray_cluster
 from jobs.commit_loop import Passes, classify_missing
-from jobs.config import ClassifyConfig, plain
+from jobs.config import ClassifyConfig
 from jobs.errors import InputError, JobFailed, Refused, checking_input
 from jobs.pools import size_pools
+from jobs.settings import plain
 from jobs.signals import Stopped, stoppable
 from pipelines import inventory, output, publishing
 from pipelines.bundle import Bundle, NotCertified, open_bundle

@@ -12,11 +12,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from importlib import metadata
+from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cluster import quieten
 from jobs.errors import CommandError, InputError
 from pipelines.uris import redact
+
+if TYPE_CHECKING:
+    from jobs.settings import JobConfig
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,17 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+    if not arguments or arguments[0] in ("-h", "--help", "--version"):
+        print(f"iab-vision {metadata.version('iab-vision')}" if arguments == ["--version"] else usage())
         return 0 if arguments else 2
     name, *rest = arguments
+    debug = "--debug" in rest
     try:
-        return run(name, rest)
+        settings = parse(name, rest)
+        debug = settings.debug
+        return run(name, settings)
     except CommandError as error:
-        if "--debug" in rest:
+        if debug:
             traceback.print_exc()
         print(f"iab-vision {name}: {redact(str(error))}", file=sys.stderr)
         return error.exit_code
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last border before the user: any bug becomes one paragraph
-        if "--debug" in rest:
+        if debug:
             raise
         print(
             f"iab-vision {name}: {type(error).__name__}: {redact(str(error))} "
@@ -97,16 +104,20 @@ def start_logging() -> None:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
-def run(name: str, argv: Sequence[str]) -> int:
+def parse(name: str, argv: Sequence[str]) -> "JobConfig":
+    """The settings of a command. Raises InputError."""
     if name not in COMMANDS:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
     from jobs import config as configs
 
-    command = COMMANDS[name]
-    settings = getattr(configs, command.config).parse(argv, command=name)
+    settings: JobConfig = getattr(configs, COMMANDS[name].config).parse(argv, command=name)
+    return settings
+
+
+def run(name: str, settings: "JobConfig") -> int:
     start_logging()
     quieten()
-    code: int = importlib.import_module(command.module).run(settings)
+    code: int = importlib.import_module(COMMANDS[name].module).run(settings)
     return code
 
 

@@ -1,72 +1,17 @@
 """One typed config per job: what its command line, environment and YAML file may say.
 
-Precedence: command line > `IAB_VISION_*` environment > `--config FILE` > the defaults below. Nothing
-here imports a heavy library, and nothing below `jobs` ever sees a config: it is unpacked at the border.
+A config is unpacked at the border: nothing below `jobs` ever sees one. How they are read is `settings.py`'s.
 """
 
-import argparse
-import ast
-import dataclasses
-import difflib
-import inspect
-import itertools
-import os
-import re
-import textwrap
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-import pydantic
-import yaml
-from pydantic import ConfigDict, Field, field_validator
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    CliPositionalArg,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import Field, field_validator
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from jobs.errors import InputError
+from jobs.settings import JobConfig, suggestion, typed
 from pipelines import recipe, specs
 from pipelines.status import Status
-
-Spec = TypeVar("Spec")
-
-
-def attribute_docstrings(cls: type) -> dict[str, str]:
-    """The string literal below each annotated attribute of a class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: inspect.cleandoc(str(doc.value.value))
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-    }
-
-
-def typed(spec: type[Spec]) -> type[Spec]:
-    """A validating twin of a frozen dataclass, so that its fields become flags with help.
-
-    pydantic-settings expands pydantic dataclasses into `--section.field`, standard ones only as JSON.
-    """
-    twin = pydantic.dataclasses.dataclass(spec, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload]
-    fields: dict[str, FieldInfo] = twin.__pydantic_fields__
-    for name, doc in attribute_docstrings(spec).items():
-        fields[name].description = doc
-    return twin  # type: ignore[return-value]
-
-
-def plain(value: Any) -> Any:
-    """The standard dataclass behind a validated twin: what may travel to workers."""
-    spec = type(value).__mro__[1]
-    return spec(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-
 
 if TYPE_CHECKING:  # the twins have the fields of what they validate
     Fetch = specs.FetchLimits
@@ -96,122 +41,6 @@ else:
     Splits = typed(recipe.Splits)
     Ingest = typed(recipe.Ingest)
     Columns = typed(recipe.Columns)
-
-
-class JobConfig(BaseSettings):
-    """Settings every command has."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        env_prefix="IAB_VISION_",
-        env_nested_delimiter="__",
-        use_attribute_docstrings=True,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_avoid_json=True,
-        cli_exit_on_error=False,
-        cli_hide_none_type=True,
-    )
-
-    config: str | None = None
-    """YAML file with any of these settings."""
-    debug: bool = False
-    """Show the traceback of a failure."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given in code stands; `parse` alone adds the environment, the YAML file and the flags."""
-        return (init_settings,)
-
-    @classmethod
-    def parse(cls, argv: Sequence[str], *, command: str) -> Self:
-        """Settings from a command line.
-
-        Raises:
-            InputError: an unknown flag or key, a value of the wrong type or out of its limits.
-        """
-        try:
-            below = merged(read_yaml(argv), EnvSettingsSource(cls)())
-            return cls(_cli_parse_args=list(argv), _cli_prog_name=f"iab-vision {command}", **below)  # type: ignore[call-arg]
-        except pydantic.ValidationError as error:
-            raise InputError(explain(error, cls)) from error
-        except SettingsError as error:
-            raise InputError(explain_flags(str(error), cls, command)) from error
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; where both have a value, `above` has its way."""
-    both = dict(below)
-    for key, value in above.items():
-        inner = both.get(key)
-        both[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return both
-
-
-def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings of the file named by `--config` or `IAB_VISION_CONFIG`, if any."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    try:
-        path = parser.parse_known_args(list(argv))[0].config or os.environ.get("IAB_VISION_CONFIG")
-        if path is None:
-            return {}
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (argparse.ArgumentError, OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"--config {path} holds a {type(content).__name__}; it must be a mapping of settings"
-        )
-    return {**content, "config": path}
-
-
-def flags(cls: type[BaseSettings]) -> list[str]:
-    """Every flag of a config, nested ones with their section."""
-    names: list[str] = []
-    for name, field in cls.model_fields.items():
-        kebab = name.replace("_", "-")
-        nested = getattr(field.annotation, "__pydantic_fields__", None)
-        names += [f"--{kebab}.{inner.replace('_', '-')}" for inner in nested] if nested else [f"--{kebab}"]
-    return names
-
-
-def explain(error: pydantic.ValidationError, cls: type[BaseSettings]) -> str:
-    """One sentence for each wrong value: the setting, what it is, what it must be."""
-    return "; ".join(explain_one(dict(detail), cls) for detail in error.errors())
-
-
-def explain_one(detail: dict[str, Any], cls: type[BaseSettings]) -> str:
-    name = "--" + ".".join(str(part) for part in detail["loc"]).replace("_", "-")
-    if detail["type"] == "missing":
-        return f"{name} is required"
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{name[2:].replace('-', '_')} is not a setting{suggestion(name, flags(cls))}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if detail["type"] == "value_error":
-        return f"{name}: {message}"
-    return f"{name} is {detail['input']!r}; it {message}"
-
-
-def explain_flags(message: str, cls: type[BaseSettings], command: str) -> str:
-    """What argparse says of the command line, with the nearest known flag."""
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
-    text = message.removeprefix("error parsing CLI: ")
-    hint = suggestion(unknown.group(1), flags(cls)) if unknown else ""
-    return f"{text}{hint}; `iab-vision {command} --help` lists the settings"
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name.split("=", maxsplit=1)[0], known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class RayConfig(JobConfig):
@@ -417,6 +246,8 @@ class ClassifyConfig(RayConfig):
 
 class PredictConfig(JobConfig):
     """Label a few images in this process, without a cluster."""
+
+    model_config = SettingsConfigDict(cli_shortcuts={"as-json": "json"})
 
     images: CliPositionalArg[list[str]]
     """Image files or URLs."""

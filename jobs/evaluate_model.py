@@ -16,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jobs.config import EvaluateConfig, plain
+from jobs.config import EvaluateConfig
 from jobs.errors import InputError, JobFailed, checking_input
+from jobs.settings import plain
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ Prints one line per precision and the bundle's model id. Exit code 3, and no bun
 differs too much from the checkpoint; the report then lies at OUTPUT-refused.
 """
 
-from jobs.config import ExportConfig, plain
+from jobs.config import ExportConfig
 from jobs.errors import Refused, checking_input
+from jobs.settings import plain
 
 
 def run(config: ExportConfig) -> int:

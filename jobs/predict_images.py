@@ -9,8 +9,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.config import PredictConfig, plain
+from jobs.config import PredictConfig
 from jobs.errors import InputError, Refused, checking_input
+from jobs.settings import plain
 
 
 def run(config: PredictConfig) -> int:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import cluster
-from jobs.config import RecipeConfig, TrainConfig, plain
+from jobs.config import RecipeConfig, TrainConfig
 from jobs.errors import JobFailed, checking_input
+from jobs.settings import plain
 from jobs.training_progress import TrainingProgress
 
 log = logging.getLogger(__name__)

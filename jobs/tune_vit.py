@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from jobs import cluster
-from jobs.config import TuneConfig, plain
+from jobs.config import TuneConfig
 from jobs.errors import JobFailed, checking_input
+from jobs.settings import plain
 from jobs.train_vit import labelled, recipe_of
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ import yaml
 
 from jobs import cli
 from jobs import config as configs
-from jobs.config import ClassifyConfig, plain
+from jobs.config import ClassifyConfig
 from jobs.errors import InputError
+from jobs.settings import plain
 from pipelines.specs import FetchLimits
 
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "out"]
@@ -66,6 +67,8 @@ def test_command_line_beats_environment_beats_file_beats_default(
         (["--fetch.max-bytes", "0"], ["max_bytes", "at least 1"]),
         (["--precision", "fp8"], ["--precision", "fp8", "fp32"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--max-error-rate-of", "foo"], ["--max-error-rate-of", "name=value"]),
+        (["--fetch.max-byte", "1"], ["did you mean --fetch.max-bytes"]),
     ],
 )
 def test_a_wrong_setting_is_one_paragraph_and_exit_code_2(
@@ -77,11 +80,83 @@ def test_a_wrong_setting_is_one_paragraph_and_exit_code_2(
     assert all(word in message for word in words), message
 
 
-def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"top_kk: 3", "top_kk is not a setting (did you mean top_k?)"),
+        (b"top-k: 3", "top-k is not a setting (did you mean top_k?)"),
+        (b"fetch: {max-bytes: 3}", "fetch.max-bytes is not a setting (did you mean fetch.max_bytes?)"),
+        (b"top_k: 0", "top_k in "),
+        (b"inventory: 3.1", "inventory in "),
+        (b"1: 3.1", "1 is not a setting"),
+        (b"top_k: [1,\n  }", "cannot be read"),
+        (b"\xff\xfe\0\1", "cannot be read"),
+        (b"- top_k", "must be a mapping"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_the_file_and_the_key(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text("top_kk: 3\n")
-    with pytest.raises(InputError, match="top_kk is not a setting"):
-        parse("--config", str(file))
+    file.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        ClassifyConfig.parse([*REQUIRED[2:], "--config", str(file)], command="classify")
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_number_for_a_text_is_to_be_quoted(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("taxonomy: 3.1\n")
+    argv = ["--config", str(tmp_path / "job.yaml"), "--dataset", "d", "--output", "o"]
+    with pytest.raises(InputError, match=r"taxonomy in .*job.yaml is 3.1; .*quote it: '3.1'"):
+        configs.TrainConfig.parse(argv, command="train")
+
+
+def test_lists_and_mappings_are_written_alike_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IAB_VISION_DROP_COLUMNS", "a,b")
+    monkeypatch.setenv("IAB_VISION_MAX_ERROR_RATE_OF", "timeout=0.1,not_found=0.2")
+    config = parse("--rename", "x=uri,y=z")
+    assert (config.drop_columns, config.rename) == (["a", "b"], ["x=uri", "y=z"])
+    assert config.max_error_rate_of == {"timeout": 0.1, "not_found": 0.2}
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IAB_VISION_TOP_K", "many")
+    with pytest.raises(InputError, match="IAB_VISION_TOP_K is 'many'"):
+        parse()
+
+
+def test_what_takes_no_flag_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--path", "x"]) == 2
+    assert "give it without --path" in capsys.readouterr().err
+
+
+def test_predict_prints_json_when_asked_so() -> None:
+    assert configs.PredictConfig.parse(["a.jpg", "--bundle", "b", "--json"], command="predict").as_json
+
+
+def test_the_traceback_is_shown_wherever_debug_was_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("IAB_VISION_DEBUG", "1")
+    assert cli.main(["verify", "/nowhere"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_usage_names_what_must_be_given_and_fits_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 80, name
+        assert "None)" not in text and "default factory" not in text
+    with pytest.raises(SystemExit):
+        cli.main(["certify", "--help"])
+    usage = " ".join(capsys.readouterr().out.split("\n\n")[0].split())
+    assert usage == "usage: iab-vision certify --images … [settings] BUNDLE"
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,250 @@
+"""How a command's settings are read: command line > `IAB_VISION_*` environment > `--config FILE` > defaults.
+
+Whatever is wrong becomes one paragraph that names the value, where it came from, and what it must be.
+Nothing here imports a heavy library.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pydantic
+import yaml
+from pydantic import ConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from jobs.errors import InputError
+from jobs.help_text import HelpText
+from pipelines.uris import is_local
+
+ENVIRONMENT = "IAB_VISION_"
+Spec = TypeVar("Spec")
+
+
+def attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string literal below each annotated attribute of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: inspect.cleandoc(str(doc.value.value))
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+    }
+
+
+def typed(spec: type[Spec]) -> type[Spec]:
+    """A validating twin of a frozen dataclass, so that its fields become flags with help.
+
+    pydantic-settings expands pydantic dataclasses into `--section.field`, standard ones only as JSON.
+    """
+    twin = pydantic.dataclasses.dataclass(spec, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload]
+    fields: dict[str, FieldInfo] = twin.__pydantic_fields__
+    for name, doc in attribute_docstrings(spec).items():
+        fields[name].description = doc
+    return twin  # type: ignore[return-value]
+
+
+def plain(value: Any) -> Any:
+    """The standard dataclass behind a validated twin: what may travel to workers."""
+    spec = type(value).__mro__[1]
+    return spec(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+
+
+class JobConfig(BaseSettings):
+    """Settings every command has."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENVIRONMENT,
+        env_nested_delimiter="__",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+    )
+
+    config: str | None = None
+    """YAML file with any of these settings."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given in code stands; `parse` alone adds the environment, the YAML file and the flags."""
+        return (init_settings,)
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], *, command: str) -> Self:
+        """Settings from a command line.
+
+        Raises:
+            InputError: an unknown flag or key, a value of the wrong type or out of its limits.
+        """
+        below = read_yaml(argv)
+        try:
+            below = merged(below, Environment(cls)())
+            flags: CliSettingsSource[Any] = CliSettingsSource(
+                cls,
+                f"iab-vision {command}",
+                cli_parse_args=list(argv),
+                formatter_class=HelpText,
+            )
+            return cls(_cli_settings_source=flags, **below)  # type: ignore[call-arg]
+        except pydantic.ValidationError as error:
+            told = (explain(dict(detail), cls, argv) for detail in error.errors())
+            raise InputError("; ".join(told)) from error
+        except SettingsError as error:
+            raise InputError(explain_flags(str(error), cls, command)) from error
+
+
+class Environment(EnvSettingsSource):
+    """Variables `IAB_VISION_<SETTING>`, in which lists and mappings may be written as on the command line."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """JSON, or `a,b` for a list, or `a=1,b=2` for a mapping."""
+        try:
+            return json.loads(value)
+        except ValueError:
+            items = [item.strip() for item in str(value).split(",")]
+            if all("=" in item for item in items) and "dict" in str(field.annotation):
+                return dict(item.split("=", 1) for item in items)
+            return items
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value, `above` has its way."""
+    both = dict(below)
+    for key, value in above.items():
+        inner = both.get(key)
+        both[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
+
+
+def config_path(argv: Sequence[str]) -> str | None:
+    """The file named by `--config` or `IAB_VISION_CONFIG`, if any."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        return parser.parse_known_args(list(argv))[0].config or os.environ.get(f"{ENVIRONMENT}CONFIG")
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from error
+
+
+def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings of the YAML file, if one is named. Raises InputError, in one line, if it is none."""
+    path = config_path(argv)
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(read_file(path)) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an unknown scheme
+        raise InputError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"--config {path} holds a {type(content).__name__}; it must be a mapping of settings"
+        )
+    if wrong := [key for key in content if not isinstance(key, str)]:
+        raise InputError(f"--config {path}: {wrong[0]!r} is not a setting; keys are names of settings")
+    return {**content, "config": path}
+
+
+def read_file(path: str) -> str:
+    if is_local(path):
+        return Path(path).read_text(encoding="utf-8")
+    from pipelines.storage import read_uri  # heavy, and needed here alone
+
+    return read_uri(path).decode()
+
+
+def settings_of(cls: type[BaseSettings]) -> dict[str, bool]:
+    """Every setting by its name in a YAML file, nested ones with their section; whether it has a flag."""
+    names: dict[str, bool] = {}
+    for name, field in cls.model_fields.items():
+        nested = getattr(field.annotation, "__pydantic_fields__", None)
+        positional = any("CliPositionalArg" in str(mark) for mark in field.metadata)
+        names |= dict.fromkeys([f"{name}.{inner}" for inner in nested] if nested else [name], not positional)
+    return names
+
+
+def explain(detail: Mapping[str, Any], cls: type[BaseSettings], argv: Sequence[str]) -> str:
+    """One wrong value: where it was set, what it is, what it must be."""
+    loc = [str(part) for part in detail["loc"]]
+    written = ".".join(loc)
+    if detail["type"] == "missing":
+        flagged = settings_of(cls).get(written, True)
+        return f"{flag(written)} is required" if flagged else f"{written} is required"
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{written} is not a setting{suggestion(written, list(settings_of(cls)))}"
+    name, value = origin(loc, argv), detail["input"]
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] == "value_error":
+        return f"{name}: {message}"
+    if detail["type"] == "string_type" and isinstance(value, int | float):
+        message += f"; quote it: '{value}'"
+    return f"{name} is {value!r}; it {message}"
+
+
+def origin(loc: Sequence[str], argv: Sequence[str]) -> str:
+    """The flag, the variable or the key of the YAML file that a setting's value came from."""
+    name = flag(".".join(loc))
+    if any(argument.split("=", 1)[0] == name for argument in argv):
+        return name
+    variables = ("__".join(loc[:depth]).upper() for depth in range(len(loc), 0, -1))
+    if found := next((v for v in variables if f"{ENVIRONMENT}{v}" in os.environ), None):
+        return f"{ENVIRONMENT}{found}"
+    path = config_path(argv)
+    return f"{'.'.join(loc)} in {path}" if path else name
+
+
+def flag(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def explain_flags(message: str, cls: type[BaseSettings], command: str) -> str:
+    """What is wrong with the command line as a whole, with the nearest known flag."""
+    text = message.removeprefix("error parsing CLI: ")
+    if pairs := re.search(r"Parsing error encountered for (\w+): not enough values", text):
+        text = f"{flag(pairs[1])} takes name=value, separated by commas"
+    hint = ""
+    if unknown := re.search(r"unrecognized arguments: (\S+)", text):
+        given, settings = unknown[1].split("=", 1)[0], settings_of(cls)
+        if settings.get(given.removeprefix("--").replace("-", "_")) is False:
+            hint = f" (give it without {given})"
+        else:
+            hint = suggestion(given, [flag(name) for name, flagged in settings.items() if flagged])
+    return f"{text}{hint}; `iab-vision {command} --help` lists the settings"
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
