@@ -8,7 +8,7 @@ It measures nothing: `parity.py` does.
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,8 +28,8 @@ OPSET = 23
 """First with `Attention`, last that torch 2.13 writes; ONNX Runtime 1.31 serves it on CPU and CUDA."""
 IR_VERSION = 10
 """onnx 1.23 would write 14; ONNX Runtime 1.31 reads up to 13, TensorRT 10 up to 10."""
-ATTENTION = "iab_vision_onnx_attention"
-"""Name under which `_attention` is registered with transformers for the time of a conversion."""
+ATTENTION = "iab_vision_attention"
+"""Name under which a conversion registers its attention function with transformers."""
 
 
 class NotConvertible(ValueError):
@@ -79,7 +79,7 @@ def convert(network: nn.Module, around: Surroundings, metadata: Mapping[str, str
         raise NotConvertible(
             f"{name} has {weights} bytes of weights; one ONNX file holds at most {MAX_FILE_BYTES}"
         )
-    with onnx_attention(network):
+    with attending(network, onnx_attention):
         program = trace(network, around, opset=OPSET)
     return finish(program, metadata)
 
@@ -148,15 +148,15 @@ def metadata_of(checkpoint: Checkpoint, *, temperature: float, precision: str) -
 
 
 @contextmanager
-def onnx_attention(network: Any) -> Iterator[None]:
-    """Let transformers call `_attention`: half the transposes of the default, no mask and no NaN guard."""
+def attending(network: Any, attention: Callable[..., Any]) -> Iterator[None]:
+    """Let transformers call `attention`; its own ones trace with a mask, all true, and guards around it."""
     from transformers import AttentionInterface
 
     if not getattr(network, "_supports_attention_backend", False):
         yield  # ConvNeXt and its like have none
         return
     before = network.config._attn_implementation
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, attention)
     network.set_attn_implementation(ATTENTION)
     try:
         yield
@@ -164,7 +164,7 @@ def onnx_attention(network: Any) -> Iterator[None]:
         network.set_attn_implementation(before)
 
 
-def _attention(
+def onnx_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -189,6 +189,22 @@ def _attention(
         scale=scaling,
     )[0]
     return output.reshape(query.shape[0], sequence, heads, size), None
+
+
+def torch_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's own, in the form that the fusions of transformers know."""
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return output.transpose(1, 2), None
 
 
 @contextmanager

@@ -62,10 +62,11 @@ def half(network: Any, around: Surroundings, metadata: Mapping[str, str]) -> Gra
 
     halved = copy.deepcopy(network).half()
     if network.config.model_type in PLAIN_ATTENTION:
-        halved.set_attn_implementation("sdpa")
-        model = convert.trace(halved, around, opset=CONTRIB_OPSET)
+        # A mask, even one that hides nothing, would cost the fused and flash kernels of CUDA.
+        with convert.attending(halved, convert.torch_attention):
+            model = convert.trace(halved, around, opset=CONTRIB_OPSET)
     else:
-        with convert.onnx_attention(halved):
+        with convert.attending(halved, convert.onnx_attention):
             model = convert.trace(halved, around, opset=convert.OPSET)
     with convert.quiet():
         fuse_for_onnxruntime(model, "cuda")

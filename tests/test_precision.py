@@ -60,11 +60,14 @@ def test_half_precision_keeps_normalisation_and_activation_in_float32(network, p
 
 
 def test_half_precision_is_fused_for_cuda(network):
-    """Fused nodes are the reason for a file of its own: Attention there has a cuDNN path."""
-    count = operators(precision.half(network, AROUND, {}).payload)
+    """Fused nodes are the reason for a file of its own: Attention there has a cuDNN path, without a mask."""
+    payload = precision.half(network, AROUND, {}).payload
+    count = operators(payload)
     assert count["Attention"] == 2
     assert count["SkipLayerNormalization"] >= 3
-    assert not count["IsNaN"]
+    assert not count["IsNaN"] and not count["Where"]
+    nodes = onnx.load_model_from_string(payload).graph.node
+    assert [len(node.input) for node in nodes if node.op_type == "Attention"] == [3, 3]
 
 
 def test_int8_agrees_with_float32_and_says_what_it_left_out(int8, pixels_nhwc, expected_nc):
