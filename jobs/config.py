@@ -57,7 +57,7 @@ class DatasetConfig(RayConfig):
 
     dataset: str
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
-    taxonomy: str = "3.1"
+    taxonomy: str = recipe.DataSettings.taxonomy
     """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
     label_map: str | None = None
     """Table whose first two columns rename labels; an empty target drops the image."""

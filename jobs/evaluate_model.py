@@ -98,14 +98,17 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
 def labelled(config: EvaluateConfig, judged: Subject) -> Any:
     """The dataset, in the model's taxonomy; asked about as a whole, its split column means nothing."""
     from pipelines import datasets
+    from pipelines.recipe import DataSettings
 
     columns = plain(config.columns)
     return datasets.load(
-        config.dataset,
-        taxonomy_name=judged.taxonomy_reference,
-        label_map=config.label_map,
-        columns=replace(columns, split="") if config.split == "all" else columns,
-        split=plain(config.splits),
+        DataSettings(
+            config.dataset,
+            judged.taxonomy_reference,
+            label_map=config.label_map,
+            columns=replace(columns, split="") if config.split == "all" else columns,
+            splits=plain(config.splits),
+        )
     )
 
 

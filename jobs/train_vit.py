@@ -87,14 +87,17 @@ def push_to_hub(output: str, repository: str) -> None:
 def labelled(config: RecipeConfig) -> Any:
     """The dataset that the settings name."""
     from pipelines import datasets
+    from pipelines.recipe import DataSettings
 
     return datasets.load(
-        config.dataset,
-        taxonomy_name=config.taxonomy,
-        label_map=config.label_map,
-        tier=config.tier,
-        columns=plain(config.columns),
-        split=plain(config.splits),
+        DataSettings(
+            config.dataset,
+            config.taxonomy,
+            label_map=config.label_map,
+            tier=config.tier,
+            columns=plain(config.columns),
+            splits=plain(config.splits),
+        )
     )
 
 

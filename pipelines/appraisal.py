@@ -82,7 +82,7 @@ def evaluations(scores: Scores, sidecar: Sidecar, *, about: Mapping[str, str]) -
             thresholds=sidecar.thresholds,
             about={
                 **about,
-                "dataset": storage.redact(data.source),
+                "dataset": storage.redact(data.settings.uri),
                 "split": name,
                 "taxonomy": data.taxonomy.name,
             },

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.uris import redact
+
 HEADLINES = (
     "accuracy",
     "accuracy@3",
@@ -47,7 +49,7 @@ and each category's threshold.
 
 ## Data
 
-{images} images from `{content["dataset"]}`; {len(data["broken"])} could not be read, \
+{images} images from `{redact(content["dataset"]["uri"])}`; {len(data["broken"])} could not be read, \
 {sum(data["duplicates_removed"].values())} were removed because their bytes are in another split too.
 
 | class | training images |

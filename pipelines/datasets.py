@@ -5,7 +5,7 @@ part, opening an image `ingest.py`'s.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines import splits, taxonomy
+from pipelines import splits, storage, taxonomy
 from pipelines.labelled_input import DatasetError, open_table, read
-from pipelines.recipe import Columns, Splits
+from pipelines.recipe import DataSettings, Splits
 from pipelines.taxonomy import Taxonomy
 
 
@@ -29,11 +29,9 @@ class LabelledData:
     classes: tuple[str, ...]
     """Class ids in the model's order."""
     taxonomy: Taxonomy
-    taxonomy_reference: str
-    """What `taxonomy.load` finds it by; `labels` for flat ones."""
+    settings: DataSettings
+    """What it was read by; an own table of categories by its absolute path."""
     multi_label: bool
-    source: str
-    """Where it came from."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out while reading, by reason."""
 
@@ -43,6 +41,10 @@ class LabelledData:
 
     def indices(self, split: str) -> npt.NDArray[np.int64]:
         return np.flatnonzero(self.splits == split)
+
+    def recorded_uris(self) -> list[str]:
+        """Every image's URI as it may be written down: without user names and signatures, which change."""
+        return [storage.redact(uri) for uri in self.rows["uri"].to_pylist()]
 
     def targets(self) -> npt.NDArray[Any]:
         """Class indices int64[N]; multi-label: uint8[N, C]."""
@@ -61,46 +63,38 @@ class LabelledData:
         return np.bincount(targets, minlength=len(self.classes))
 
 
-def load(
-    dataset_uri: str,
-    *,
-    taxonomy_name: str = "3.1",
-    label_map: str | None = None,
-    tier: int | None = None,
-    columns: Columns | None = None,
-    split: Splits | None = None,
-) -> LabelledData:
+def load(settings: DataSettings) -> LabelledData:
     """Read the dataset, resolve its labels and divide it.
-
-    `taxonomy_name` is a built-in version, a table in the same format, or `labels` (as they are).
-    `label_map` is a table whose first two columns rename labels; an empty target drops the image. `tier`
-    lifts every label to its ancestor of that tier.
 
     Raises:
         DatasetError: nothing there, a label that the taxonomy does not know, an impossible division.
     """
-    split = split or Splits()
-    found, multi_label = read(dataset_uri, columns or Columns())
-    labels, dropped = renamed(found["labels"].to_pylist(), label_map)
+    found, multi_label = read(settings.uri, settings.columns)
+    labels, dropped = renamed(found["labels"].to_pylist(), settings.label_map)
     keep = np.array([bool(names) or multi_label for names in labels])
     if not keep.any():
-        raise DatasetError(f"{dataset_uri} holds no labelled image")
+        raise DatasetError(f"{settings.uri} holds no labelled image")
     found = found.filter(pa.array(keep))
     labels = [names for names, kept in zip(labels, keep, strict=True) if kept]
     if not multi_label and any(len(names) != 1 for names in labels):
         raise DatasetError(
             "some rows have several labels; put them in a column `labels` for a multi-label model"
         )
-    known, ids = resolved(labels, taxonomy_name, tier)
+    known, ids = resolved(labels, settings.taxonomy, settings.tier)
     classes = tuple(in_order(known, {name for names in ids for name in names}))
     if len(classes) < 2:
         raise DatasetError(
-            f"{dataset_uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
+            f"{settings.uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
         )
-    table = divided(found, ids, classes, split)
-    own_table = taxonomy_name.endswith(".csv") and "://" not in taxonomy_name
-    reference = str(Path(taxonomy_name).absolute()) if own_table else taxonomy_name
-    return LabelledData(table, classes, known, reference, multi_label, dataset_uri, dropped)
+    table = divided(found, ids, classes, settings.splits)
+    return LabelledData(table, classes, known, with_absolute_taxonomy(settings), multi_label, dropped)
+
+
+def with_absolute_taxonomy(settings: DataSettings) -> DataSettings:
+    """The settings as a process with another working folder needs them."""
+    name = settings.taxonomy
+    is_local_table = name.endswith(".csv") and "://" not in name
+    return replace(settings, taxonomy=str(Path(name).absolute())) if is_local_table else settings
 
 
 def renamed(labels: list[list[str]], label_map: str | None) -> tuple[list[list[str]], dict[str, int]]:

@@ -66,11 +66,13 @@ def questions(
         NothingToExamine: the split is empty, no label fits, or images have several labels for a model of one.
     """
     if data.multi_label and not multi_label:
-        raise NothingToExamine(f"{data.source} has several labels per image; the model gives one")
+        raise NothingToExamine(f"{data.settings.uri} has several labels per image; the model gives one")
     rows = np.arange(data.rows.num_rows) if split == "all" else data.indices(split)
     if not len(rows):
         counts = ", ".join(f"{n} {name}" for name, n in sorted(Counter(data.splits.tolist()).items()))
-        raise NothingToExamine(f"{data.source} has no image in split {split!r} ({counts}); use --split all")
+        raise NothingToExamine(
+            f"{data.settings.uri} has no image in split {split!r} ({counts}); use --split all"
+        )
     images = data.rows.take(pa.array(rows)).append_column("row_id", pa.array(rows, pa.int64()))
     covering = np.array([covering_class(one, class_ids, taxonomy) for one in data.classes])
     labels = [covering[indices] for indices in images["classes"].to_pylist()]
@@ -80,7 +82,7 @@ def questions(
     kept = np.array([multi_label or bool((found >= 0).all()) for found in labels])
     if not kept.any():
         listed = ", ".join(list(missed)[:5])
-        raise NothingToExamine(f"no class of the model covers the labels of {data.source}: {listed}")
+        raise NothingToExamine(f"no class of the model covers the labels of {data.settings.uri}: {listed}")
     targets_nc = np.zeros((len(labels), len(class_ids)), np.uint8)
     for row, found in enumerate(labels):
         targets_nc[row, found[found >= 0]] = 1

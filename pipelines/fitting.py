@@ -44,7 +44,7 @@ class Plan:
     @property
     def sidecar(self) -> Sidecar:
         data = self.data
-        return Sidecar(data.taxonomy_reference, data.classes, self.spec, data.multi_label)
+        return Sidecar(data.settings.taxonomy, data.classes, self.spec, data.multi_label)
 
 
 def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) -> Plan:
@@ -99,7 +99,7 @@ def fit(plan: Plan, how: Ingest, listen: Listener | None = None) -> runs.Run:
         **{name: dict(found[name].overall) if name in found else {} for name in appraisal.MEASURED},
         "data": prepared.account(),
         "resources": asdict(plan.resources),
-        "ingest": prepared.mode,
+        "ingest": {**asdict(how), "mode": prepared.mode},
         "images_per_s": best.get("images_per_s"),
         "train_seconds": train_s,
         "seconds": time.time() - started,

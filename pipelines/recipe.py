@@ -337,6 +337,24 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Which images, what their labels mean and how they are divided: all that decides what a run is shown."""
+
+    uri: str
+    """Image folder, table of files and labels, or Hugging Face Parquet."""
+    taxonomy: str = "3.1"
+    """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
+    label_map: str | None = None
+    """Table whose first two columns rename labels; an empty target drops the image."""
+    tier: int | None = None
+    """Lift every label to its ancestor of this tier."""
+    columns: Columns = field(default_factory=Columns)
+    """Which columns of a table mean what."""
+    splits: Splits = field(default_factory=Splits)
+    """How images are divided when the dataset does not say."""
+
+
+@dataclass(frozen=True)
 class Ingest:
     """How training images reach the workers."""
 

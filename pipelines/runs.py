@@ -1,9 +1,11 @@
 """The run folder: whose it is, whether it is finished, and what `run.json` says.
 
-`recipe.json` is written first and tells a continuation from a mistake; `run.json` is written last and is
-the marker of a finished run. Everything between is written by `training.py` and `fitting.py`.
+`splits.parquet` and `recipe.json` are written first: which image is in which split, and what tells a
+continuation from a mistake. `run.json` is written last and is the marker of a finished run. Everything
+between is written by `training.py` and `fitting.py`. No file here holds credentials.
 """
 
+import hashlib
 import io
 import json
 import subprocess
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from pipelines import splits, storage
 from pipelines.checkpoints import STATE_FILE
@@ -23,7 +27,7 @@ from pipelines.datasets import LabelledData
 from pipelines.recipe import Recipe
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
-CHECKPOINTS, HISTORY = "checkpoints", "metrics.jsonl"
+CHECKPOINTS, HISTORY, SPLITS = "checkpoints", "metrics.jsonl", "splits.parquet"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of the checkpoints."""
 LIBRARIES = ("ray", "torch", "transformers", "numpy", "pillow", "pyarrow")
@@ -47,11 +51,20 @@ def identity(recipe: Recipe, data: LabelledData) -> dict[str, Any]:
     names = (splits.TRAIN, splits.VALIDATION, splits.TEST)
     return {
         "recipe": asdict(recipe),
-        "dataset": storage.redact(data.source),
+        "dataset": asdict(data.settings),
         "taxonomy": data.taxonomy.name,
         "classes": list(data.classes),
         "images": {name: len(data.indices(name)) for name in names},
+        "assignment_sha256": assignment_sha256(data),
     }
+
+
+def assignment_sha256(data: LabelledData) -> str:
+    """Over every image's URI, classes and split, in order: equal settings may meet a changed dataset."""
+    digest = hashlib.sha256()
+    for row in zip(data.recorded_uris(), data.rows["classes"].to_pylist(), data.splits.tolist(), strict=True):
+        digest.update((json.dumps(row) + "\n").encode())
+    return digest.hexdigest()
 
 
 def finished(output: str, recipe: Recipe, data: LabelledData) -> Run | None:
@@ -89,7 +102,11 @@ def difference(before: Any, now: Any) -> str:
 
 def begin(output: str, recipe: Recipe, data: LabelledData) -> None:
     """Claim the folder for this run."""
-    storage.open_storage(output).put(RECIPE, as_json(identity(recipe, data)))
+    folder = storage.open_storage(output)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"uri": data.recorded_uris(), "split": data.rows["split"]}), sink)
+    folder.put(SPLITS, sink.getvalue().to_pybytes())
+    folder.put(RECIPE, as_json(identity(recipe, data)))
 
 
 def finish(output: str, content: Mapping[str, Any]) -> Run:
@@ -111,7 +128,9 @@ def history(output: str) -> list[dict[str, Any]]:
 
 
 def as_json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, default=str, ensure_ascii=False) + "\n").encode()
+    """Readable JSON without the credentials of the URIs in it."""
+    text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
+    return (storage.redact(text) + "\n").encode()
 
 
 def mend_snapshot(output: str) -> str | None:

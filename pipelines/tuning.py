@@ -148,7 +148,7 @@ def tune_recipe(plan: Plan, space: Mapping[str, Any], search: Search, how: Inges
     values = {setting: best[setting] for setting in space}
     folder.put(TABLE, csv_of(trials))
     folder.put(PLOT, plot(trials, list(space), plan.recipe.select_by))
-    folder.put(BEST, recipe_yaml(applied(plan.recipe, values), plan, best))
+    folder.put(BEST, recipe_yaml(applied(plan.recipe, values), plan, how, best))
     content = {"best": best, "trials": len(trials), "space": dict(space)}
     folder.put(MARKER, runs.as_json(content))
     return content
@@ -290,19 +290,26 @@ def csv_of(trials: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def recipe_yaml(recipe: Recipe, plan: Plan, best: Mapping[str, Any]) -> bytes:
-    """The recipe as a file for `iab-vision train --config`."""
+def recipe_yaml(recipe: Recipe, plan: Plan, how: Ingest, best: Mapping[str, Any]) -> bytes:
+    """The recipe and the search's own data as a file for `iab-vision train --config`, without credentials."""
+    data = dataclasses.asdict(plan.data.settings)
     content = {
-        "dataset": plan.data.source,
-        "taxonomy": plan.data.taxonomy_reference,
+        "dataset": data.pop("uri"),
+        **data,
+        "ingest": dataclasses.asdict(how),
         **dataclasses.asdict(recipe),
         "num_workers": plan.resources.num_workers,
+        "cpus_per_worker": plan.resources.cpus_per_worker,
     }
+    whole = yaml.safe_dump(content, sort_keys=False)
+    text = storage.redact(whole)
     head = (
         f"# Best of the trials: {recipe.select_by} score {best['score']:.4f} on validation"
         f" after {best['epochs']} epochs.\n# iab-vision train --config best.yaml --output RUN\n"
     )
-    return (head + yaml.safe_dump(content, sort_keys=False)).encode()
+    if text != whole:
+        head += "# The credentials in its addresses were left out: give those settings on the command line.\n"
+    return (head + text).encode()
 
 
 def plot(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], metric: str) -> bytes:

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_training import image_folder
 
-from pipelines import corpus, datasets, ingest, splits
+from pipelines import corpus, datasets, ingest, runs, splits
 from pipelines.labelled_input import DatasetError
-from pipelines.recipe import Columns, Ingest, Splits
+from pipelines.recipe import Columns, DataSettings, Ingest, Recipe, Splits
 from pipelines.specs import ImageSpec
 
 SPEC = ImageSpec(height=16, width=16)
@@ -24,12 +24,16 @@ def csv(folder: Path, text: str, name: str = "labels.csv") -> str:
     return str(folder / name)
 
 
+def load(uri: str | Path, **settings) -> datasets.LabelledData:
+    return datasets.load(DataSettings(str(uri), **settings))
+
+
 def rows_of(data: datasets.LabelledData, *names: str) -> list[tuple]:
     return list(zip(*(data.rows[name].to_pylist() for name in names), strict=True))
 
 
 def test_a_folder_of_labels_is_divided_70_20_10_in_every_class(tmp_path):
-    data = datasets.load(str(image_folder(tmp_path / "images", per_class=20)))
+    data = load(str(image_folder(tmp_path / "images", per_class=20)))
     assert set(data.classes) == {"1", "483", "v9i3On"}
     by_split = Counter(zip(data.targets().tolist(), data.splits.tolist(), strict=True))
     assert by_split == {
@@ -37,22 +41,22 @@ def test_a_folder_of_labels_is_divided_70_20_10_in_every_class(tmp_path):
         for label in range(3)
         for split, count in (("train", 14), ("validation", 4), ("test", 2))
     }
-    again = datasets.load(str(tmp_path / "images"))
+    again = load(tmp_path / "images")
     assert (again.splits == data.splits).all()
-    assert (datasets.load(str(tmp_path / "images"), split=Splits(seed=1)).splits != data.splits).any()
+    assert (load(str(tmp_path / "images"), splits=Splits(seed=1)).splits != data.splits).any()
 
 
 def test_a_folder_may_have_a_level_of_splits(tmp_path):
     for split in ("train", "val", "test"):
         image_folder(tmp_path / split, per_class=2)
-    data = datasets.load(str(tmp_path))
+    data = load(str(tmp_path))
     assert Counter(data.splits.tolist()) == {"train": 6, "validation": 6, "test": 6}
 
 
 def test_a_table_keeps_ids_as_text_and_carves_validation_out_of_train(tmp_path):
     lines = [f"{i}.jpg,{'001' if i % 2 else '1e3'},{'test' if i < 4 else 'train'}" for i in range(44)]
     table = csv(tmp_path, "\n".join(["file,label,split", *lines]))
-    data = datasets.load(table, taxonomy_name="labels")
+    data = load(table, taxonomy="labels")
     assert data.classes == ("001", "1e3")
     assert Counter(data.splits.tolist()) == {"train": 36, "validation": 4, "test": 4}
     assert data.rows["uri"][0].as_py().endswith(f"{tmp_path}/0.jpg")
@@ -60,9 +64,9 @@ def test_a_table_keeps_ids_as_text_and_carves_validation_out_of_train(tmp_path):
 
 def test_labels_may_be_ids_paths_or_names_and_are_lifted_to_a_tier(tmp_path):
     table = csv(tmp_path, "uri,label\n/a.jpg,483\n/b.jpg,Sports > Tennis\n/c.jpg,Automotive\n")
-    data = datasets.load(table)
+    data = load(table)
     assert len(data.classes) == 3
-    lifted = datasets.load(table, tier=1)
+    lifted = load(table, tier=1)
     assert lifted.classes == ("1", "483")
     assert lifted.targets().tolist() == [1, 1, 0]
 
@@ -70,29 +74,29 @@ def test_labels_may_be_ids_paths_or_names_and_are_lifted_to_a_tier(tmp_path):
 def test_unknown_labels_are_refused_all_at_once_with_candidates(tmp_path):
     table = csv(tmp_path, "uri,label\n/a.jpg,Tenis\n/b.jpg,Sports\n/c.jpg,Qqqqq\n")
     with pytest.raises(DatasetError, match="2 of 3 labels") as refused:
-        datasets.load(table)
+        load(table)
     assert "Tennis" in str(refused.value) and "Qqqqq" in str(refused.value)
 
 
 def test_a_label_map_renames_and_drops(tmp_path):
     table = csv(tmp_path, "uri,label\n/a.jpg,tennis ball\n/b.jpg,car\n/c.jpg,blurry\n")
     mapping = csv(tmp_path, "from,to\ntennis ball,Sports > Tennis\ncar,Automotive\nblurry,\n", "map.csv")
-    data = datasets.load(table, label_map=mapping)
+    data = load(table, label_map=mapping)
     assert data.rows.num_rows == 2 and data.dropped == {"without a label": 1}
     assert "1" in data.classes
 
 
 def test_a_breeds_table_names_its_files_by_a_template(tmp_path):
     table = csv(tmp_path, "id,breed\n0a1,pug\n0b2,collie\n0c3,pug\n")
-    data = datasets.load(table, taxonomy_name="labels", columns=Columns(label="breed", file="train/{id}.jpg"))
+    data = load(table, taxonomy="labels", columns=Columns(label="breed", file="train/{id}.jpg"))
     assert data.rows["uri"][1].as_py().endswith(f"{tmp_path}/train/0b2.jpg")
     with pytest.raises(DatasetError, match="no column"):
-        datasets.load(table, columns=Columns(label="breed", file="train/{name}.jpg"))
+        load(table, columns=Columns(label="breed", file="train/{name}.jpg"))
 
 
 def test_several_labels_make_a_multi_label_model_and_none_is_a_right_answer(tmp_path):
     table = csv(tmp_path, "file,labels\na.jpg,red|green\nb.jpg,\nc.jpg,green\nd.jpg,red\n")
-    data = datasets.load(table, taxonomy_name="labels")
+    data = load(table, taxonomy="labels")
     assert data.multi_label and data.classes == ("green", "red")
     assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
 
@@ -104,7 +108,7 @@ def test_json_lines_with_lists_of_labels(tmp_path):
         {"uri": "/b.jpg", "labels": []},
         {"uri": "/c.jpg", "labels": ["y"]},
     ]))  # fmt: skip
-    assert datasets.load(str(table), taxonomy_name="labels").targets().tolist() == [[1, 1], [0, 0], [0, 1]]
+    assert load(str(table), taxonomy="labels").targets().tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
 def hugging_face_parquet(folder: Path) -> Path:
@@ -129,7 +133,7 @@ def hugging_face_parquet(folder: Path) -> Path:
 
 
 def test_hugging_face_parquet_is_read_with_its_label_names_and_bytes(tmp_path):
-    data = datasets.load(str(hugging_face_parquet(tmp_path)), split=Splits(validation_of_train=0))
+    data = load(str(hugging_face_parquet(tmp_path)), splits=Splits(validation_of_train=0))
     assert Counter(data.splits.tolist()) == {"train": 12, "test": 12}
     assert set(data.classes) == {"1", "483", "v9i3On"}
     chosen = np.array([0, 7, 20])
@@ -147,7 +151,7 @@ def test_hugging_face_parquet_is_read_with_its_label_names_and_bytes(tmp_path):
 
 def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
     rows = [f"{i}.jpg,{i % 2},site{i // 5}" for i in range(100)]
-    data = datasets.load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy_name="labels")
+    data = load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy="labels")
     of_group = {}
     for uri, split in rows_of(data, "uri", "split"):
         of_group.setdefault(int(Path(uri).stem) // 5, set()).add(split)
@@ -155,17 +159,15 @@ def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
     assert set(data.splits) == {"train", "validation", "test"}
     straddling = csv(tmp_path, "file,label,split,group\na,x,train,g\nb,y,test,g\nc,x,train,h\n", "b.csv")
     with pytest.raises(splits.SplitError, match="'g'"):
-        datasets.load(straddling, taxonomy_name="labels")
+        load(straddling, taxonomy="labels")
 
 
 def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
     rows = [f"{i}.jpg,{'rare' if i < 20 else 'common'}" for i in range(200)]
     table = csv(tmp_path, "\n".join(["file,label", *rows]))
-    data = datasets.load(table, taxonomy_name="labels", split=Splits(limit=50))
+    data = load(table, taxonomy="labels", splits=Splits(limit=50))
     assert Counter(data.targets().tolist()) == {0: 45, 1: 5}
-    assert rows_of(data, "uri") == rows_of(
-        datasets.load(table, taxonomy_name="labels", split=Splits(limit=50)), "uri"
-    )
+    assert rows_of(data, "uri") == rows_of(load(table, taxonomy="labels", splits=Splits(limit=50)), "uri")
 
 
 @pytest.mark.parametrize(
@@ -180,13 +182,46 @@ def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
 )
 def test_datasets_that_cannot_be_used_are_refused_with_the_reason(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
-        datasets.load(csv(tmp_path, text), taxonomy_name="labels")
+        load(csv(tmp_path, text), taxonomy="labels")
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(DatasetError):
-            datasets.load(str(folder))
+            load(str(folder))
+
+
+def test_runs_on_other_data_are_other_runs(tmp_path):
+    folder = str(image_folder(tmp_path / "images"))
+    table = csv(tmp_path, "file,label,split,k\na.jpg,1,train,1\nb.jpg,483,train,483\nc.jpg,1,validation,1\n")
+
+    def differences(before: DataSettings, now: DataSettings) -> str:
+        first, second = (runs.identity(Recipe(), datasets.load(one)) for one in (before, now))
+        with pytest.raises(runs.RunMismatch) as refused:
+            runs.refuse_mismatch("run", json.loads(runs.as_json(first)), second)
+        return str(refused.value)
+
+    assert "splits seed was 0, now 1" in differences(
+        DataSettings(folder), DataSettings(folder, splits=Splits(seed=1))
+    )
+    assert "tier was None, now 1" in differences(DataSettings(table), DataSettings(table, tier=1))
+    before = runs.identity(Recipe(), load(table))
+    csv(tmp_path, "file,label,split,k\na.jpg,483,train,1\nb.jpg,1,train,483\nc.jpg,1,validation,1\n")
+    with pytest.raises(runs.RunMismatch, match="assignment"):
+        runs.refuse_mismatch("run", json.loads(runs.as_json(before)), runs.identity(Recipe(), load(table)))
+
+
+def test_a_run_records_its_splits_and_settings_without_credentials(tmp_path):
+    lines = [f"https://me:hunter2@h/{i}.jpg?sig=s3cret,{i % 2}" for i in range(40)]
+    table = csv(tmp_path, "\n".join(["uri,label", *lines]))
+    data = load(table, taxonomy="labels")
+    runs.begin(str(tmp_path / "run"), Recipe(), data)
+    recorded = pq.read_table(tmp_path / "run" / "splits.parquet")
+    assert recorded["uri"][3].as_py() == "https://h/3.jpg?sig=REDACTED"
+    assert recorded["split"].to_pylist() == data.splits.tolist()
+    identity = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert identity["dataset"]["splits"] == {**vars(Splits())}
+    assert identity["dataset"]["uri"] == table
 
 
 def test_copies_in_two_splits_stay_where_they_are_measured():
@@ -207,7 +242,7 @@ def test_broken_and_copied_images_are_left_out_and_counted(ray_cluster, tmp_path
     folder = image_folder(tmp_path / "images", per_class=10)
     (folder / "1" / "0.png").write_bytes(b"not an image")
     (folder / "483" / "1.png").write_bytes(b"")
-    data = datasets.load(str(folder), split=Splits(validation=0.3, test=0.3))
+    data = load(str(folder), splits=Splits(validation=0.3, test=0.3))
     uris = [uri.removeprefix("file://") for uri in data.rows["uri"].to_pylist()]
     whole = [
         row for row in range(30) if uris[row] not in map(str, (folder / "1/0.png", folder / "483/1.png"))

@@ -19,6 +19,7 @@ from jobs.config import EvaluateConfig
 from jobs.errors import InputError
 from pipelines import attention, datasets, evaluation, examination, hierarchy, metrics, report, taxonomy
 from pipelines.evaluation import Scored
+from pipelines.recipe import DataSettings
 
 IDS = ("483", "484", "1", "2", "v9i3On")
 """Sports, Sports > American Football, Automotive, Automotive > Auto Body Styles, Sensitive Topics."""
@@ -260,7 +261,7 @@ def test_a_label_below_a_class_counts_as_that_class_and_a_foreign_one_is_left_ou
     labels = ["484", "1", "v9i3On", "150", "552"] * 2  # 484 lies below 483; 150 is no class of the model
     lines = [f"{i}.jpg,{label},{'test' if i else 'train'}" for i, label in enumerate(labels)]
     (pictures / "labels.csv").write_text("\n".join(["file,label,split", *lines]))
-    data = datasets.load(str(pictures / "labels.csv"))
+    data = datasets.load(DataSettings(str(pictures / "labels.csv")))
     asked = examination.questions(data, "test", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
     assert asked.targets.tolist() == [1, 2, 4, 0, 1, 2, 4]
     assert dict(asked.uncovered) == {"150": 2}

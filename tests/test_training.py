@@ -18,7 +18,7 @@ from small_training import RECIPE, STILL, image_folder, trained, trainer
 from transformers import AutoModelForImageClassification
 
 from pipelines import checkpoints, corpus, datasets, fitting, metrics, optimisation, runs
-from pipelines.recipe import Augment, Balance, Ingest, Loss, Optimizer, Splits, Stopping
+from pipelines.recipe import Augment, Balance, DataSettings, Ingest, Loss, Optimizer, Splits, Stopping
 from pipelines.resources import Resources
 from pipelines.sampling import epoch_order
 from pipelines.task import Place
@@ -209,7 +209,7 @@ def test_a_list_of_checkpoints_torn_by_a_kill_gives_way_to_the_newest_whole_one(
 
 
 def planned(root: Path, output: Path, recipe=RECIPE, **resources) -> fitting.Plan:
-    data = datasets.load(str(root), split=Splits(validation=0.25, test=0.25))
+    data = datasets.load(DataSettings(str(root), splits=Splits(validation=0.25, test=0.25)))
     return fitting.plan(data, recipe, str(output), Resources(**{"num_workers": 2, **resources}))
 
 
@@ -241,6 +241,9 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
     assert run.content["test"]["accuracy"] > 0.6
     assert [one["status"] for one in run.content["data"]["broken"]]
     assert sum(run.content["data"]["images"].values()) == 36
+    assert run.content["dataset"]["splits"]["validation"] == 0.25
+    assert run.content["ingest"] == {**vars(Ingest(max_broken_share=0.1)), "mode": "memory"}
+    assert run.content["resources"]["num_workers"] == 2
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
     assert messages[-1]["done"] == messages[-1]["total"]

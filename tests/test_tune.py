@@ -1,6 +1,7 @@
 """The search space is checked against the recipe; a search leaves a table, a plot and a usable recipe."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import yaml
 from small_training import RECIPE, image_folder
 
 from jobs.config import TrainConfig
-from jobs.train_vit import recipe_of
+from jobs.settings import plain
+from jobs.train_vit import labelled, recipe_of
 from pipelines import datasets, fitting, runs, tuning
-from pipelines.recipe import Ingest, Splits
+from pipelines.recipe import Columns, DataSettings, Ingest, Splits
 from pipelines.resources import Resources
 
 SPACE = {
@@ -52,10 +54,36 @@ def test_values_reach_their_sections_and_are_checked_there():
         tuning.applied(RECIPE, {"optimizer.layer_decay": 2.0})
 
 
+def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
+    lines = [f"{i},{label},{i // 2}" for i, label in enumerate(["Sports > Tennis", "car", "blurry"] * 20)]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,subject,page", *lines]))
+    (tmp_path / "map.csv").write_text("from,to\ncar,Automotive\nblurry,\n")
+    settings = DataSettings(
+        str(tmp_path / "labels.csv"),
+        label_map=str(tmp_path / "map.csv"),
+        tier=1,
+        columns=Columns(label="subject", file="https://me:hunter2@host/{id}.jpg", group="page"),
+        splits=Splits(validation=0.3, seed=7, limit=36),
+    )
+    plan = fitting.plan(datasets.load(settings), RECIPE, str(tmp_path / "search"), Resources())
+    how = Ingest(mode="disk", margin=1.5)
+    text = tuning.recipe_yaml(plan.recipe, plan, how, {"score": 0.5, "epochs": 2}).decode()
+    assert "hunter2" not in text and "give those settings on the command line" in text
+    (tmp_path / "best.yaml").write_text(text)
+    config = TrainConfig.parse(["--config", str(tmp_path / "best.yaml"), "--output", "x"], command="train")
+    assert plain(config.ingest) == how
+    again = recipe_of(config).resolved(multi_label=False)
+    searched = json.loads(runs.as_json(runs.identity(plan.recipe, plan.data)))
+    assert searched["images"]["train"]
+    runs.refuse_mismatch("x", searched, runs.identity(again, labelled(config)))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_search_finds_a_recipe_that_trains(ray_cluster, tmp_path):
-    data = datasets.load(str(image_folder(tmp_path / "images")), split=Splits(validation=0.25, test=0.25))
+    data = datasets.load(
+        DataSettings(str(image_folder(tmp_path / "images")), splits=Splits(validation=0.25, test=0.25))
+    )
     plan = fitting.plan(data, replace(RECIPE, batch_size=6), str(tmp_path / "search"), Resources())
     search = tuning.Search(trials=2, grace_epochs=1, reduction=2)
     assert tuning.refuse_another(plan, SPACE, search) is None
