@@ -7,7 +7,6 @@ unpickled, and every byte handed out was hashed in memory first. It deliberately
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage, taxonomy
+from pipelines.graph import check_graph
 from pipelines.manifest import (
     CERTIFICATES,
     MANIFEST_FILE,
@@ -28,6 +28,7 @@ from pipelines.manifest import (
     NotCertified,
     model_file,
     record,
+    sealed,
     stored_precision,
 )  # fmt: skip
 from pipelines.specs import ImageSpec, Precision, Provider
@@ -37,7 +38,7 @@ __all__ = [
     "CERTIFICATES", "FLAT", "LABELS", "LABELS_FILE", "MANIFEST_FILE", "MODEL_FILES", "TAXONOMY_FILE",
     "Bundle",
     "BundleDamaged", "Certificate", "FileRecord", "Manifest", "NotABundle", "NotCertified", "add_certificate",
-    "check_graph", "labels_bytes", "model_file", "open_bundle", "read_labels", "record",
+    "labels_bytes", "model_file", "open_bundle", "read_labels", "record",
     "stored_precision", "write_bundle",
 ]  # fmt: skip
 
@@ -60,7 +61,6 @@ LABELS = pa.schema(
 
 MAX_JSON_BYTES = 16 << 20
 """A manifest or certificate of 10,000 classes is under 2 MB; more is not ours and is not read."""
-_KNOWN_DOMAINS = {"", "ai.onnx", "com.microsoft"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,12 @@ class Bundle:
         return found
 
     def certificate_for(self, provider: Provider, precision: Precision) -> Certificate:
-        """The passing certificate that covers `precision` on `provider`; raises `NotCertified`."""
+        """The passing certificate that covers `precision` on `provider`; raises `NotCertified`.
+
+        None covers anything without that of fp32 on cpu: it is written last, and others compare with it.
+        """
+        if (provider, precision) != ("cpu", "fp32"):
+            self.certificate_for("cpu", "fp32")
         model = self.manifest.files.get(model_file(precision, provider))
         wanted = f"{CERTIFICATES}/{provider}-{precision}.json"
         found = next((c for c in self.certificates if c.name == wanted), None)
@@ -143,9 +148,10 @@ class Bundle:
             reason = f"{uri}/{wanted} was made for another model or manifest than this one"
         else:
             return found
+        reference = " --checkpoint RUN" if (provider, precision) == ("cpu", "fp32") else ""
         raise NotCertified(
             f"{reason}. Make one on a machine that has the provider: iab-vision certify {uri} --images URI "
-            f"--provider {provider} --precisions {precision}"
+            f"--provider {provider} --precisions {precision}{reference}"
         )
 
     def _certified(self) -> str:
@@ -168,10 +174,8 @@ def open_bundle(uri: str, *, verify: bool = True) -> Bundle:
         if name not in manifest.files:
             raise BundleDamaged(f"{MANIFEST_FILE} does not list {name}")
     if verify:
-        for name, record in manifest.files.items():
-            _verify(folder, name, record)
-        for name in manifest.files.keys() & set(MODEL_FILES.values()):
-            check_graph(_read_verified(folder, name, manifest.files[name]), name)
+        for name in manifest.files.keys() - {LABELS_FILE}:
+            _verify(folder, name, manifest.files[name])
     labels = read_labels(_read_verified(folder, LABELS_FILE, manifest.files[LABELS_FILE]))
     return Bundle(
         uri, manifest, hashlib.sha256(payload).hexdigest(), labels, tuple(_read_certificates(folder))
@@ -206,35 +210,7 @@ def add_certificate(
         "manifest_sha256": hashlib.sha256(manifest.to_json()).hexdigest(),
         "model_sha256": manifest.files[model_file(precision, provider)].sha256,
     }
-    payload = (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
-    storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", payload)
-
-
-def check_graph(payload: bytes, name: str) -> None:
-    """Refuse an ONNX file that reaches beyond itself: weights in other files, operators of unknown libraries.
-
-    Raises:
-        BundleDamaged: it does, or it cannot be parsed.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        graph = onnx.load_model_from_string(payload).graph
-    except DecodeError as error:
-        raise BundleDamaged(f"{name} is not an ONNX file: {error}") from error
-    outside = [
-        tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
-    ]
-    if outside:
-        raise BundleDamaged(
-            f"{name} keeps {outside[0]} in another file; a bundle's models hold their own weights"
-        )
-    domains = {node.domain for node in graph.node} - _KNOWN_DOMAINS
-    if domains:
-        raise BundleDamaged(
-            f"{name} uses operators of {', '.join(sorted(domains))}; known are {_KNOWN_DOMAINS}"
-        )
+    storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", sealed(document))
 
 
 def labels_bytes(labels: pa.Table) -> bytes:
@@ -270,13 +246,10 @@ def _read_limited(folder: storage.Storage, path: str) -> bytes:
 
 
 def _verify(folder: storage.Storage, name: str, expected: FileRecord) -> None:
-    """Hash a file in pieces: verifying a bundle of three precisions must not hold them in memory."""
-    _check_size(folder, name, expected)
-    digest = hashlib.sha256()
-    with folder.open_input(name) as stream:
-        while piece := stream.read(8 << 20):
-            digest.update(piece)
-    _check_hash(name, expected, digest.hexdigest())
+    """One file at a time, each read once: of a bundle of three precisions, the largest is held in memory."""
+    payload = _read_verified(folder, name, expected)
+    if name in MODEL_FILES.values():
+        check_graph(payload, name)
 
 
 def _read_verified(folder: storage.Storage, name: str, expected: FileRecord) -> bytes:

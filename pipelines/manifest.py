@@ -44,6 +44,12 @@ class FileRecord:
     sha256: str
     bytes: int
 
+    def __post_init__(self) -> None:
+        if type(self.sha256) is not str or type(self.bytes) is not int:
+            raise ValueError(
+                f"a file has sha256 {self.sha256!r} and {self.bytes!r} bytes; it must be text and an int"
+            )
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -76,8 +82,7 @@ class Manifest:
     """Short hash of all of the above."""
 
     def __post_init__(self) -> None:
-        canonical = json.dumps(self._content(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        object.__setattr__(self, "model_id", hashlib.sha256(canonical.encode()).hexdigest()[:16])
+        object.__setattr__(self, "model_id", _digest(self._content())[:16])
 
     def _content(self) -> dict[str, Any]:
         content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model_id"}
@@ -129,7 +134,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Certificate:
-    """One parity measurement of one file on one provider (`export/parity.py` makes them)."""
+    """One parity measurement of one file on one provider (`export/measurement.py` makes them)."""
 
     provider: Provider
     precision: Precision
@@ -146,19 +151,41 @@ class Certificate:
 
     @classmethod
     def from_json(cls, payload: bytes, path: str) -> Self:
-        """Parse a certificate; raises `BundleDamaged`."""
+        """Parse a certificate; raises `BundleDamaged` when it is none, was altered or contradicts itself.
+
+        Its sha256 finds damage and careless edits. It is a checksum and no signature: whoever can write
+        into the bundle can make another.
+        """
         document = parse_json(payload, path)
+        keys = ("provider", "precision", "passed", "manifest_sha256", "model_sha256")
         try:
-            keys = ("provider", "precision", "manifest_sha256", "model_sha256")
-            provider, precision, manifest_sha256, model_sha256 = (document[key] for key in keys)
-            certificate = cls(
-                provider, precision, document["passed"] is True, manifest_sha256, model_sha256, document
-            )
+            stated, failures = document.pop("sha256"), document["failures"]
+            certificate = cls(**{key: document[key] for key in keys}, content=document)
         except KeyError as error:
             raise BundleDamaged(f"{path} is not a certificate: it has no {error}") from error
+        if stated != (found := _digest(document)):
+            raise BundleDamaged(
+                f"{path} was altered: it says sha256 {stated}, its content has {found}; "
+                "remove it, and make it again with iab-vision certify"
+            )
+        if certificate.passed is not (failures == []):
+            raise BundleDamaged(
+                f"{path} contradicts itself: passed is {certificate.passed!r}, failures are {failures!r}"
+            )
         if certificate.name != path:
             raise BundleDamaged(f"{path} speaks of {certificate.provider}-{certificate.precision}")
         return certificate
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """A certificate's bytes: the document and, last, the sha256 of its content."""
+    content = json.loads(json.dumps(document, allow_nan=False))
+    return (json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n").encode()
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def stored_precision(precision: Precision, provider: Provider) -> Precision:

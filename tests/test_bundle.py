@@ -6,10 +6,15 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import helper
 
-from pipelines import bundle
+from jobs.cli import main
+from pipelines import bundle, manifest
 from pipelines.bundle import BundleDamaged, NotABundle, NotCertified, open_bundle
-from tests.small_models import CLASS_IDS, small_bundle
+from pipelines.local_storage import LocalStorage
+from tests.small_models import CLASS_IDS, PASSED, small_bundle
+
+FAILED = {"passed": False, "failures": [{"metric": "top1 agreement", "value": 0.5, "limit": 1.0}]}
 
 
 @pytest.fixture
@@ -102,24 +107,117 @@ def test_file_larger_than_any_model_is_refused_before_it_is_read(folder):
         open_bundle(str(folder))
 
 
-def test_weights_in_a_file_elsewhere_are_refused(folder):
+def outside(**fields) -> onnx.TensorProto:
+    """A tensor whose numbers lie in a file of the machine that opens it."""
+    tensor = onnx.TensorProto(name="weight", data_type=onnx.TensorProto.FLOAT, dims=[1], **fields)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+    return tensor
+
+
+def in_an_initializer(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].CopyFrom(outside())
+
+
+def in_a_constant(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], value=outside()))
+
+
+def in_a_sparse_initializer(model: onnx.ModelProto) -> None:
+    model.graph.sparse_initializer.add(dims=[1]).values.CopyFrom(outside())
+
+
+def branching(model: onnx.ModelProto, branch: onnx.GraphProto) -> None:
+    node = helper.make_node("If", ["condition"], ["c"], then_branch=branch, else_branch=branch)
+    model.graph.node.append(node)
+
+
+def in_a_branch(model: onnx.ModelProto) -> None:
+    branching(model, onnx.GraphProto(name="branch", initializer=[outside()]))
+
+
+def in_a_constant_of_a_branch(model: onnx.ModelProto) -> None:
+    inner = helper.make_node("Constant", [], ["c"], value=outside())
+    branching(model, onnx.GraphProto(name="branch", node=[inner]))
+
+
+def without_saying_so(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].external_data.add(key="location", value="../../etc/passwd")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        in_an_initializer,
+        in_a_constant,
+        in_a_sparse_initializer,
+        in_a_branch,
+        in_a_constant_of_a_branch,
+        without_saying_so,
+    ],
+)
+def test_weights_in_a_file_elsewhere_are_refused(folder, plant):
     """Even when every hash of the bundle agrees: ONNX Runtime would open the path that the graph names."""
     model = onnx.load_model_from_string((folder / "model.onnx").read_bytes())
-    weight = model.graph.initializer[0]
-    weight.ClearField("raw_data")
-    weight.data_location = onnx.TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="../../etc/passwd")
+    plant(model)
     replace_model(folder, model.SerializeToString())
     with pytest.raises(BundleDamaged, match="keeps weight in another file"):
         open_bundle(str(folder))
 
 
-def test_operators_of_an_unknown_library_are_refused(folder):
-    model = onnx.load_model_from_string((folder / "model.onnx").read_bytes())
+def custom_node(model: onnx.ModelProto) -> None:
     model.graph.node[0].domain = "com.example.custom"
+
+
+def custom_node_in_a_branch(model: onnx.ModelProto) -> None:
+    custom = onnx.NodeProto(op_type="Spy", domain="com.example.custom", output=["c"])
+    branching(model, onnx.GraphProto(name="branch", node=[custom]))
+
+
+def custom_import(model: onnx.ModelProto) -> None:
+    model.opset_import.add(domain="com.example.custom", version=1)
+
+
+@pytest.mark.parametrize("plant", [custom_node, custom_node_in_a_branch, custom_import])
+def test_operators_of_an_unknown_library_are_refused(folder, plant):
+    model = onnx.load_model_from_string((folder / "model.onnx").read_bytes())
+    plant(model)
     replace_model(folder, model.SerializeToString())
     with pytest.raises(BundleDamaged, match=r"operators of com\.example\.custom"):
         open_bundle(str(folder))
+
+
+def test_functions_and_compiled_engines_are_refused(folder):
+    """A function can hide any of the above; an engine is native code."""
+    payload = (folder / "model.onnx").read_bytes()
+    model = onnx.load_model_from_string(payload)
+    model.functions.add(name="Hidden", domain="com.microsoft")
+    replace_model(folder, model.SerializeToString())
+    with pytest.raises(BundleDamaged, match="defines the function Hidden"):
+        open_bundle(str(folder))
+    model = onnx.load_model_from_string(payload)
+    engine = {"embed_mode": 0, "ep_cache_context": "../../engine.so"}
+    model.graph.node.append(helper.make_node("EPContext", [], ["c"], domain="com.microsoft", **engine))
+    replace_model(folder, model.SerializeToString())
+    with pytest.raises(BundleDamaged, match="compiled engine"):
+        open_bundle(str(folder))
+
+
+@pytest.mark.parametrize("record", [{"bytes": "5"}, {"bytes": True}, {"sha256": 7}, {"bytes": None}])
+def test_manifest_with_a_size_or_hash_of_another_type_is_damage(folder, record):
+    rewrite_manifest(folder, lambda document: document["files"]["model.onnx"].update(record))
+    with pytest.raises(BundleDamaged, match="it must be text and an int"):
+        open_bundle(str(folder))
+
+
+def test_opening_reads_every_file_once(folder, monkeypatch):
+    """From an object store each reading is a download."""
+    read = []
+    faithful = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda self, path: read.append(path) or faithful(self, path))
+    monkeypatch.setattr(LocalStorage, "open_input", None)
+    open_bundle(str(folder))
+    assert sorted(read) == ["certificates/cpu-fp32.json", "labels.parquet", "manifest.json", "model.onnx"]
 
 
 def test_file_that_is_no_onnx_is_refused(folder):
@@ -160,30 +258,69 @@ def test_precision_without_certificate_names_the_command_that_makes_one(folder):
 
 
 def test_certificate_of_a_failed_measurement_does_not_cover(tmp_path):
-    small_bundle(tmp_path / "b", certificates={("cpu", "fp32"): {"passed": False}})
+    small_bundle(tmp_path / "b", certificates={("cpu", "fp32"): FAILED})
     with pytest.raises(NotCertified, match="failed parity"):
         open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32")
 
 
-def test_certificate_copied_from_another_bundle_does_not_cover(folder, tmp_path):
+def rewrite_certificate(folder: Path, **changes) -> None:
+    """What someone who edits a certificate and makes its checksum agree would leave."""
     path = folder / "certificates" / "cpu-fp32.json"
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps({**document, "manifest_sha256": "0" * 64}))
+    document = {**json.loads(path.read_text()), **changes}
+    del document["sha256"]
+    path.write_bytes(manifest.sealed(document))
+
+
+def test_certificate_copied_from_another_bundle_does_not_cover(folder):
+    rewrite_certificate(folder, manifest_sha256="0" * 64)
     with pytest.raises(NotCertified, match="another model or manifest"):
         open_bundle(str(folder)).certificate_for("cpu", "fp32")
 
 
-@pytest.mark.parametrize("passed", ["yes", 1, None])
-def test_only_true_is_a_pass(folder, passed):
+def test_altered_certificate_is_found_by_its_checksum(tmp_path):
+    small_bundle(tmp_path / "b", certificates={("cpu", "fp32"): FAILED})
+    path = tmp_path / "b" / "certificates" / "cpu-fp32.json"
+    path.write_text(path.read_text().replace("0.5", "1.0"))
+    with pytest.raises(BundleDamaged, match=r"cpu-fp32\.json was altered: it says sha256 .*certify"):
+        open_bundle(str(tmp_path / "b"))
+
+
+def test_certificate_without_a_checksum_is_none(folder):
     path = folder / "certificates" / "cpu-fp32.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "passed": passed}))
-    with pytest.raises(NotCertified):
-        open_bundle(str(folder)).certificate_for("cpu", "fp32")
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(BundleDamaged, match="not a certificate: it has no 'sha256'"):
+        open_bundle(str(folder))
+
+
+@pytest.mark.parametrize("passed", ["yes", 1, None, True])
+def test_pass_that_names_failures_or_is_not_true_is_damage(folder, passed):
+    rewrite_certificate(folder, passed=passed, failures=FAILED["failures"] if passed is True else [])
+    with pytest.raises(BundleDamaged, match="contradicts itself"):
+        open_bundle(str(folder))
+
+
+@pytest.mark.parametrize("reference", [None, FAILED])
+def test_no_certificate_covers_without_that_of_the_reference(tmp_path, reference):
+    """fp32 on cpu comes last, so a bundle without it is half an export; and others are compared with it."""
+    passed = {("cuda", "fp32"): PASSED, **({("cpu", "fp32"): reference} if reference else {})}
+    small_bundle(tmp_path / "b", certificates=passed)
+    with pytest.raises(NotCertified, match=r"cpu.*--precisions fp32 --checkpoint RUN"):
+        open_bundle(str(tmp_path / "b")).certificate_for("cuda", "fp32")
+
+
+@pytest.mark.parametrize("certificates", [{}, {("cuda", "fp32"): PASSED}])
+def test_verify_finds_that_a_bundle_is_half_exported(tmp_path, certificates, capsys):
+    small_bundle(tmp_path / "b", certificates=certificates)
+    assert main(["verify", str(tmp_path / "b")]) == 1
+    small_bundle(tmp_path / "whole", certificates={**certificates, ("cpu", "fp32"): PASSED})
+    assert main(["verify", str(tmp_path / "whole")]) == 0
 
 
 def test_adding_a_certificate_keeps_the_model_id(folder):
     before = open_bundle(str(folder))
-    bundle.add_certificate(str(folder), before.manifest, "cuda", "fp32", {"passed": True})
+    bundle.add_certificate(str(folder), before.manifest, "cuda", "fp32", PASSED)
     after = open_bundle(str(folder))
     assert after.model_id == before.model_id
     assert after.certificate_for("cuda", "fp32").passed
