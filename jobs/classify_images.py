@@ -25,7 +25,7 @@ from jobs.config import ClassifyConfig
 from jobs.errors import InputError, JobFailed, Refused, checking_input
 from jobs.pools import size_pools
 from jobs.settings import plain
-from jobs.signals import Stopped, stoppable
+from jobs.signals import Stopped
 from pipelines import inventory, output, publishing
 from pipelines.bundle import Bundle, NotCertified, open_bundle
 from pipelines.inference import Model, Source, classify, work_list
@@ -64,8 +64,7 @@ def run(config: ClassifyConfig) -> int:
     """Prepare, classify what is missing, publish, report; or say that it is all done."""
     kept = "what is recorded stays recorded, and the same command continues it"
     try:
-        with stoppable():
-            return carry_out(prepare(config))
+        return carry_out(prepare(config))
     except (LedgerLost, LedgerDamaged, PartDamaged, TableDamaged) as error:
         raise JobFailed(str(error)) from error
     except RayError as error:

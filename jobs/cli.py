@@ -16,7 +16,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cluster import quieten
-from jobs.errors import CommandError, InputError
+from jobs.errors import CommandError, InputError, JobFailed
+from jobs.signals import Stopped, stoppable
 from pipelines.uris import redact
 
 if TYPE_CHECKING:
@@ -117,7 +118,14 @@ def parse(name: str, argv: Sequence[str]) -> "JobConfig":
 def run(name: str, settings: "JobConfig") -> int:
     start_logging()
     quieten()
-    code: int = importlib.import_module(COMMANDS[name].module).run(settings)
+    module = importlib.import_module(COMMANDS[name].module)
+    try:
+        with stoppable():
+            code: int = module.run(settings)
+    except Stopped as stop:
+        raise JobFailed(f"stopped by {stop}; run the same command again") from None
+    except SystemExit:  # Ray's own answer to SIGTERM while it starts
+        raise JobFailed("stopped while Ray started; run the same command again") from None
     return code
 
 

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jobs.signals import handlers_kept
+
 LOGICAL_CPUS_PER_CORE = 4
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -51,11 +53,12 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if joins_cluster(address):
-        ray.init(address=address, **quiet)
-    else:  # "local": without it Ray would join whatever cluster it finds on this machine
-        cpus = num_cpus or LOGICAL_CPUS_PER_CORE * cores()
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    with handlers_kept():
+        if joins_cluster(address):
+            ray.init(address=address, **quiet)
+        else:  # "local": without it Ray would join whatever cluster it finds on this machine
+            cpus = num_cpus or LOGICAL_CPUS_PER_CORE * cores()
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     try:
         yield
     except BaseException:

@@ -17,7 +17,7 @@ from ray.data import Dataset
 
 from jobs.errors import JobFailed
 from jobs.progress import ProgressReport
-from jobs.signals import Stopped, stoppable
+from jobs.signals import Stopped
 from pipelines.ledger import Ledger, LedgerLost
 from pipelines.output import Committer, Written, read_written
 from pipelines.rowset import count
@@ -57,7 +57,7 @@ def classify_missing(
         LedgerLost: another driver has taken over.
     """
     progress = ProgressReport(ledger.done.n_rows, len(ledger.done))
-    with stoppable(), progress, flushed(committer):
+    with progress, flushed(committer):
         try:
             for number in itertools.count():
                 before = len(ledger.done)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,10 +16,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `Stopped` here when asked to stop; asked a second time, end the process at once.
-
-    Enter it again after `ray.init`, which puts a handler of its own in place.
-    """
+    """Raise `Stopped` here when asked to stop; asked a second time, end the process at once."""
     asked = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -34,4 +32,16 @@ def stoppable() -> Iterator[None]:
     finally:
         if not asked:  # else the handler stays: what follows is putting work away
             for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Put back the handlers that a library (`ray.init`) replaces with its own."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
                 signal.signal(number, handler)

@@ -1,5 +1,7 @@
 """The command line's contract: exit codes, one paragraph per error, precedence, nothing written."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -200,3 +202,19 @@ def test_secrets_in_a_uri_are_not_shown(capsys: pytest.CaptureFixture[str]) -> N
         != 0
     )
     assert "hunter2" not in capsys.readouterr().err
+
+
+def test_a_stopped_command_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: object) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr("jobs.verify_output.run", stopped)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["verify", "x"]) == 1
+    assert capsys.readouterr().err == ("iab-vision verify: stopped by SIGTERM; run the same command again\n")
+    for number in (signal.SIGTERM, signal.SIGINT):  # the handler stays while work is put away
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before)
