@@ -4,13 +4,13 @@ A config is unpacked at the border: nothing below `jobs` ever sees one. How they
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from jobs.settings import JobConfig, suggestion, typed
-from pipelines import recipe, specs
+from pipelines import recipe, specs, uris
 from pipelines.status import Status
 
 if TYPE_CHECKING:  # the twins have the fields of what they validate
@@ -43,6 +43,19 @@ else:
     Columns = typed(recipe.Columns)
 
 
+def located(uri: str) -> str:
+    """A local path made absolute, for Ray's workers have a working directory of their own; else the URI."""
+    return str(uris.local_path(uri)) if uris.is_local(uri) else uri
+
+
+def located_model(name: str) -> str:
+    """`located` for a folder that is there; anything else is a name on the hub or a preset."""
+    return located(name) if Path(name).is_dir() else name
+
+
+Location = Annotated[str, AfterValidator(located)]
+
+
 class RayConfig(JobConfig):
     """Settings of commands that run on a Ray cluster."""
 
@@ -55,11 +68,11 @@ class RayConfig(JobConfig):
 class DatasetConfig(RayConfig):
     """Settings of commands that read labelled images."""
 
-    dataset: str
+    dataset: Location
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
     taxonomy: str = recipe.DataSettings.taxonomy
     """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
-    label_map: str | None = None
+    label_map: Location | None = None
     """Table whose first two columns rename labels; an empty target drops the image."""
     tier: int | None = Field(default=None, ge=1)
     """Lift every label to its ancestor of this tier."""
@@ -74,7 +87,7 @@ class DatasetConfig(RayConfig):
 class RecipeConfig(DatasetConfig):
     """Settings that make a training recipe; their defaults are the recipe's own."""
 
-    model: str = recipe.Recipe.model
+    model: Annotated[str, AfterValidator(located_model)] = recipe.Recipe.model
     """Hugging Face name, local folder, or `scratch:tiny|small|base` for random weights."""
     image_size: int | None = None
     """Height and width of the model's input, pixels; unset: the model's own, 224 from scratch."""
@@ -117,7 +130,7 @@ class RecipeConfig(DatasetConfig):
 class TrainConfig(RecipeConfig):
     """Fine-tune a Vision Transformer on labelled images; the same command continues an unfinished run."""
 
-    output: str
+    output: Location
     """Folder of the run."""
     checkpoint_every_steps: int = Field(default=0, ge=0)
     """Also keep a checkpoint every so many steps within an epoch; 0: at the end of each epoch only."""
@@ -134,9 +147,9 @@ class TrainConfig(RecipeConfig):
 class TuneConfig(RecipeConfig):
     """Search for a better recipe with short trainings; the same command continues an unfinished search."""
 
-    output: str
+    output: Location
     """Folder for the trials, their table and plot, and `best.yaml`."""
-    space: str = str(Path(__file__).parent / "configs" / "tune_space.yaml")
+    space: Location = str(Path(__file__).parent / "configs" / "tune_space.yaml")
     """YAML file that maps settings of the recipe to how they are drawn."""
     trials: int = Field(default=16, ge=1)
     """Recipes tried."""

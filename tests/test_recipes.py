@@ -30,6 +30,17 @@ def test_a_training_recipe_opens_with_its_command(path):
     assert f"--config jobs/configs/{path.name}" in "\n".join(head)
 
 
+def test_local_paths_of_training_hold_in_workers_with_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("before", "best").mkdir(parents=True)
+    here = TrainConfig(dataset="images", output="run", model="before/best", label_map="map.csv")
+    assert (here.dataset, here.output) == (str(tmp_path / "images"), str(tmp_path / "run"))
+    assert (here.model, here.label_map) == (str(tmp_path / "before/best"), str(tmp_path / "map.csv"))
+    away = TrainConfig(dataset="s3://bucket/images", output="gs://bucket/run", model="google/vit")
+    assert (away.dataset, away.output) == ("s3://bucket/images", "gs://bucket/run")
+    assert away.model == "google/vit"
+
+
 def test_scratch_and_pretrained_models_get_their_own_defaults():
     scratch = Recipe(model="scratch:tiny").resolved(multi_label=False)
     tuned = Recipe(model="some/model").resolved(multi_label=True)

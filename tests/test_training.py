@@ -297,19 +297,21 @@ def training_processes() -> list[int]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbroken_one_does(tmp_path):
-    folder = image_folder(tmp_path / "images")
+    image_folder(tmp_path / "images")
 
-    def start(output: Path) -> subprocess.Popen[bytes]:
+    def start(output: str) -> subprocess.Popen[bytes]:
+        """From another working directory than the workers', with paths relative to it."""
         command = [
-            sys.executable, "-m", "jobs", "train", "--dataset", str(folder), "--output", str(output),
+            sys.executable, "-m", "jobs", "train", "--dataset", "images", "--output", output,
             "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1",
             "--batch-size", "6", "--epochs", "5", "--augment.views", "4", "--precision", "fp32",
             "--splits.validation", "0.25", "--splits.test", "0.25",
         ]  # fmt: skip
-        return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
 
     output = tmp_path / "run"
-    first = start(output)
+    first = start("run")
     while len(runs.history(str(output))) < 2:
         assert first.poll() is None
         time.sleep(0.05)
@@ -317,12 +319,12 @@ def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbro
     first.wait()
     before = runs.history(str(output))
     assert not (output / "run.json").exists()
-    assert start(output).wait(300) == 0
+    assert start("run").wait(300) == 0
     after = runs.history(str(output))
     assert [line["epoch"] for line in after] == [1, 2, 3, 4, 5]
     assert after[0] == before[0], "the first epoch was trained again"
 
-    assert start(tmp_path / "unbroken").wait(300) == 0
+    assert start("unbroken").wait(300) == 0
     unbroken = runs.history(str(tmp_path / "unbroken"))
     for name in ("loss", "log_loss", "accuracy"):
         assert [line[name] for line in after] == pytest.approx([line[name] for line in unbroken], abs=1e-3)
