@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import appraisal, checkpoints, corpus, metrics, runs, sampling, splits, storage, vit
+from pipelines import anatomy, appraisal, checkpoints, corpus, metrics, runs, sampling, splits, storage, vit
 from pipelines.card import model_card
 from pipelines.checkpoints import Sidecar
 from pipelines.corpus import Corpus
@@ -59,7 +59,7 @@ def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) 
     refuse_missing(resources.trackers)
     refuse_unknown_metric(recipe.select_by, len(data.classes), multi_label=data.multi_label)
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
-    vit.parameter_groups(model, recipe.optimizer)
+    anatomy.parameter_groups(model, recipe.optimizer)
     return Plan(data, recipe, vit.image_spec(model, recipe.model), output, resources)
 
 

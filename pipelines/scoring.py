@@ -73,6 +73,6 @@ def network(files: Mapping[str, bytes]) -> Any:
         for name, payload in files.items():
             Path(folder, name).write_bytes(payload)
         model = AutoModelForImageClassification.from_pretrained(
-            folder, attn_implementation="sdpa", dtype=torch.float32, use_safetensors=True
+            folder, dtype=torch.float32, use_safetensors=True
         )
     return model.eval()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from pipelines import augment, checkpoints, metrics, optimisation, storage, vit
+from pipelines import anatomy, augment, checkpoints, metrics, optimisation, storage, vit
 from pipelines.checkpoints import STATE_FILE
 from pipelines.ingest import Pixels, PixelStore, stream_batches
 from pipelines.journal import Journal
@@ -76,8 +76,9 @@ class Trainer:
         self.task, self.place, self.recipe = task, place, task.recipe
         self.trains, self.validation = trains, validation
         self.model = vit.build(task.recipe, task.classes).to(place.device)
+        self.idle = anatomy.idle(self.model, task.sidecar.image_spec)
         optimizer = self.recipe.optimizer
-        self.adam = optimisation.adamw(vit.parameter_groups(self.model, optimizer), optimizer)
+        self.adam = optimisation.adamw(anatomy.parameter_groups(self.model, optimizer), optimizer)
         self.averaged = (
             optimisation.Averaged(self.model, optimizer.ema_decay) if optimizer.ema_decay else None
         )
@@ -113,9 +114,10 @@ class Trainer:
     def train_epoch(self) -> None:
         """Every step that is left of this epoch."""
         epoch, n_steps, first = self.position.epoch, self.task.steps_per_epoch, self.position.step
-        if vit.freeze(self.model, self.recipe.network, epoch) or self.parallel is None:
+        frozen_anew = anatomy.freeze(self.model, self.recipe.network, epoch, idle=self.idle)
+        if frozen_anew or self.parallel is None:
             self.wrap()
-        self.model.train()
+        anatomy.set_training(self.model)
         told = started = time.perf_counter()
         for step, micro_batches in self.steps(epoch, first):
             self.position.loss_sum += self.train_step(micro_batches, epoch=epoch, step=step)
@@ -288,7 +290,7 @@ class Trainer:
                 logits = self.model(pixel_values=self.normalised(images)).logits
             found.append(logits.float().cpu().numpy())
             wanted.append(targets_nc)
-        self.model.train()
+        anatomy.set_training(self.model)
         return np.concatenate(found), np.concatenate(wanted)
 
     def gathered(self, mine: npt.NDArray[Any]) -> npt.NDArray[Any]:

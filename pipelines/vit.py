@@ -1,12 +1,10 @@
-"""Build an image classifier of Hugging Face's, and decide which of its weights learn and how fast.
+"""Build an image classifier of Hugging Face's with a head for given classes.
 
-Any `AutoModelForImageClassification` works; nothing remote is executed and only safetensors are read. The
-blocks are found by structure, so freezing and layer decay need no list of architectures. Training itself
-is `training.py`'s part.
+Any `AutoModelForImageClassification` works whose head is beside its body; nothing remote is executed and
+only safetensors are read. Which of its weights learn is `anatomy.py`'s part, training `training.py`'s.
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.recipe import SCRATCH, Network, Optimizer, Recipe
+from pipelines import anatomy, drop_path
+from pipelines.anatomy import ModelError
+from pipelines.recipe import SCRATCH, Recipe
 from pipelines.specs import ImageSpec
-
-
-class ModelError(ValueError):
-    """The model cannot be built as asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,8 @@ def build(recipe: Recipe, classes: Classes) -> Any:
     }
     torch.manual_seed(recipe.seed)
     model = scratch(recipe, labels) if recipe.is_scratch else pretrained(recipe, labels)
-    add_drop_path(model, recipe.network.drop_path)
+    anatomy.refuse_freezing(model, recipe.network)
+    drop_path.add(model, recipe.network.drop_path)
     if recipe.network.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -88,7 +85,7 @@ def scratch(recipe: Recipe, labels: dict[str, Any]) -> Any:
         patch_size=patch_size,
         **labels,
     )
-    model = ViTForImageClassification._from_config(config, attn_implementation="sdpa")
+    model = ViTForImageClassification._from_config(config)
     initialise(model)
     return model
 
@@ -102,7 +99,7 @@ def initialise(model: Any) -> None:
     lower rate of 5e-4 that it wants.
     """
     width, heads = model.config.hidden_size, model.config.num_attention_heads
-    for block in blocks(model):
+    for block in anatomy.blocks(model):
         attention = block.attention
         for head in range(heads):
             rows = slice(head * width // heads, (head + 1) * width // heads)
@@ -141,8 +138,8 @@ def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
             recipe.model,
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="sdpa",
             ignore_mismatched_sizes=True,
+            **drop_path.own_setting(config, recipe.network.drop_path),
             **labels,
         )
     except OSError as error:
@@ -157,22 +154,35 @@ def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def renew_head(model: Any) -> None:
     """Fresh weights for the head: the loaded ones, even of the same size, tell other classes apart."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and is_head(name + ".", model):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+    names = anatomy.head(model)
+    last = [
+        module
+        for name, module in model.named_modules()
+        if f"{name}.weight" in names
+        and isinstance(module, nn.Linear)
+        and module.out_features == model.config.num_labels
+    ]
+    if not last:
+        raise ModelError(f"{type(model).__name__} has no linear layer for its classes; use another model")
+    for module in last:
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def resize(model: Any, image_size: int) -> None:
     """Another input size: position embeddings are interpolated (Dosovitskiy et al. 2021, 3.2)."""
-    old = model.config.image_size
-    if old == image_size:
+    old = stated_size(model.config)
+    if old in (image_size, (image_size, image_size), [image_size, image_size]):
+        return
+    if not any("position" in name for name in model.state_dict()):  # a convolutional network takes any size
+        model.config.image_size = image_size
         return
     embeddings: Any = getattr(model.base_model, "embeddings", None)
     positions = getattr(embeddings, "position_embeddings", None)
     patch = getattr(model.config, "patch_size", None)
-    if embeddings is None or positions is None or not isinstance(patch, int) or image_size % patch:
+    if not isinstance(positions, torch.Tensor) or not isinstance(patch, int) or image_size % patch:
         raise ModelError(
             f"image_size is {image_size}, but this {model.config.model_type} model takes {old} with patches "
             f"of {patch}; leave image_size unset, or use a ViT and a multiple of its patch"
@@ -181,6 +191,13 @@ def resize(model: Any, image_size: int) -> None:
     model.config.image_size = image_size
     embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
     embeddings.patch_embeddings.num_patches = (image_size // patch) ** 2
+
+
+def stated_size(config: Any) -> Any:
+    """The input size that a config states, its own or its vision part's: a side, a pair or None."""
+    return getattr(config, "image_size", None) or getattr(
+        getattr(config, "vision_config", None), "image_size", None
+    )
 
 
 def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
@@ -192,10 +209,19 @@ def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def image_spec(model: Any, source: str) -> ImageSpec:
-    """What the model's pixels must be: its size, and the mean and deviation that its folder states."""
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    """What the model's pixels must be: its size, and the mean and deviation that its folder states.
+
+    Raises:
+        ModelError: neither the config nor the preprocessor's says the size.
+    """
     constants = preprocessor(source)
+    size = stated_size(model.config) or constants.get("crop_size") or constants.get("size")
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        size = side or (size.get("height"), size.get("width"))
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    if not height or not width:
+        raise ModelError(f"{source} does not say which size of image it takes; give --image-size")
     return ImageSpec(
         height=height,
         width=width,
@@ -214,111 +240,3 @@ def preprocessor(source: str) -> dict[str, Any]:
         return {}
     content: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
     return content
-
-
-def blocks(model: Any) -> list[nn.Module]:
-    """The Transformer blocks, first to last: the longest list of modules in the model."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ModelError(f"this {model.config.model_type} model has no list of blocks to freeze or decay")
-    return max(lists, key=len)
-
-
-def is_head(name: str, model: Any) -> bool:
-    """Whether a parameter belongs to the classification head and not to the backbone."""
-    return not name.startswith(model.base_model_prefix + ".")
-
-
-def depths(model: Any) -> dict[str, int]:
-    """Depth of each parameter: 0 embeddings, 1 to L the blocks, L + 1 what follows (BEiT's numbering)."""
-    found = blocks(model)
-    owner = {id(parameter): i + 1 for i, block in enumerate(found) for parameter in block.parameters()}
-    depth = {}
-    seen_blocks = False
-    for name, parameter in model.named_parameters():
-        seen_blocks |= id(parameter) in owner
-        after = len(found) + 1 if seen_blocks or is_head(name, model) else 0
-        depth[name] = owner.get(id(parameter), after)
-    return depth
-
-
-def first_trained_depth(network: Network, n_blocks: int, epoch: int) -> int:
-    """The lowest depth that learns in this epoch (0-based): everything from there up to the head."""
-    if network.freeze == "none":
-        return network.freeze_blocks + 1 if network.freeze_blocks else 0
-    thawed = epoch // network.unfreeze_every_epochs if network.unfreeze_every_epochs else 0
-    lowest = network.freeze_blocks + 1 if network.freeze_blocks else 0
-    return max(lowest, n_blocks + 1 - thawed)
-
-
-def freeze(model: Any, network: Network, epoch: int) -> bool:
-    """Let exactly the weights learn that this epoch trains; True when that changed something.
-
-    With `backbone` frozen and nothing thawed, only the head itself learns, not the backbone's last norm.
-    """
-    n_blocks = len(blocks(model))
-    lowest = first_trained_depth(network, n_blocks, epoch)
-    head_only = network.freeze == "backbone" and lowest == n_blocks + 1
-    changed = False
-    depth = depths(model)
-    for name, parameter in model.named_parameters():
-        learns = is_head(name, model) if head_only else depth[name] >= lowest
-        changed |= parameter.requires_grad != learns
-        parameter.requires_grad_(learns)
-    return changed
-
-
-def parameter_groups(model: Any, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """AdamW groups: `scale` of the rate by depth; no decay on biases, norms, tokens and positions."""
-    top = len(blocks(model)) + 1
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    depth = depths(model)
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and not name.endswith(("position_embeddings", "cls_token", "mask_token"))
-        key = (depth[name], decays)
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "weight_decay": optimizer.weight_decay if decays else 0.0,
-                "scale": optimizer.layer_decay ** (top - depth[name]),
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def add_drop_path(model: Any, rate: float) -> None:
-    """Stochastic depth (Huang et al. 2016): residual branches are dropped per image, more often higher up.
-
-    Hooks, because the blocks are Hugging Face's; a saved model knows nothing of them.
-    """
-    if not rate:
-        return
-    found = blocks(model)
-    for i, block in enumerate(found):
-        branches = list(residual_branches(block))
-        if not branches:
-            raise ModelError(f"drop_path needs blocks with `attention` and `mlp`, not {type(block).__name__}")
-        for branch in branches:
-            branch.register_forward_hook(dropper(rate * (i + 1) / len(found)))
-
-
-def residual_branches(block: nn.Module) -> Iterator[nn.Module]:
-    for name in ("attention", "mlp"):
-        if isinstance(branch := getattr(block, name, None), nn.Module):
-            yield branch
-
-
-def dropper(rate: float) -> Any:
-    """A forward hook that zeroes a branch's output for a random share of the images and scales the others."""
-
-    def drop(module: nn.Module, _inputs: Sequence[Any], output: Any) -> Any:
-        if not module.training:
-            return output
-        branch = output[0] if isinstance(output, tuple) else output
-        kept = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= rate
-        branch = branch * (kept / max(1 - rate, 1e-6)).to(branch.dtype)
-        return (branch, *output[1:]) if isinstance(output, tuple) else branch
-
-    return drop

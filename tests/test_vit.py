@@ -8,7 +8,7 @@ import torch
 from small_training import RECIPE, trained, trainer
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
-from pipelines import checkpoints, vit
+from pipelines import anatomy, checkpoints, drop_path, vit
 from pipelines.checkpoints import Sidecar
 from pipelines.recipe import Network, Optimizer, Recipe
 from pipelines.specs import ImageSpec
@@ -59,17 +59,19 @@ def part_of(name: str) -> str:
 
 def test_gradual_unfreezing_thaws_one_block_at_a_time_from_the_top():
     network = Network(freeze="backbone", unfreeze_every_epochs=2)
-    lowest = [vit.first_trained_depth(network, 3, epoch) for epoch in range(9)]
+    lowest = [anatomy.first_trained_depth(network, 3, epoch) for epoch in range(9)]
     assert lowest == [4, 4, 3, 3, 2, 2, 1, 1, 0]
     model = vit.build(DEEP, CLASSES)
     assert (
-        vit.freeze(model, network, 0) and not vit.freeze(model, network, 1) and vit.freeze(model, network, 2)
+        anatomy.freeze(model, network, 0)
+        and not anatomy.freeze(model, network, 1)
+        and anatomy.freeze(model, network, 2)
     )
 
 
 def test_layer_decay_gives_each_block_the_stated_rate():
     model = vit.build(DEEP, CLASSES)
-    groups = vit.parameter_groups(model, Optimizer(layer_decay=0.5, weight_decay=0.1))
+    groups = anatomy.parameter_groups(model, Optimizer(layer_decay=0.5, weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale = {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
     assert scale["classifier.weight"] == 1
@@ -81,7 +83,7 @@ def test_layer_decay_gives_each_block_the_stated_rate():
 def test_biases_norms_and_positions_are_not_decayed():
     model = vit.build(DEEP, CLASSES)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = vit.parameter_groups(model, Optimizer())
+    groups = anatomy.parameter_groups(model, Optimizer())
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     assert sum(len(group["params"]) for group in groups) == len(names)
@@ -134,7 +136,7 @@ def test_drop_path_acts_in_training_only_and_keeps_the_mean():
     torch.testing.assert_close(model(images).logits, still(images).logits)
     model.train()
     assert not torch.equal(model(images).logits, model(images).logits)
-    dropped = vit.dropper(0.25)(model, (), torch.ones(20_000, 1))
+    dropped = drop_path.dropper(0.25)(model, (), torch.ones(20_000, 1))
     assert dropped.unique().tolist() == [0, pytest.approx(4 / 3)]
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
 
@@ -145,9 +147,9 @@ def test_another_architecture_can_be_fine_tuned_and_decayed(tmp_path):
     )
     Dinov2ForImageClassification(config).save_pretrained(tmp_path)
     model = vit.build(Recipe(model=str(tmp_path)).resolved(multi_label=False), CLASSES)
-    groups = vit.parameter_groups(model, Optimizer(layer_decay=0.5))
+    groups = anatomy.parameter_groups(model, Optimizer(layer_decay=0.5))
     assert {group["scale"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
-    vit.freeze(model, Network(freeze="backbone"), 0)
+    anatomy.freeze(model, Network(freeze="backbone"), 0)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {"classifier.weight", "classifier.bias"}
 
@@ -161,7 +163,7 @@ def test_another_architecture_can_be_fine_tuned_and_decayed(tmp_path):
     ],
 )
 def test_impossible_models_are_refused_with_the_remedy(recipe, words):
-    with pytest.raises(vit.ModelError, match=words):
+    with pytest.raises(anatomy.ModelError, match=words):
         vit.build(recipe.resolved(multi_label=False), CLASSES)
 
 
