@@ -30,7 +30,8 @@ test: install  ## every test that this machine can run
 demo: install  ## the whole story on images that the project draws itself
 	$(BIN)/iab-vision demo
 
-bench: install  ## the benchmarks that finish within minutes; each prints its own table
+bench: install  ## the benchmarks that need no data and finish within minutes; each prints its own table
+	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/classify_throughput.py
 
 clean:

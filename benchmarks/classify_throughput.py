@@ -1,6 +1,6 @@
 """`classify` against the bare loop, on the same images, the same ONNX bytes and the same cores, in one run.
 
-    python benchmarks/classify_throughput.py --images ../shared/photos
+    python benchmarks/classify_throughput.py --images photos
 
 The bare loop is what one would write without any framework: as many processes as cores, each reading a file,
 decoding it with `images.prepare` and running the graph in one thread, sixteen images at a time. It keeps no

@@ -1,6 +1,6 @@
 """What decoding costs, in and out of process, and what damaged files do to it.
 
-    python benchmarks/decode.py [--photos ../shared/photos] [--tricky ../shared/tricky] [--mutations 2000]
+    python benchmarks/decode.py [--photos photos] [--tricky tricky] [--mutations 2000]
 
 Three tables, in about two minutes on 2 cores. Cost per image: Pillow's full decode, `images.prepare`, and
 `DecoderProcess` in batches of 64, turn by turn over the same JPEGs. Damage: seeded mutations
@@ -42,22 +42,22 @@ console = Console(width=110)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, default=Path("../shared/photos"))
-    parser.add_argument("--tricky", type=Path, default=Path("../shared/tricky"))
+    parser.add_argument("--photos", type=Path, help="JPEGs to decode; drawn if not given")
+    parser.add_argument("--tricky", type=Path, help="files to damage; left out if not given")
     parser.add_argument("--mutations", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     for size in ((500, 375), (1600, 1200)):
         title = f"JPEGs of {size[0]} x {size[1]} to {SPEC.width}"
         console.print(costs(jpegs(arguments.photos, size), arguments.rounds, title))
-    if arguments.tricky.is_dir():
+    if arguments.tricky:
         console.print(damage(arguments.tricky, arguments.mutations))
     console.print(faults(jpegs(arguments.photos, (500, 375))))
 
 
-def jpegs(photos: Path, size: tuple[int, int]) -> list[bytes]:
+def jpegs(photos: Path | None, size: tuple[int, int]) -> list[bytes]:
     """128 JPEGs of one size, quality 85: photographs, or drawn noise where there are none."""
-    files = sorted(photos.glob("*/*.jpg"))[::43][:128]
+    files = sorted(photos.glob("*/*.jpg"))[::43][:128] if photos else []
     pictures = [Image.open(file).convert("RGB") for file in files] or [drawn(seed) for seed in range(128)]
     return [encoded(picture.resize(size)) for picture in pictures]
 

@@ -1,7 +1,7 @@
 """Fetching: objects per second and CPU per object, beside the barest loop over the same client.
 
-    python benchmarks/fetch.py --objects 5000 --files ../shared/photos       local files
-    eval "$(../shared/real_s3.sh env)"; python benchmarks/fetch.py           an S3 server, by s3:// and by http://
+    python benchmarks/fetch.py --objects 5000 --files photos    # local files
+    python benchmarks/fetch.py    # the S3 server of AWS_ENDPOINT_URL, by s3:// and by http://
 
 Every way runs three times, alternating; the best of each is shown, CPU is the client process alone. The
 http rows fetch the same objects by presigned URLs. Expected: at most 0.15 ms of CPU per object beyond the

@@ -1,7 +1,7 @@
 """What training on the real photos reaches: the recipe from random weights, and transfer between classes.
 
-    python benchmarks/train_photos.py --part recipe      # 13 minutes on 2 idle cores with bf16
-    python benchmarks/train_photos.py --part transfer    # 5 minutes
+    python benchmarks/train_photos.py --photos photos/labels.csv --part recipe
+    python benchmarks/train_photos.py --photos photos/labels.csv --part transfer
 
 `recipe` runs jobs/configs/train_photos_scratch.yaml and prints the test split's numbers (expected: top-1
 0.57, top-3 0.78, balanced accuracy 0.54, calibration error below 0.05). `transfer` trains on 11 of the 17
@@ -84,7 +84,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=["recipe", "transfer"], required=True)
-    parser.add_argument("--photos", type=Path, default=ROOT.parent / "shared" / "photos" / "labels.csv")
+    parser.add_argument("--photos", type=Path, required=True, help="labels.csv of the photographs")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "train_photos")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The whole job on real files while something outside it goes wrong: the decoder, the files, the storage.
 
-    python benchmarks/whole_job.py --photos ../shared/photos --tricky ../shared/tricky
+    python benchmarks/whole_job.py --photos photos --tricky tricky
 
 * faults: 5,000 photographs, of which three make the decoder crash, abort and hang.
 * damaged: the tricky files and 2,000 seeded mutations of them, against as many whole photographs.

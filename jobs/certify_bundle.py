@@ -1,6 +1,6 @@
 """`iab-vision certify`: adds the certificate of this machine's provider to an existing bundle.
 
-    iab-vision certify BUNDLE --images ../shared/photos --provider cuda --precisions fp16
+    iab-vision certify BUNDLE --images photos --provider cuda --precisions fp16
 
 On a GPU node this makes what a CPU node exported runnable there. Exit code 3 when a precision differs too
 much; its certificate then says so, and classify does not run it. What is compared with is the bundle's own

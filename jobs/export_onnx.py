@@ -1,6 +1,6 @@
 """`iab-vision export`: turns a trained checkpoint into a certified ONNX bundle.
 
-    iab-vision export --checkpoint RUN --images ../shared/photos --output BUNDLE --precisions fp32,int8
+    iab-vision export --checkpoint RUN --images photos --output BUNDLE --precisions fp32,int8
 
 Two cores: ViT-tiny at 64 pixels with int8 in under a minute, ViT-base at 224 in float32 under three.
 Prints one line per precision and the bundle's model id. Exit code 3, and no bundle, when a precision

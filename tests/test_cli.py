@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from jobs.errors import InputError
 from jobs.settings import plain
 from pipelines.specs import FetchLimits
 
+JOBS = Path(cli.__file__).parent
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "out"]
 
 
@@ -218,3 +220,18 @@ def test_a_stopped_command_says_so_in_one_line(
     assert capsys.readouterr().err == ("iab-vision verify: stopped by SIGTERM; run the same command again\n")
     for number in (signal.SIGTERM, signal.SIGINT):  # the handler stays while work is put away
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else before)
+
+
+def test_the_worked_classify_settings_are_accepted_whole() -> None:
+    config = ClassifyConfig.parse(["--config", str(JOBS / "configs" / "classify.yaml")], command="classify")
+    assert (config.provider, config.precision) == ("cuda", "fp16")
+
+
+def test_the_cluster_manifests_start_commands_that_exist() -> None:
+    job = yaml.safe_load((JOBS / "cluster" / "rayjob.yaml").read_text())["spec"]
+    assert job["rayClusterSpec"]["rayVersion"] == metadata.version("ray")
+    python, module, package, command, flag, settings = job["entrypoint"].split()
+    assert (python, module, package, flag) == ("python", "-m", "jobs", "--config")
+    assert command in cli.COMMANDS and (JOBS.parent / settings).exists()
+    launcher = yaml.safe_load((JOBS / "cluster" / "ray-up.yaml").read_text())
+    assert launcher["head_node_type"] in launcher["available_node_types"]
