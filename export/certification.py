@@ -172,7 +172,7 @@ def _evidence_of_bundle(
             "with itself. Name the run that the bundle was exported from: --checkpoint RUN"
         )
     opened.certificate_for("cpu", "fp32")
-    reference = _candidate(opened, runtime_spec(measuring, "cpu", "fp32"))
+    reference = _candidate(opened, RuntimeSpec(threads=measuring.threads))
     own = samples.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)
     sample = [*own, *samples.awkward(measuring.seed)]
 

@@ -24,10 +24,11 @@ from jobs.commit_loop import Passes, classify_missing
 from jobs.config import ClassifyConfig
 from jobs.errors import InputError, JobFailed, Refused, checking_input
 from jobs.pools import size_pools
+from jobs.proof import is_certified
 from jobs.settings import plain
 from jobs.signals import Stopped
 from pipelines import inventory, output, publishing
-from pipelines.bundle import Bundle, NotCertified, open_bundle
+from pipelines.bundle import Bundle, open_bundle
 from pipelines.inference import Model, Source, classify, work_list
 from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, State
 from pipelines.output import Committer, PartDamaged
@@ -37,8 +38,6 @@ from pipelines.runs import git_revision
 from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage import Storage, is_local, join, open_storage, redact
 from pipelines.traces import root_cause
-
-CPU_BATCH, GPU_BATCH = 16, 256
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +84,10 @@ def prepare(config: ClassifyConfig) -> Run:
         runtime = RuntimeSpec(
             provider=config.provider,
             precision=config.precision,
-            batch_size=config.batch_size or (CPU_BATCH if config.provider == "cpu" else GPU_BATCH),
+            batch_size=config.batch_size,
             threads=config.threads_per_session,
         )
-        certified = is_certified(bundle, config)
+        certified = is_certified(bundle, runtime, allow_uncertified=config.allow_uncertified)
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
         refuse_strangers(state, table)
@@ -132,18 +131,6 @@ def surroundings() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {"git_revision": git_revision(), "versions": versions}
-
-
-def is_certified(bundle: Bundle, config: ClassifyConfig) -> bool:
-    """Whether a passing certificate covers what will run; `--allow-uncertified` lets it be False."""
-    try:
-        bundle.certificate_for(config.provider, config.precision)
-    except NotCertified as error:
-        if not config.allow_uncertified:
-            raise Refused(str(error)) from error
-        log.warning("RUNNING WITHOUT PROOF (--allow-uncertified): %s", error)
-        return False
-    return True
 
 
 def inventory_options(config: ClassifyConfig) -> InventoryOptions:

@@ -221,7 +221,7 @@ class ClassifyConfig(RayConfig):
     provider: specs.Provider = "cpu"
     """Execution provider; `cuda` and `tensorrt` put one session on each GPU."""
     batch_size: int = Field(default=0, ge=0)
-    """Images per session run; 0 is 16 on CPU and 256 on GPU."""
+    """Most images per session run; 0 is 16 on CPU and 256 on GPU. The certificate must cover it."""
     threads_per_session: int = Field(default=1, ge=1)
     """CPU threads of each ONNX session."""
     allow_uncertified: bool = False
@@ -301,8 +301,8 @@ class EvaluateConfig(JobConfig):
     """Which file of the bundle runs."""
     provider: specs.Provider = "cpu"
     """Execution provider of the bundle."""
-    batch_size: int = Field(default=16, ge=1)
-    """Images per session run of the bundle."""
+    batch_size: int = Field(default=0, ge=0)
+    """Most images per session run of the bundle; 0 is 16 on CPU and 256 on GPU."""
     threads: int = Field(default=0, ge=0)
     """Decoding threads and CPU threads of the model; 0 is one per core."""
     allow_uncertified: bool = False

@@ -138,19 +138,19 @@ def subject(config: EvaluateConfig) -> Iterator[Subject]:
 
 def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
     """The bundle's ONNX model, in the session that classify would use."""
+    from jobs.proof import is_certified
     from pipelines import bundle as bundles
     from pipelines import runtime, storage
     from pipelines.specs import RuntimeSpec
 
     bundle = bundles.open_bundle(uri)
-    if not config.allow_uncertified:
-        bundle.certificate_for(config.provider, config.precision)
     spec = RuntimeSpec(
         provider=config.provider,
         precision=config.precision,
         batch_size=config.batch_size,
         threads=config.threads or cores(),
     )
+    is_certified(bundle, spec, allow_uncertified=config.allow_uncertified)
     own_table = storage.join(uri, bundles.TAXONOMY_FILE)
     return Subject(
         name=f"{storage.redact(uri)} ({bundle.model_id}, {config.precision} on {config.provider})",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.config import PredictConfig
-from jobs.errors import InputError, Refused, checking_input
+from jobs.errors import InputError, checking_input
 from jobs.settings import plain
 
 
@@ -26,6 +26,7 @@ def run(config: PredictConfig) -> int:
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """One row per image: the label columns of the predictions table, with the path of each label."""
+    from jobs.proof import is_certified
     from pipelines import bundle as bundles
     from pipelines.fetch import Fetcher
     from pipelines.images import prepare
@@ -36,12 +37,9 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise InputError("no image was named; give files or URLs after the settings")
     with checking_input():
         bundle = bundles.open_bundle(config.bundle)
-    if not config.allow_uncertified:
-        try:
-            bundle.certificate_for("cpu", config.precision)
-        except bundles.NotCertified as error:
-            raise Refused(str(error)) from error
-    predictor = open_predictor(bundle, RuntimeSpec(precision=config.precision, batch_size=1), config.top_k)
+    spec = RuntimeSpec(precision=config.precision, batch_size=1)
+    is_certified(bundle, spec, allow_uncertified=config.allow_uncertified)
+    predictor = open_predictor(bundle, spec, config.top_k)
     fetcher = Fetcher(plain(config.fetch))
     try:
         arrived = [(index, fetcher.fetch(uri)) for index, uri in enumerate(config.images)]

@@ -31,7 +31,7 @@ from pipelines.manifest import (
     sealed,
     stored_precision,
 )  # fmt: skip
-from pipelines.specs import ImageSpec, Precision, Provider
+from pipelines.specs import ImageSpec, Precision, Provider, RuntimeSpec
 from pipelines.taxonomy import Taxonomy
 
 __all__ = [
@@ -148,10 +148,26 @@ class Bundle:
             reason = f"{uri}/{wanted} was made for another model or manifest than this one"
         else:
             return found
-        reference = " --checkpoint RUN" if (provider, precision) == ("cpu", "fp32") else ""
         raise NotCertified(
-            f"{reason}. Make one on a machine that has the provider: iab-vision certify {uri} --images URI "
-            f"--provider {provider} --precisions {precision}{reference}"
+            f"{reason}. Make one on a machine that has the provider: {self._command(provider, precision)}"
+        )
+
+    def certificate_covering(self, spec: RuntimeSpec) -> Certificate:
+        """The passing certificate that was measured in the batch sizes of `spec`; raises `NotCertified`."""
+        found = self.certificate_for(spec.provider, spec.precision)
+        if gap := found.gap(spec):
+            raise NotCertified(
+                f"{storage.redact(self.uri)}/{found.name} does not cover this: {gap}. Give the --batch-size "
+                "that was measured, or measure this one on a machine that has the provider: "
+                f"{self._command(spec.provider, spec.precision)} --measuring.batch-size {spec.batch_size}"
+            )
+        return found
+
+    def _command(self, provider: Provider, precision: Precision) -> str:
+        reference = " --checkpoint RUN" if (provider, precision) == ("cpu", "fp32") else ""
+        return (
+            f"iab-vision certify {storage.redact(self.uri)} --images URI --provider {provider} "
+            f"--precisions {precision}{reference}"
         )
 
     def _certified(self) -> str:

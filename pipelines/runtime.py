@@ -64,8 +64,7 @@ class OnnxModel:
 
     def __init__(self, model: bytes, spec: RuntimeSpec) -> None:
         self.spec = spec
-        self.batch_size = spec.batch_size
-        """Largest batch that is run; halves when memory runs out."""
+        """How it runs; its batch size halves when memory runs out."""
         self._model = model
         self._sessions: dict[int, _Session] = {}
         probe = self._session(self._bucket(1 if spec.provider == "cpu" else spec.batch_size))
@@ -75,6 +74,11 @@ class OnnxModel:
         self.height, self.width = int(shape[1]), int(shape[2])
         self.n_classes = int(probe.session.get_outputs()[0].shape[1])
         self.run(np.zeros((probe.bucket or 1, self.height, self.width, 3), np.uint8))  # warm-up
+
+    @property
+    def batch_size(self) -> int:
+        """Most images that are run at once."""
+        return self.spec.batch_size
 
     def run(self, pixels_nhwc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits and probabilities, float32 [n, classes], of uint8 [n, height, width, 3]; any n."""
@@ -104,9 +108,9 @@ class OnnxModel:
             "providers": self.providers,
             "provider_options": session.get_provider_options(),
             "batch_size": self.batch_size,
-            "buckets": buckets(self.batch_size, self.spec.provider),
+            "buckets": self.spec.buckets,
             "threads": self.spec.threads,
-            "allow_tf32": self.spec.allow_tf32,
+            "allow_tf32": self.spec.tf32,
             "machine": cpu_name() if self.spec.provider == "cpu" else gpu_name(self.spec.device_id),
             "nodes": {name: len(kinds) for name, kinds in placement(session).items()},
         }
@@ -127,11 +131,11 @@ class OnnxModel:
             raise OutOfMemory(
                 f"one image does not fit into the memory of {self.spec.provider} beside the model: {error}"
             ) from error
-        self.batch_size = bucket // 2
+        self.spec = replace(self.spec, batch_size=bucket // 2)
         self._sessions.clear()
 
     def _bucket(self, n: int) -> int:
-        return next(size for size in buckets(self.batch_size, self.spec.provider) if size >= n)
+        return next(size for size in self.spec.buckets if size >= n)
 
     def _session(self, bucket: int) -> "_Session":
         key = 0 if self.spec.provider == "cpu" else bucket
@@ -148,19 +152,6 @@ def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
     if spec.provider == "tensorrt" and not spec.engine_cache and is_local(bundle.uri):
         spec = replace(spec, engine_cache=f"{local_path(bundle.uri)}.engines")
     return OnnxModel(bundle.model_bytes(spec.precision, spec.provider), spec)
-
-
-def buckets(batch_size: int, provider: Provider) -> list[int]:
-    """The batch sizes that are ever run, ascending.
-
-    On CPU the powers of two below the full one, as padding costs time there. A GPU session is frozen to
-    one size (CUDA graph, arena without growth: onnxruntime #24376), so there is one more for the tail.
-    """
-    if provider == "cpu":
-        sizes = {1 << power for power in range(batch_size.bit_length()) if 1 << power < batch_size}
-    else:
-        sizes = {max(1, batch_size // 8)}
-    return sorted({*sizes, batch_size})
 
 
 class _Session:

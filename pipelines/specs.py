@@ -11,6 +11,9 @@ from typing import Literal
 Provider = Literal["cpu", "cuda", "tensorrt"]
 Precision = Literal["fp32", "fp16", "int8"]
 
+DEFAULT_BATCH: dict[Provider, int] = {"cpu": 16, "cuda": 256, "tensorrt": 256}
+"""Images per session run. More than 16 are no faster on a core; a data-centre GPU wants hundreds."""
+
 
 def at_least(name: str, value: float, minimum: float) -> None:
     """Raise ValueError naming the setting, its value and its limit when `value < minimum`."""
@@ -142,8 +145,8 @@ class RuntimeSpec:
     """Execution provider; the session must really use it or the actor fails at start."""
     precision: Precision = "fp32"
     """Which file of the bundle."""
-    batch_size: int = 16
-    """Images per session run; the last batch is padded to it."""
+    batch_size: int = 0
+    """Most images per session run; 0 becomes the provider's `DEFAULT_BATCH`."""
     threads: int = 1
     """Intra-op threads of a CPU session."""
     device_id: int = 0
@@ -156,9 +159,34 @@ class RuntimeSpec:
     def __post_init__(self) -> None:
         if self.precision == "int8" and self.provider != "cpu":
             raise ValueError(f"int8 does not run on {self.provider}; it is made for cpu: use fp16 on a GPU")
-        at_least("batch_size", self.batch_size, 1)
+        if (self.provider, self.precision) == ("tensorrt", "fp32"):
+            raise ValueError(
+                "fp32 on tensorrt would be TF32: TensorRT rounds float32 products, and ONNX Runtime has no "
+                "option against it; use --precision fp16, or --provider cuda for float32"
+            )
+        at_least("batch_size", self.batch_size, 0)
+        object.__setattr__(self, "batch_size", self.batch_size or DEFAULT_BATCH[self.provider])
         at_least("threads", self.threads, 1)
         at_least("device_id", self.device_id, 0)
+
+    @property
+    def buckets(self) -> list[int]:
+        """The batch sizes that are ever run, ascending; fewer images are padded to the next one.
+
+        On CPU the powers of two below the full one, as padding costs time there. A GPU session is frozen to
+        one size (CUDA graph, arena without growth: onnxruntime #24376), so there is one more for the tail.
+        """
+        if self.provider == "cpu":
+            powers = range(self.batch_size.bit_length())
+            smaller = {1 << power for power in powers if 1 << power < self.batch_size}
+        else:
+            smaller = {max(1, self.batch_size // 8)}
+        return sorted({*smaller, self.batch_size})
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products may be rounded: TensorRT does so to what fp16 leaves in float32."""
+        return self.allow_tf32 or self.provider == "tensorrt"
 
 
 @dataclass(frozen=True)
@@ -171,16 +199,17 @@ class Measuring:
     """Images of the user that int8 ranges come from: others than those compared, while there are others."""
     seed: int = 0
     """Decides which images are drawn."""
-    batch_size: int = 16
-    """Images per session run; what classify uses on this provider."""
+    batch_size: int = 0
+    """Most images per session run, which classify may then use; 0 is 16 on CPU and 256 on GPU."""
     threads: int = 1
     """CPU threads of a session; what classify uses."""
     device_id: int = 0
     """GPU of a CUDA or TensorRT session."""
 
     def __post_init__(self) -> None:
-        for name in ("sample_images", "calibration_images", "batch_size", "threads"):
+        for name in ("sample_images", "calibration_images", "threads"):
             at_least(name, getattr(self, name), 1)
+        at_least("batch_size", self.batch_size, 0)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,11 @@ from pipelines.specs import ImageSpec
 CLASS_IDS = ("483", "1", "v9i3On", "425", "552")
 SPEC = ImageSpec(height=40, width=56, mean=(0.5, 0.45, 0.4), std=(0.25, 0.2, 0.3))
 TEMPERATURE = 1.3
-PASSED = {"passed": True, "failures": []}
+PASSED = {
+    "passed": True,
+    "failures": [],
+    "environment": {"batch_size": 16, "buckets": [1, 2, 4, 8, 16], "allow_tf32": False},
+}
 """What of a certificate the readers of a bundle look at."""
 COLOURS = ((220, 60, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40), (200, 60, 210))
 

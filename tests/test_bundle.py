@@ -12,6 +12,7 @@ from jobs.cli import main
 from pipelines import bundle, manifest
 from pipelines.bundle import BundleDamaged, NotABundle, NotCertified, open_bundle
 from pipelines.local_storage import LocalStorage
+from pipelines.specs import RuntimeSpec
 from tests.small_models import CLASS_IDS, PASSED, small_bundle
 
 FAILED = {"passed": False, "failures": [{"metric": "top1 agreement", "value": 0.5, "limit": 1.0}]}
@@ -324,6 +325,43 @@ def test_adding_a_certificate_keeps_the_model_id(folder):
     after = open_bundle(str(folder))
     assert after.model_id == before.model_id
     assert after.certificate_for("cuda", "fp32").passed
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_certificate_on_cpu_covers_smaller_batches_than_its_own(folder, batch_size):
+    """It proves that batch sizes change nothing there, and `predict` runs one image at a time."""
+    assert open_bundle(str(folder)).certificate_covering(RuntimeSpec(batch_size=batch_size)).passed
+
+
+def test_larger_batches_than_were_measured_name_both_and_the_command(folder):
+    with pytest.raises(
+        NotCertified,
+        match=r"measured batches of 1, 2, 4, 8, 16 images, and .*32 would run.*iab-vision certify"
+        r".*--provider cpu --precisions fp32 --checkpoint RUN --measuring.batch-size 32",
+    ):
+        open_bundle(str(folder)).certificate_covering(RuntimeSpec(batch_size=32))
+
+
+@pytest.mark.parametrize(
+    ("environment", "gap"),
+    [
+        ({"buckets": [32, 256], "allow_tf32": False}, ""),
+        ({"buckets": [1, 2, 4, 8, 16], "allow_tf32": False}, "measured batches of 1, 2, 4, 8, 16 images"),
+        ({"buckets": [64, 512], "allow_tf32": False}, "measured batches of 64, 512 images, and 32, 256"),
+        ({"buckets": [32, 256], "allow_tf32": True}, "measured with TF32 True, and False would run"),
+        ({}, "measured batches of 0 images"),
+    ],
+)
+def test_certificate_on_a_gpu_covers_the_very_batch_sizes_alone(folder, environment, gap):
+    """Each size has kernels of its own there, and so other numbers."""
+    content = {**PASSED, "environment": environment}
+    bundle.add_certificate(str(folder), open_bundle(str(folder)).manifest, "cuda", "fp32", content)
+    opened, spec = open_bundle(str(folder)), RuntimeSpec("cuda")
+    if gap:
+        with pytest.raises(NotCertified, match=gap):
+            opened.certificate_covering(spec)
+    else:
+        assert opened.certificate_covering(spec).passed
 
 
 def test_precision_that_was_not_exported_names_those_that_were(folder):

@@ -275,8 +275,14 @@ def test_an_altered_bundle_is_refused(images, bundle, tmp_path, capsys):
 
 def test_an_uncertified_bundle_is_refused_with_the_command_that_certifies(images, tmp_path, capsys):
     small_bundle(tmp_path / "bare", certificates={})
-    assert main(command(images, tmp_path / "bare", tmp_path / "out")) in (2, 3)
-    assert "iab-vision" in capsys.readouterr().err
+    assert main(command(images, tmp_path / "bare", tmp_path / "out")) == 3
+    assert "iab-vision certify" in capsys.readouterr().err
+
+
+def test_batches_that_no_certificate_covers_are_refused_like_a_missing_one(images, bundle, tmp_path, capsys):
+    assert main(command(images, bundle, tmp_path / "out", "--batch-size", "64")) == 3
+    assert "--measuring.batch-size 64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_report_lost_with_its_driver_is_written_by_the_next(ray_cluster, images, bundle, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipelines import runtime
-from pipelines.runtime import ModelUnusable, OnnxModel, ProviderUnavailable, buckets
+from pipelines.runtime import ModelUnusable, OnnxModel, ProviderUnavailable
 from pipelines.specs import RuntimeSpec
 from tests.small_models import small_graph
 
@@ -55,24 +55,29 @@ def test_pixels_of_another_shape_or_type_are_refused(model, wrong):
 
 
 def test_batch_sizes_are_few_and_fixed():
-    assert buckets(16, "cpu") == [1, 2, 4, 8, 16]
-    assert buckets(12, "cpu") == [1, 2, 4, 8, 12]
-    assert buckets(1, "cpu") == buckets(1, "cuda") == [1]
-    assert buckets(256, "cuda") == [32, 256]
+    assert RuntimeSpec().buckets == [1, 2, 4, 8, 16]
+    assert RuntimeSpec(batch_size=12).buckets == [1, 2, 4, 8, 12]
+    assert RuntimeSpec(batch_size=1).buckets == RuntimeSpec("cuda", batch_size=1).buckets == [1]
+    assert RuntimeSpec("cuda").buckets == [32, 256]
 
 
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_missing_gpu_stops_the_session_instead_of_running_on_cpu(provider):
+@pytest.mark.parametrize(("provider", "precision"), [("cuda", "fp32"), ("tensorrt", "fp16")])
+def test_missing_gpu_stops_the_session_instead_of_running_on_cpu(provider, precision):
     """ONNX Runtime alone would warn and run on CPU (onnxruntime #23372)."""
     if _has_gpu():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ProviderUnavailable):
-        OnnxModel(small_graph(), RuntimeSpec(provider=provider))
+        OnnxModel(small_graph(), RuntimeSpec(provider, precision))
 
 
 def test_int8_on_a_gpu_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="int8 does not run on cuda"):
         RuntimeSpec(provider="cuda", precision="int8")
+
+
+def test_float32_on_tensorrt_is_refused_as_it_would_be_tf32():
+    with pytest.raises(ValueError, match=r"TF32.*--precision fp16, or --provider cuda"):
+        RuntimeSpec("tensorrt", "fp32")
 
 
 @pytest.mark.parametrize("payload", [b"", b"not a model", small_graph()[:300]])
@@ -175,14 +180,18 @@ def _has_gpu() -> bool:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+@pytest.mark.parametrize(
+    ("provider", "precision", "tolerance"), [("cuda", "fp32", 1e-3), ("tensorrt", "fp16", 0.1)]
+)
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 20])
-def test_gpu_gives_what_the_cpu_gives(provider, n):
-    reference = OnnxModel(small_graph(), RuntimeSpec()).run(pixels(n))
-    gpu = OnnxModel(small_graph(), RuntimeSpec(provider=provider, batch_size=8))
+def test_gpu_gives_what_the_cpu_gives(provider, precision, tolerance, n, tmp_path):
+    """Logits are of the order of 10; TensorRT runs this float32 graph in fp16, 11 bits."""
+    reference_nc = OnnxModel(small_graph(), RuntimeSpec()).run(pixels(n))[0]
+    spec = RuntimeSpec(provider, precision, batch_size=8, engine_cache=str(tmp_path))
+    gpu = OnnxModel(small_graph(), spec)
     logits_nc, probabilities_nc = gpu.run(pixels(n))
-    np.testing.assert_allclose(logits_nc, reference[0], atol=1e-3)
-    np.testing.assert_allclose(probabilities_nc, reference[1], atol=1e-4)
+    np.testing.assert_allclose(logits_nc, reference_nc, atol=tolerance)
+    np.testing.assert_allclose(probabilities_nc.sum(axis=1), 1, atol=1e-2)
     assert gpu.providers[0] == runtime.EP_NAMES[provider]
 
 
