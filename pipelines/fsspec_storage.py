@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.stored import AlreadyExists, Entry, is_temporary, temporary_name
+from pipelines.stored import AlreadyExists, Entry, Version, is_temporary, temporary_name
 from pipelines.uris import join
 
 
@@ -44,6 +44,12 @@ class FsspecStorage:
     def put_file(self, path: str, local_file: Path) -> None:
         with self._replacing(path) as (filesystem, temporary):
             filesystem.put_file(str(local_file), temporary)
+
+    def version(self, path: str) -> None:
+        return None
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        self.put_file(path, local_file)
 
     def create(self, path: str, payload: bytes) -> None:
         if not self.exists(path):

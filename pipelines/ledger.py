@@ -170,10 +170,10 @@ class Ledger:
 
     @contextmanager
     def explaining_loss(self) -> Iterator[None]:
-        """Where a file is gone because a rival has cleared up, say that instead. Raises LedgerLost."""
+        """Where a file is gone or not as it was because of a rival, say that instead. Raises LedgerLost."""
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, AlreadyExists):
             self.check()
             raise
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from pipelines.stored import AlreadyExists, Entry, StorageError, is_temporary, temporary_name
+from pipelines.stored import AlreadyExists, Entry, StorageError, Version, is_temporary, temporary_name
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class LocalStorage:
                 sync_file(temporary)
                 temporary.replace(target)
         sync_folder(target.parent)
+
+    def version(self, path: str) -> None:
+        return None
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        self.put_file(path, local_file)
 
     def create(self, path: str, payload: bytes) -> None:
         target = self.root / path

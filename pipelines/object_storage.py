@@ -1,16 +1,18 @@
 """A prefix of a bucket in S3, Google Cloud Storage or Azure as a storage, through obstore.
 
-Its conditional put is what fences two drivers. An outage of the server is waited out; obstore's errors,
-which print their internals over 30 lines, become one sentence.
+Its conditional put is what fences two drivers, in the ledger (If-None-Match) and in the table (If-Match). An
+outage of the server is waited out; obstore's errors, which print their internals over 30 lines, become one
+sentence.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,11 +22,22 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.stored import AlreadyExists, Entry, StorageError
+from pipelines.stored import AlreadyExists, Entry, StorageError, Version
 from pipelines.uris import join, redact, scheme_of
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
 """How long a request is repeated while the server answers 5xx or nothing, seconds."""
+
+REQUEST_S = 60
+"""Longest time of one request, seconds; one that carries a large file gets more."""
+
+SLOWEST_BYTES_PER_S = 250_000
+"""An upload may take as long as this rate asks for."""
+
+SINGLE_PUT_BYTES = 2 << 30
+"""Largest file put on a condition: that takes one request, from memory. obstore sets none on parts."""
 
 OBJECT_SCHEMES = {
     "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs",
@@ -61,24 +74,66 @@ class ObjectStorage:
         with self._explained(path):
             self.store.put(path, local_file)
 
+    def version(self, path: str) -> Version | None:
+        try:
+            with self._explained(path):
+                found = self.store.head(path)
+        except FileNotFoundError:
+            return None
+        return Version(found["e_tag"], found["version"])
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        if (size := local_file.stat().st_size) > SINGLE_PUT_BYTES:
+            self.put_file(path, local_file)
+            return
+        store = self._store_for(size)
+        for mode in conditions(seen):
+            try:
+                self._put_if(store, path, local_file, mode)
+                return
+            except AlreadyExists:
+                if self.version(path) != seen:
+                    if self.size(path) == size and self.read(path) == local_file.read_bytes():
+                        return
+                    raise
+        log.warning(
+            "%s refuses to replace a file on a condition (If-Match): a driver that is paused right now, and "
+            "wakes when another has published, might write an old file over a newer one",
+            redact(self.uri),
+        )
+        self.put_file(path, local_file)
+
     def create(self, path: str, payload: bytes) -> None:
-        from obstore.exceptions import AlreadyExistsError, GenericError
+        try:
+            self._put_if(self.store, path, payload, "create")
+        except AlreadyExists:
+            if self.read(path) != payload:
+                raise
+
+    def _put_if(self, store: Any, path: str, content: bytes | Path, mode: Any) -> None:
+        """One conditional request. Raises AlreadyExists when refused, if only for its own earlier success."""
+        from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
 
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
-                with self._explained(path, AlreadyExistsError, GenericError):
-                    self.store.put(path, payload, mode="create", use_multipart=False)
+                with self._explained(path, AlreadyExistsError, PreconditionError, GenericError):
+                    store.put(path, content, mode=mode, use_multipart=False)
                 return
-            except AlreadyExistsError:
-                if self.read(path) != payload:
-                    raise AlreadyExists(f"{join(self.uri, path)} exists already") from None
-                return
+            except (AlreadyExistsError, PreconditionError):
+                raise AlreadyExists(f"{join(self.uri, path)} holds what another has put there") from None
             except GenericError as error:
                 # Racing losers get a 500 from some servers, and an answer can get lost: only reading tells.
                 if time.monotonic() > deadline:
                     raise StorageError(self._message(path, error)) from error
                 time.sleep(0.2)
+
+    def _store_for(self, n_bytes: int) -> Any:
+        """A client whose single requests may take as long as so many bytes do."""
+        longer_s = n_bytes / SLOWEST_BYTES_PER_S - REQUEST_S
+        if longer_s <= 0:
+            return self.store
+        return object_store(self.uri, patience_s=self.patience_s + longer_s, request_s=REQUEST_S + longer_s)
 
     def exists(self, path: str) -> bool:
         try:
@@ -148,11 +203,20 @@ class ObjectStorage:
         )
 
 
-def object_store(uri: str, *, patience_s: float = PATIENCE_S) -> Any:
+def conditions(seen: Version | None) -> list[Any]:
+    """obstore's put mode for replacing exactly this, and in its second spelling; for creating, if None."""
+    if seen is None:
+        return ["create"]
+    given = {key: tag for key, tag in asdict(seen).items() if tag}
+    bare = given | {"e_tag": given.get("e_tag", "").strip('"')}  # all that Ceph 16 takes for its own ETag
+    return [given, bare]
+
+
+def object_store(uri: str, *, patience_s: float = PATIENCE_S, request_s: float = REQUEST_S) -> Any:
     """An obstore client rooted at `uri`, its credentials from the environment's usual chain."""
     from obstore.store import S3Store, from_url
 
-    settings = store_settings(uri, patience_s)
+    settings = store_settings(uri, patience_s, request_s)
     if OBJECT_SCHEMES[scheme_of(uri)] != "s3":
         return from_url(uri, **settings)
     parts = urlsplit(uri)
@@ -160,11 +224,14 @@ def object_store(uri: str, *, patience_s: float = PATIENCE_S) -> Any:
     return S3Store(parts.netloc, prefix=parts.path.strip("/") or None, **settings)
 
 
-def store_settings(uri: str, patience_s: float) -> dict[str, Any]:
+def store_settings(uri: str, patience_s: float, request_s: float = REQUEST_S) -> dict[str, Any]:
     """Time-outs, retries that wait out an outage of up to `patience_s`, and the source of credentials."""
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
-    client: dict[str, Any] = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
+    client: dict[str, Any] = {
+        "timeout": timedelta(seconds=request_s),
+        "connect_timeout": timedelta(seconds=5),
+    }
     settings: dict[str, Any] = {"client_options": client, "retry_config": retry}
     if OBJECT_SCHEMES[scheme_of(uri)] == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")

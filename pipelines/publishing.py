@@ -7,6 +7,11 @@
 The same ledger gives the same bytes, so whatever a crash left half done is done again over itself. A rerun
 of failed rows replaces only the files that hold such rows, each at once and under its old name: a reader
 sees every row exactly once at any moment.
+
+A driver may be paused between any two steps, wake long after another has gone on, and must not write an old
+file over a newer one. Object stores put a file only in place of what lay there before the ledger was checked.
+Locally a file is renamed out of its generation's spool folder, which is removed at 3. A file system with
+neither (`fenced` is False), and a file beyond `SINGLE_PUT_BYTES`, leave the moment between check and write.
 """
 
 import hashlib
@@ -31,7 +36,7 @@ from pipelines.rerun import replaced, row_sequence
 from pipelines.rowset import Range, RowSet, merged, ranges_of, row_ids_of
 from pipelines.schema import ROW_ID
 from pipelines.status import TRANSIENT
-from pipelines.storage import Storage, is_local, local_path, sha256_of
+from pipelines.storage import Storage, Version, is_local, local_path, sha256_of
 
 SUCCESS = "_SUCCESS"
 ROWS_PER_GROUP = 65_536
@@ -78,8 +83,9 @@ def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_
         refuse_foreign_files(ledger, table)
         with ledger.explaining_loss():
             for content in unwritten(ledger, plan, state, table):
-                ledger.check()  # a driver that was paused shall not write over its successor's files
-                ledger.record_file(write_file(content, ledger.view.generation, plan, state, table))
+                seen = table.version(content.name)
+                ledger.check()  # after looking: what lies there is then none of a successor's
+                ledger.record_file(write_file(content, seen, ledger.view.generation, plan, state, table))
         ledger.publish()
     finish(ledger, state, table)
 
@@ -162,11 +168,14 @@ def file_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def write_file(content: Content, generation: int, plan: Plan, state: Storage, table: Storage) -> TableFile:
-    """Write one table file under its final name in one atomic put.
+def write_file(
+    content: Content, seen: Version | None, generation: int, plan: Plan, state: Storage, table: Storage
+) -> TableFile:
+    """Write one table file under its final name in one atomic put, in place of what was `seen` there.
 
     Raises:
         TableDamaged: the file that it replaces is not the one that the ledger lists.
+        AlreadyExists: another driver has written the file since it was seen.
     """
     statuses: Counter[str] = Counter()
     labels: Counter[str] = Counter()
@@ -181,7 +190,7 @@ def write_file(content: Content, generation: int, plan: Plan, state: Storage, ta
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         refuse_damaged(content.replaces, sha256, table)
         size = spool.stat().st_size
-        table.put_file(content.name, spool)
+        table.put_file_over(content.name, spool, seen)
     return TableFile(
         content.name, sha256, size, content.items, statuses.total(), dict(statuses), dict(labels), generation
     )

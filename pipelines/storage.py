@@ -16,12 +16,12 @@ import pyarrow.fs as pafs
 from pipelines.fsspec_storage import FsspecStorage
 from pipelines.local_storage import LocalStorage
 from pipelines.object_storage import OBJECT_SCHEMES, PATIENCE_S, ObjectStorage, object_store
-from pipelines.stored import AlreadyExists, Entry, StorageError, is_temporary
+from pipelines.stored import AlreadyExists, Entry, StorageError, Version, is_temporary
 from pipelines.uris import is_local, join, local_path, redact, scheme_of, split
 
 __all__ = [
-    "AlreadyExists", "Entry", "Storage", "StorageError", "is_local", "is_temporary", "join", "local_path",
-    "object_store", "open_storage", "read_uri", "redact", "scheme_of", "sha256_of", "split",
+    "AlreadyExists", "Entry", "Storage", "StorageError", "Version", "is_local", "is_temporary", "join",
+    "local_path", "object_store", "open_storage", "read_uri", "redact", "scheme_of", "sha256_of", "split",
 ]  # fmt: skip
 
 HASHED_AT_ONCE = 8 << 20
@@ -46,6 +46,16 @@ class Storage(Protocol):
 
     def put_file(self, path: str, local_file: Path) -> None:
         """`put` from a local file of any size, which is used up where a rename will do."""
+
+    def version(self, path: str) -> Version | None:
+        """What is there now, for `put_file_over`; None if nothing is, or where that has no condition."""
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        """`put_file` in place of what `version` saw. Raises AlreadyExists if there are other bytes since.
+
+        In one step on object stores, up to `object_storage.SINGLE_PUT_BYTES`. Elsewhere it is `put_file`:
+        who must not come too late is stopped there by having its `local_file` removed.
+        """
 
     def create(self, path: str, payload: bytes) -> None:
         """`put` for a path that does not exist. Raises AlreadyExists when it holds other bytes.

@@ -1,4 +1,4 @@
-"""What every storage back end answers with: listing entries, errors, and the temporary names it hides."""
+"""What every storage back end answers with: entries, versions, errors, and the temporary names it hides."""
 
 import re
 import uuid
@@ -24,6 +24,14 @@ class Entry:
     size: int
     etag: str | None
     last_modified: datetime | None
+
+
+@dataclass(frozen=True)
+class Version:
+    """What tells one state of an object from those before and after it, as its store names them."""
+
+    e_tag: str | None
+    version: str | None
 
 
 def temporary_name(path: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hooked_storage import Hook
 
-WRITES = ("put", "put_file", "create")
+WRITES = ("put", "put_file_over", "create")
 NAMES = "AB"
 
 
@@ -115,7 +115,7 @@ class World:
     def seen(self, operation: str, path: str, result: Any) -> Hashable:
         if operation == "list":
             return tuple(sorted((entry.path, self.versions.get(entry.path)) for entry in result))
-        if operation in ("read", "open_input"):
+        if operation in ("read", "open_input", "version"):
             return self.versions.get(path)
         return result if isinstance(result, bool | int) else None
 

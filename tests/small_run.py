@@ -3,14 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+from hooked_storage import HookedStorage
 
 from pipelines import schema
 from pipelines.ledger import Ledger, Part
 from pipelines.output import Target, write_part
 from pipelines.plan import Plan, item_schema, write_plan
-from pipelines.publishing import publish
+from pipelines.publishing import failed_items, publish
 from pipelines.storage import Storage, join, open_storage
 
 CARRIED = pa.schema(
@@ -102,3 +104,23 @@ def result(row_id: int, status: str) -> dict[str, object]:
         "format": "jpeg", "top_id": f"{row_id % 5}", "top_score": 0.75, "labels": labels,
         "tier1_id": "1", "tier1_score": 0.9, "cat": ["1"] if row_id % 2 else [],
     }  # fmt: skip
+
+
+def paused_in_the_put(run: SmallRun) -> None:
+    """Publish a failed run; while its file is on its way another driver publishes it, and a rerun."""
+    ledger = run.ledger()
+    ledger.announce()
+    ledger.record([run.write(range(run.plan.n_items), lambda row_id: "timeout")])
+
+    def overtaken(operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]) -> Any:
+        if operation == "put_file_over":
+            successor = run.ledger()
+            successor.announce()
+            run.publish(successor)
+            successor.reopen(failed_items(successor, run.plan, run.table))
+            successor.record([run.write(range(run.plan.n_items), generation=2)])
+            run.publish(successor)
+        return proceed()
+
+    late: Any = HookedStorage(run.table, overtaken)
+    publish(ledger, run.plan, run.state, late, rows_per_file=8)

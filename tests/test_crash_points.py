@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
-from hooked_storage import Hook, HookedStorage, Unfenced
+from hooked_storage import BlindBucket, Bucket, Hook, HookedStorage, Unfenced
 from interleaving import World, explore, numbered_uuids
 from small_run import IDENTITY, SmallRun, small_run
 
@@ -34,7 +34,7 @@ LINES_APART = int(os.environ.get("IAB_VISION_TEST_LINES_APART", "17"))
 """Signals come at every so-manieth line that runs; 1 tries them all, in several minutes."""
 PAIRS_APART = int(os.environ.get("IAB_VISION_TEST_PAIRS_APART", "3"))
 """A second crash is tried after every so-manieth first one; 1 tries them all."""
-WRITES = ("put", "put_file", "create", "delete")
+WRITES = ("put", "put_file_over", "create", "delete")
 
 
 class Crash(BaseException):
@@ -321,6 +321,11 @@ def own_affair(operation: str, path: str) -> bool:
     return path in ("run.json", "spool/g0001") or (operation == "read" and path.startswith("ledger/"))
 
 
+def in_one_go(operation: str, path: str) -> bool:
+    """Clearing up and the marker too, which the orders of three parts have gone through step by step."""
+    return own_affair(operation, path) or path.startswith(("parts/", "spool/")) or path == "_SUCCESS"
+
+
 @pytest.fixture
 def three(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
     monkeypatch.setattr(uuid, "uuid4", numbered_uuids())
@@ -328,8 +333,15 @@ def three(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
     return small_run(fast / "three", 3)
 
 
+Drive = Callable[[SmallRun, Storage, Storage], None]
+
+
 def contest(
-    three: SmallRun, fast: Path, wrapped: type[HookedStorage]
+    begun: SmallRun,
+    fast: Path,
+    wrapped: type[HookedStorage],
+    drive: Drive = three_parts,
+    private: Callable[[str, str], bool] = own_affair,
 ) -> Callable[[], tuple[World, Callable[[Hook], None], Callable[[tuple[str, str]], None]]]:
     """Fresh folders for two drivers, and the check that a third finds or makes the table whole."""
     made = iter(range(10**9))
@@ -337,24 +349,24 @@ def contest(
 
     def new_world() -> tuple[World, Callable[[Hook], None], Callable[[tuple[str, str]], None]]:
         folder = fast / f"{wrapped.__name__}-{next(made)}"
-        shutil.copytree(three.uri, folder)
-        run = SmallRun(str(folder), three.plan)
+        shutil.copytree(begun.uri, folder)
+        run = SmallRun(str(folder), begun.plan)
 
         def work(hook: Hook) -> None:
             state: Any = wrapped(run.state, hook)
             table: Any = wrapped(run.table, hook)
-            three_parts(run, state, table)
+            drive(run, state, table)
 
         def check(outcome: tuple[str, str]) -> None:
             assert set(outcome) <= {"finished", "LedgerLost"}, outcome
             assert "finished" in outcome
             assert verified(run)
-            three_parts(run, run.state, run.table)
+            drive(run, run.state, run.table)
             whole.append(published(run))
             assert whole[-1] == whole[0]
             shutil.rmtree(folder)
 
-        return World(private=own_affair), work, check
+        return World(private=private), work, check
 
     return new_world
 
@@ -369,3 +381,50 @@ def test_two_drivers_end_with_the_same_table_in_every_order(three: SmallRun, fas
 def test_without_the_conditional_put_two_drivers_do_damage(three: SmallRun, fast: Path) -> None:
     with pytest.raises((AssertionError, LedgerDamaged, LedgerLost, FileNotFoundError)):
         explore(contest(three, fast, Unfenced))
+
+
+@pytest.fixture
+def unpublished(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
+    """A run of one image that failed in passing, recorded and closed: next its table file, then its rerun."""
+    monkeypatch.setattr(uuid, "uuid4", numbered_uuids())
+    shutil.rmtree(fast / "unpublished", ignore_errors=True)
+    run = small_run(fast / "unpublished", 1)
+    ledger = run.ledger()
+    ledger.record([run.write([0], lambda row_id: "timeout")])
+    ledger.close(rows_per_file=100)
+    return run
+
+
+def publish_and_rerun(run: SmallRun, state: Storage, table: Storage) -> None:
+    """A driver that publishes what is recorded, or takes a rerun of it to its end."""
+    ledger = Ledger.open(state, IDENTITY, n_items=1)
+    if ledger.view.state is not State.PUBLISHED:
+        ledger.announce()
+    publish_next(run, ledger, state, table)
+    if failed := failed_items(ledger, run.plan, table):
+        ledger.reopen(failed)
+        publish_next(run, ledger, state, table)
+
+
+def publish_next(run: SmallRun, ledger: Ledger, state: Storage, table: Storage) -> None:
+    if ledger.view.state is State.RUNNING and not ledger.done.full:
+        ledger.record([run.write([0], generation=ledger.view.generation, state=state)])
+    publish(ledger, run.plan, state, table, rows_per_file=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", [HookedStorage, Bucket])
+def test_two_drivers_that_publish_and_rerun_end_with_the_same_table_in_every_order(
+    unpublished: SmallRun, fast: Path, wrapped: type[HookedStorage]
+) -> None:
+    explored = explore(contest(unpublished, fast, wrapped, publish_and_rerun, in_one_go))
+    print(f"\n{len(explored.states)} states, {explored.schedules} schedules, {explored.outcomes}")
+    assert explored.schedules > 10
+
+
+@pytest.mark.slow
+def test_without_a_condition_a_publisher_that_was_paused_writes_over_the_rerun(
+    unpublished: SmallRun, fast: Path
+) -> None:
+    with pytest.raises(AssertionError):
+        explore(contest(unpublished, fast, BlindBucket, publish_and_rerun, in_one_go))

@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from small_run import CARRIED, SmallRun, row, scored, small_run
+from small_run import CARRIED, SmallRun, paused_in_the_put, row, scored, small_run
 
 from pipelines import schema
-from pipelines.ledger import State
+from pipelines.ledger import LedgerLost, State
 from pipelines.output import Committer, over_budget, read_part, read_written, write_batch, write_part
 from pipelines.publishing import NotComplete, TableDamaged, TableOccupied, failed_items
 from pipelines.storage import open_storage
@@ -222,6 +222,12 @@ def test_a_rerun_refuses_to_build_on_an_altered_file(run: SmallRun) -> None:
     with pytest.raises(TableDamaged, match="altered after it was published"):
         run.publish(ledger)
     assert ledger.view.state is State.PUBLISHING
+
+
+def test_a_publisher_that_was_paused_does_not_write_over_a_rerun(run: SmallRun) -> None:
+    with pytest.raises(LedgerLost, match="another driver"):
+        paused_in_the_put(run)
+    assert set(table_of(run)["status"].to_pylist()) == {"ok"}
 
 
 def test_rows_per_file_bounds_the_files(run: SmallRun) -> None:

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from flaky_proxy import FlakyProxy
 from hooked_storage import HookedStorage, Unfenced
-from small_run import IDENTITY, SmallRun, small_run
+from small_run import IDENTITY, SmallRun, paused_in_the_put, small_run
 
 from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost
+from pipelines.object_storage import ObjectStorage
 from pipelines.output import Committer
 from pipelines.publishing import publish
 from pipelines.storage import AlreadyExists, Storage, StorageError, join, open_storage, sha256_of
@@ -116,6 +117,43 @@ def test_of_sixteen_racing_writers_exactly_one_creates_the_object(folder: Storag
             assert [each for each in won if each is not None] == [int(folder.read(f"{race}"))]
 
 
+def test_a_file_is_replaced_only_while_it_is_what_was_seen(folder: Storage, tmp_path: Path) -> None:
+    for name, size in (("old", 1), ("new", 12 << 20), ("late", 12 << 20)):
+        (tmp_path / name).write_bytes(os.urandom(size))
+    assert folder.version("x") is None
+    folder.put_file_over("x", tmp_path / "old", None)
+    seen = folder.version("x")
+    folder.put_file_over("x", tmp_path / "new", seen)
+    folder.put_file_over("x", tmp_path / "new", seen)  # as a client does whose answer got lost
+    for stale in (seen, None):
+        with pytest.raises(AlreadyExists, match="what another has put there"):
+            folder.put_file_over("x", tmp_path / "late", stale)
+    assert folder.read("x") == (tmp_path / "new").read_bytes()
+
+
+def test_where_the_condition_is_never_met_the_file_is_replaced_with_a_warning(
+    folder: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AlreadyExists
+
+    folder.put("x", b"old")
+    (tmp_path / "new").write_bytes(b"new")
+    monkeypatch.setattr(ObjectStorage, "_put_if", refuse)
+    folder.put_file_over("x", tmp_path / "new", folder.version("x"))
+    assert folder.read("x") == b"new"
+    assert "If-Match" in caplog.text
+
+
+def test_a_publisher_that_was_paused_does_not_write_over_a_rerun(bucket: str) -> None:
+    run = small_run_on(bucket, 2)
+    with pytest.raises(LedgerLost, match="another driver"):
+        paused_in_the_put(run)
+    assert [check.name for check in verify(run.uri).checks if not check.ok] == ["report"]
+    table = pq.read_table(run.table.open_input("part-00000.parquet"))
+    assert set(table["status"].to_pylist()) == {"ok"}
+
+
 def test_a_repeated_create_of_ones_own_bytes_is_success(folder: Storage) -> None:
     folder.create("entry", b"nonce 1")
     folder.create("entry", b"nonce 1")
@@ -203,7 +241,7 @@ def race(run: SmallRun, wrap: Callable[[Storage], Storage]) -> list[str]:
         try:
             ledger.announce()
             ledger.record([part])
-            publish(ledger, run.plan, run.state, run.table, rows_per_file=100)
+            publish(ledger, run.plan, run.state, wrap(run.table), rows_per_file=100)
         except LedgerLost as error:
             assert "another driver" in str(error)
             return "lost"
@@ -228,7 +266,7 @@ def through(operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]) -
 
 def test_it_is_the_conditional_put_that_fences(bucket: str) -> None:
     """The same race over plain puts: more than one driver believes itself alone."""
-    outcomes = [race(small_run_on(bucket, 4), lambda state: Unfenced(state, through)) for _ in range(5)]  # type: ignore[arg-type,return-value]
+    outcomes = [race(small_run_on(bucket, 4), lambda storage: Unfenced(storage, through)) for _ in range(5)]  # type: ignore[arg-type,return-value]
     assert any(outcome != ["finished", "lost", "lost", "lost"] for outcome in outcomes)
 
 
@@ -242,7 +280,7 @@ def test_a_driver_killed_in_the_middle_is_continued(bucket: str, survives: int) 
     left = [survives]
 
     def dying(operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]) -> Any:
-        if operation in ("put", "put_file", "create", "delete"):
+        if operation in ("put", "put_file_over", "create", "delete"):
             if not left[0]:
                 raise Killed
             left[0] -= 1
