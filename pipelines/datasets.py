@@ -67,7 +67,8 @@ def load(settings: DataSettings) -> LabelledData:
     """Read the dataset, resolve its labels and divide it.
 
     Raises:
-        DatasetError: nothing there, a label that the taxonomy does not know, an impossible division.
+        DatasetError: nothing there, a label that the taxonomy does not know.
+        SplitError: the dataset's own division cannot be used.
     """
     found, multi_label = read(settings.uri, settings.columns)
     labels, dropped = renamed(found["labels"].to_pylist(), settings.label_map)
@@ -82,12 +83,23 @@ def load(settings: DataSettings) -> LabelledData:
         )
     known, ids = resolved(labels, settings.taxonomy, settings.tier)
     classes = tuple(in_order(known, {name for names in ids for name in names}))
-    if len(classes) < 2:
-        raise DatasetError(
-            f"{settings.uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
-        )
     table = divided(found, ids, classes, settings.splits)
     return LabelledData(table, classes, known, with_absolute_taxonomy(settings), multi_label, dropped)
+
+
+def refuse_untrainable(data: LabelledData) -> None:
+    """Raise DatasetError for a dataset that a model can be measured on but cannot learn from."""
+    uri, classes = data.settings.uri, data.classes
+    if len(classes) < 2:
+        raise DatasetError(
+            f"{uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
+        )
+    for name in (splits.TRAIN, splits.VALIDATION):
+        if not len(data.indices(name)):
+            raise DatasetError(
+                f"{uri} has no {name} images; give more images, other --splits.*, or a split column that "
+                f"names some `{name}`"
+            )
 
 
 def with_absolute_taxonomy(settings: DataSettings) -> DataSettings:

@@ -74,7 +74,7 @@ def questions(
             f"{data.settings.uri} has no image in split {split!r} ({counts}); use --split all"
         )
     images = data.rows.take(pa.array(rows)).append_column("row_id", pa.array(rows, pa.int64()))
-    covering = np.array([covering_class(one, class_ids, taxonomy) for one in data.classes])
+    covering = np.array([covering_class(one, class_ids, taxonomy) for one in data.classes], np.int64)
     labels = [covering[indices] for indices in images["classes"].to_pylist()]
     missed = Counter(
         data.classes[i] for indices in images["classes"].to_pylist() for i in indices if covering[i] < 0

@@ -15,7 +15,7 @@ from pipelines import anatomy, appraisal, checkpoints, corpus, metrics, runs, sa
 from pipelines.card import model_card
 from pipelines.checkpoints import Sidecar
 from pipelines.corpus import Corpus
-from pipelines.datasets import LabelledData
+from pipelines.datasets import LabelledData, refuse_untrainable
 from pipelines.journal import Listener, Messages, refuse_missing
 from pipelines.recipe import Ingest, Recipe
 from pipelines.resources import Resources
@@ -51,9 +51,10 @@ def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) 
     """The run of this recipe on this dataset.
 
     Raises:
-        ValueError: the model cannot be built, the batch cannot be divided among the workers, a tracker is
-            not installed, or the metric that selects does not exist.
+        ValueError: nothing can be learned from the dataset, the model cannot be built, the batch cannot be
+            divided among the workers, a tracker is not installed, or the metric that selects does not exist.
     """
+    refuse_untrainable(data)
     recipe = recipe.resolved(multi_label=data.multi_label)
     recipe.micro_batch(resources.num_workers)
     refuse_missing(resources.trackers)

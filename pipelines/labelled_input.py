@@ -44,6 +44,15 @@ class DatasetError(ValueError):
 
 def read(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """Every image of the dataset in the schema FOUND, and whether an image can have several labels."""
+    found, several = read_all(dataset_uri, columns)
+    if not columns.split:
+        column = found.schema.get_field_index("split")
+        found = found.set_column(column, FOUND.field("split"), pa.nulls(found.num_rows, pa.string()))
+    return found, several
+
+
+def read_all(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
+    """The same with the splits that columns or the names of folders and files state."""
     fs, path = fsspec.core.url_to_fs(dataset_uri)
     if not fs.exists(path):
         raise DatasetError(f"{dataset_uri} does not exist; give a folder or a table of labelled images")

@@ -305,7 +305,7 @@ class Columns:
     file: str = ""
     """Template of an image's path, such as `train/{id}.jpg`; empty: the column `uri` or `file`."""
     split: str = "split"
-    """Column that names the split."""
+    """Column that names the split; empty: neither columns nor names of folders and files say it."""
     group: str = "group"
     """Column whose equal values are kept in one split."""
 

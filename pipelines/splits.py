@@ -94,11 +94,9 @@ def complete(
     validation_of_train: float,
     seed: int,
 ) -> npt.NDArray[np.str_]:
-    """Carve a validation split out of the training one when the dataset has none."""
+    """Carve a validation split out of the training one, if there is one and the dataset has no other."""
     train = np.flatnonzero(splits == TRAIN)
-    if not len(train):
-        raise SplitError("the split column holds no training rows; at least one must say `train`")
-    if (splits == VALIDATION).any() or not validation_of_train:
+    if not len(train) or (splits == VALIDATION).any() or not validation_of_train:
         return splits
     carved = divide(
         strata[train],

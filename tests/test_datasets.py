@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_training import image_folder
 
-from pipelines import corpus, datasets, ingest, runs, splits
+from pipelines import corpus, datasets, fitting, ingest, runs, splits
 from pipelines.labelled_input import DatasetError
 from pipelines.recipe import Columns, DataSettings, Ingest, Recipe, Splits
+from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
 
 SPEC = ImageSpec(height=16, width=16)
@@ -173,16 +174,45 @@ def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("file,label\na,x\nb,x\n", "at least 2"),
         ("file,colour\na,x\n", "no column 'label'"),
         ("name,label\na,x\nb,y\n", "uri"),
         ("file,label,split\na,x,holdout\nb,y,train\n", "holdout"),
-        ("file,label,split\na,x,test\nb,y,test\n", "training rows"),
     ],
 )
 def test_datasets_that_cannot_be_used_are_refused_with_the_reason(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         load(csv(tmp_path, text), taxonomy="labels")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label\na,x\nb,x\n", "at least 2"),
+        ("file,label,split\na,x,test\nb,y,test\n", "no train images"),
+        ("file,label,split\na,x,train\nb,y,test\n", "no validation images"),
+    ],
+)
+def test_datasets_that_cannot_be_learned_from_can_still_be_measured_on(tmp_path, text, words):
+    data = load(csv(tmp_path, text), taxonomy="labels", splits=Splits(validation_of_train=0))
+    with pytest.raises(DatasetError, match=words):
+        fitting.plan(data, Recipe(model="scratch:tiny"), str(tmp_path / "run"), Resources())
+
+
+def test_folders_and_parquet_of_test_images_alone_are_read(tmp_path):
+    image_folder(tmp_path / "folder" / "test", per_class=2, classes=("1",))
+    folder = load(tmp_path / "folder")
+    assert folder.classes == ("1",) and set(folder.splits) == {"test"}
+    parquet = hugging_face_parquet(tmp_path / "hub")
+    (parquet / "train-00000-of-00001.parquet").unlink()
+    assert set(load(parquet).splits) == {"test"}
+
+
+def test_without_a_split_column_no_name_says_the_split_either(tmp_path):
+    image_folder(tmp_path / "folder" / "test", per_class=20)
+    undivided = Columns(split="")
+    assert set(load(tmp_path / "folder", columns=undivided).splits) == {"train", "validation", "test"}
+    parquet = hugging_face_parquet(tmp_path / "hub")
+    assert set(load(parquet, columns=undivided).splits) == {"train", "validation", "test"}
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
