@@ -289,14 +289,18 @@ class EvaluateConfig(JobConfig):
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
     output: str
     """Folder for `report.html` and `evaluation.json`."""
+    run: str | None = None
+    """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""
     split: Literal["test", "validation", "train", "all"] = "test"
     """Which images are asked about; `all` for a dataset that no model was trained on."""
     label_map: str | None = None
     """Table whose first two columns rename labels; an empty target drops the image."""
+    tier: int | None = Field(default=None, ge=1)
+    """Lift every label to its ancestor of this tier."""
     columns: Columns = Columns()
     """Which columns of a table mean what."""
     splits: Splits = Splits()
-    """How images are divided when the dataset does not say; as in training, to meet the same test split."""
+    """How images are divided when neither the run nor the dataset says."""
     precision: specs.Precision = "fp32"
     """Which file of the bundle runs."""
     provider: specs.Provider = "cpu"

@@ -65,9 +65,17 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
     from pipelines.report import write_report
 
     with checking_input():
-        data = labelled(config, judged)
+        known = splits_of_run(config)
+        data = labelled(config, judged).divided_as(known or {})
         asked = examination.questions(
             data, config.split, judged.class_ids, judged.taxonomy, multi_label=judged.multi_label
+        )
+    seen = examination.seen_in_training(data, config.split, known)
+    if seen.suspect:
+        log.warning(
+            "the model may be flattered; training images among those asked about: %s. Give --run RUN, which "
+            "made the model, or ask --split all about images that it has never seen",
+            seen.words,
         )
     for label, images in asked.uncovered.items():
         log.warning("no class of the model covers %s (%d images)", label, images)
@@ -83,6 +91,7 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
         "model": judged.name,
         "dataset": config.dataset,
         "split": config.split,
+        "seen in training": seen.words,
         "taxonomy": judged.taxonomy.name,
         "unreadable images": str(len(answers.broken)),
     }
@@ -106,10 +115,28 @@ def labelled(config: EvaluateConfig, judged: Subject) -> Any:
             config.dataset,
             judged.taxonomy_reference,
             label_map=config.label_map,
+            tier=config.tier,
             columns=replace(columns, split="") if config.split == "all" else columns,
             splits=plain(config.splits),
         )
     )
+
+
+def splits_of_run(config: EvaluateConfig) -> dict[str, str] | None:
+    """Recorded URI -> split, where the run that made the model is known and recorded them."""
+    from pipelines import runs
+
+    if config.run is None:
+        return None if config.checkpoint is None else runs.recorded_splits(run_folder(config.checkpoint))
+    known = runs.recorded_splits(config.run)
+    if known is None:
+        raise InputError(f"--run {config.run} holds no {runs.SPLITS}; give the folder of a run of `train`")
+    return known
+
+
+def run_folder(checkpoint: str) -> str:
+    """The run of a checkpoint given as the run itself or its `best/`."""
+    return checkpoint.rstrip("/").removesuffix("/best")
 
 
 def class_counts(data: Any) -> dict[str, dict[str, int]]:
@@ -194,7 +221,7 @@ def checkpoint_subject(found: Any, uri: str) -> Subject:
         multi_label=found.multi_label,
         run=run,
         network=network,
-        history=history(uri),
+        history=history(run_folder(uri)),
     )
 
 

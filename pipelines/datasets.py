@@ -4,10 +4,10 @@ What goes out names each image, its class indices and its split. Reading the dat
 part, opening an image `ingest.py`'s.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import numpy as np
@@ -34,6 +34,8 @@ class LabelledData:
     multi_label: bool
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out while reading, by reason."""
+    divided_here: frozenset[str] = frozenset()
+    """Splits that the dataset does not name itself: with other settings, other images would be in them."""
 
     @property
     def splits(self) -> npt.NDArray[np.str_]:
@@ -41,6 +43,13 @@ class LabelledData:
 
     def indices(self, split: str) -> npt.NDArray[np.int64]:
         return np.flatnonzero(self.splits == split)
+
+    def divided_as(self, known: Mapping[str, str]) -> Self:
+        """The same images, each in the split that its recorded URI is known by, if it is known."""
+        own = self.rows["split"].to_pylist()
+        chosen = [known.get(uri, split) for uri, split in zip(self.recorded_uris(), own, strict=True)]
+        column = self.rows.schema.get_field_index("split")
+        return replace(self, rows=self.rows.set_column(column, "split", pa.array(chosen, pa.string())))
 
     def recorded_uris(self) -> list[str]:
         """Every image's URI as it may be written down: without user names and signatures, which change."""
@@ -83,8 +92,10 @@ def load(settings: DataSettings) -> LabelledData:
         )
     known, ids = resolved(labels, settings.taxonomy, settings.tier)
     classes = tuple(in_order(known, {name for names in ids for name in names}))
-    table = divided(found, ids, classes, settings.splits)
-    return LabelledData(table, classes, known, with_absolute_taxonomy(settings), multi_label, dropped)
+    rows, divided_here = divided(found, ids, classes, settings.splits)
+    return LabelledData(
+        rows, classes, known, with_absolute_taxonomy(settings), multi_label, dropped, divided_here
+    )
 
 
 def refuse_untrainable(data: LabelledData) -> None:
@@ -159,8 +170,10 @@ def in_order(known: Taxonomy, ids: set[str]) -> list[str]:
     return [node.id for node in known.nodes if node.id in ids]
 
 
-def divided(found: pa.Table, ids: list[list[str]], classes: Sequence[str], split: Splits) -> pa.Table:
-    """The rows with class indices and a split each, reduced to `split.limit`."""
+def divided(
+    found: pa.Table, ids: list[list[str]], classes: Sequence[str], split: Splits
+) -> tuple[pa.Table, frozenset[str]]:
+    """The rows with class indices and a split each, reduced to `split.limit`; and the splits made here."""
     index = {node_id: i for i, node_id in enumerate(classes)}
     indices = [sorted(index[node_id] for node_id in names) for names in ids]
     table = found.append_column("classes", pa.array(indices, pa.list_(pa.int32()))).drop_columns(["labels"])
@@ -171,10 +184,9 @@ def divided(found: pa.Table, ids: list[list[str]], classes: Sequence[str], split
         share = split.limit / len(strata)
         kept = divide_off(strata * (whole.max() + 1) + whole, share, seed=split.seed)
         table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
-    chosen = chosen_splits(table, strata, groups, names, split)
-    return table.drop_columns(["split", "group"]).append_column(
-        "split", pa.array(chosen.tolist(), pa.string())
-    )
+    chosen, divided_here = chosen_splits(table, strata, groups, names, split)
+    rows = table.drop_columns(["split", "group"])
+    return rows.append_column("split", pa.array(chosen.tolist(), pa.string())), divided_here
 
 
 def divide_off(strata: npt.NDArray[np.int64], share: float, *, seed: int) -> npt.NDArray[np.int64]:
@@ -190,7 +202,8 @@ def chosen_splits(
     groups: npt.NDArray[np.int64],
     group_names: Sequence[str],
     split: Splits,
-) -> npt.NDArray[np.str_]:
+) -> tuple[npt.NDArray[np.str_], frozenset[str]]:
+    """Every row's split, and which splits the dataset did not name itself."""
     given = table["split"].to_pylist()
     if not any(given):
         shares = {
@@ -198,16 +211,18 @@ def chosen_splits(
             splits.VALIDATION: split.validation,
             splits.TEST: split.test,
         }
-        return splits.divide(strata, groups, shares, seed=split.seed)
+        return splits.divide(strata, groups, shares, seed=split.seed), frozenset(shares)
     if not all(given):
         raise DatasetError(
             f"{given.count(None) + given.count('')} rows have no split; give all rows one, or none"
         )
     named = splits.named(given)
     splits.refuse_straddling(named, groups, group_names)
-    return splits.complete(
+    completed = splits.complete(
         named, strata, groups, validation_of_train=split.validation_of_train, seed=split.seed
     )
+    moved = completed != named
+    return completed, frozenset([*named[moved].tolist(), *completed[moved].tolist()])
 
 
 def rarest(indices: Sequence[Sequence[int]], n_classes: int) -> npt.NDArray[np.int64]:

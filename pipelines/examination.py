@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipelines import ingest
+from pipelines import ingest, splits
 from pipelines.datasets import LabelledData
 from pipelines.evaluation import Scored
 from pipelines.metrics import Array
@@ -44,6 +44,15 @@ class Questions:
     """Class indices `[N]` of the model, or a 0/1 matrix for a multi-label one."""
     uncovered: Mapping[str, int]
     """Labels that no class of the model covers, and the images that have them."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of the model having learned from the images that it is asked about."""
+
+    words: str
+    suspect: bool
+    """Whether the numbers may flatter the model."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,27 @@ def questions(
         targets_nc[row, found[found >= 0]] = 1
     targets = targets_nc[kept] if multi_label else targets_nc[kept].argmax(axis=1)
     return Questions(images.filter(pa.array(kept)), targets, missed)
+
+
+def seen_in_training(data: LabelledData, split: str, known: Mapping[str, str] | None) -> Seen:
+    """What is known of the model having learned from a split's images.
+
+    `known` are the splits that the model's run recorded (`runs.recorded_splits`), if they were found.
+    """
+    decided_here = split in data.divided_here
+    if known is None and decided_here:
+        return Seen(f"unknown: which images are {split} was decided here, not by the model's run", True)
+    if known is None:
+        own = "it was given none of these images" if split == "all" else "it kept to the dataset's own splits"
+        return Seen(f"none, if {own}", False)
+    uris = np.array(data.recorded_uris(), dtype=object)
+    asked = uris if split == "all" else uris[data.indices(split)]
+    learned = sum(known.get(uri) == splits.TRAIN for uri in asked)
+    strange = sum(uri not in known for uri in asked)
+    elsewhere = f"; {strange} are at addresses that its run does not know" if strange else ""
+    flattering = learned > 0 and split != splits.TRAIN
+    unsure = strange > 0 and decided_here
+    return Seen(f"{learned} of {len(asked)} images{elsewhere}", flattering or unsure)
 
 
 def covering_class(node_id: str, class_ids: Sequence[str], taxonomy: Taxonomy) -> int:

@@ -109,6 +109,22 @@ def begin(output: str, recipe: Recipe, data: LabelledData) -> None:
     folder.put(RECIPE, as_json(identity(recipe, data)))
 
 
+def recorded_splits(output: str) -> dict[str, str] | None:
+    """Recorded URI -> split of every image that a run was given; None where none are recorded.
+
+    Of a file that was listed in several splits, ingest keeps the one that measures, and so does this.
+    """
+    folder = storage.open_storage(output)
+    if not folder.exists(SPLITS):
+        return None
+    table = pq.read_table(pa.BufferReader(folder.read(SPLITS)))
+    found: dict[str, str] = {}
+    for split in (splits.TRAIN, splits.VALIDATION, splits.TEST):
+        of_split = table.filter(pa.compute.equal(table["split"], split))
+        found.update(dict.fromkeys(of_split["uri"].to_pylist(), split))
+    return found
+
+
 def finish(output: str, content: Mapping[str, Any]) -> Run:
     """Write the marker."""
     whole = {

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import small_models
 import torch
@@ -17,9 +18,9 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 from jobs import evaluate_model
 from jobs.config import EvaluateConfig
 from jobs.errors import InputError
-from pipelines import attention, datasets, evaluation, examination, hierarchy, metrics, report, taxonomy
+from pipelines import attention, datasets, evaluation, examination, hierarchy, metrics, report, runs, taxonomy
 from pipelines.evaluation import Scored
-from pipelines.recipe import DataSettings
+from pipelines.recipe import DataSettings, Recipe, Splits
 
 IDS = ("483", "484", "1", "2", "v9i3On")
 """Sports, Sports > American Football, Automotive, Automotive > Auto Body Styles, Sensitive Topics."""
@@ -300,6 +301,44 @@ def test_a_bundle_is_judged_as_it_is_served(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["n_images"] == 20
     assert 'id="attention"' not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog) -> None:
+    """The run divided otherwise than evaluate would: by tier, another seed and other shares."""
+    run = small_models.checkpoint(tmp_path / "run" / "best").parent
+    pictures = small_models.dataset(tmp_path / "pictures", 40)
+    labels = [f"{i}.jpg,{small_models.CLASS_IDS[i % 5]}" for i in range(40)]
+    (pictures / "labels.csv").write_text("\n".join(["file,label", *labels]))
+    dataset = str(pictures / "labels.csv")
+    split = Splits(seed=5, validation=0.2, test=0.3)
+    trained_on = datasets.load(DataSettings(dataset, tier=1, splits=split))
+    runs.begin(str(run), Recipe(), trained_on)
+    small_models.small_bundle(tmp_path / "bundle")
+
+    def asked(*settings: str) -> tuple[int, str]:
+        caplog.clear()
+        assert evaluate(*settings, "--dataset", dataset, "--output", str(tmp_path / "out")) == 0
+        found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        return found["n_images"], found["about"]["seen in training"]
+
+    n_test = len(trained_on.indices("test"))
+    assert asked("--checkpoint", str(run / "best")) == (n_test, f"0 of {n_test} images")
+    assert asked("--bundle", str(tmp_path / "bundle"), "--run", str(run))[0] == n_test
+    assert "flattered" not in caplog.text
+    assert asked("--bundle", str(tmp_path / "bundle"))[1].startswith("unknown")
+    assert "--run RUN" in caplog.text
+    known, n_train = runs.recorded_splits(str(run)), len(trained_on.indices("train"))
+    everything = examination.seen_in_training(trained_on, "all", known)
+    assert everything == examination.Seen(f"{n_train} of 40 images", True)
+
+
+def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
+    rows = pa.table({"uri": ["b/1", "b/2"], "split": ["test", "test"]})
+    data = datasets.LabelledData(
+        rows, ("x",), taxonomy.flat(["x"]), DataSettings("b"), False, divided_here=frozenset(["test"])
+    )
+    seen = examination.seen_in_training(data, "test", {"a/1": "train", "a/2": "train"})
+    assert seen.suspect and "2 are at addresses that its run does not know" in seen.words
 
 
 def test_a_bundle_and_a_checkpoint_cannot_be_judged_at_once() -> None:
