@@ -151,7 +151,7 @@ def record_most(config: ClassifyConfig) -> None:
     began = time.monotonic()
     run = classify_images.prepare(config)
     console.print(f"planned {run.plan.n_items:,} images in {time.monotonic() - began:.1f} s")
-    run.ledger.announce()
+    run.ledger.announce(classify_images.session(run))
     run.ledger.record([finished(number, items) for number, items in enumerate(done_items(run.plan.n_items))])
 
 

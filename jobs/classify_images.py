@@ -24,7 +24,7 @@ from jobs.commit_loop import Passes, classify_missing
 from jobs.config import ClassifyConfig
 from jobs.errors import InputError, JobFailed, Refused, checking_input
 from jobs.pools import size_pools
-from jobs.proof import is_certified
+from jobs.proof import require_certificate
 from jobs.settings import plain
 from jobs.signals import Stopped
 from pipelines import inventory, output, publishing
@@ -54,6 +54,7 @@ class Run:
     plan: Plan
     ledger: Ledger
     certified: bool
+    """Whether a certificate covers what this process runs."""
     images: int = 0
     """Recorded by this process."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -87,12 +88,12 @@ def prepare(config: ClassifyConfig) -> Run:
             batch_size=config.batch_size,
             threads=config.threads_per_session,
         )
-        certified = is_certified(bundle, runtime, allow_uncertified=config.allow_uncertified)
+        certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
         refuse_strangers(state, table)
         plan = inventory.plan(config.inventory, state, options=inventory_options(config))
-    ledger = open_ledger(state, plan, bundle, config)
+    ledger = open_ledger(state, plan, bundle, config, certified=certified)
     with checking_input():
         publishing.refuse_foreign_files(ledger, table)
     if not state.fenced:
@@ -114,9 +115,11 @@ def refuse_strangers(state: Storage, table: Storage) -> None:
             )
 
 
-def open_ledger(state: Storage, plan: Plan, bundle: Bundle, config: ClassifyConfig) -> Ledger:
+def open_ledger(
+    state: Storage, plan: Plan, bundle: Bundle, config: ClassifyConfig, *, certified: bool
+) -> Ledger:
     """The run's ledger, which must be of the same plan, bundle and settings."""
-    details = {"config": resolved(config), **surroundings()}
+    details = {"config": resolved(config), "certified": certified, **surroundings()}
     try:
         return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
     except RunMismatch as error:
@@ -180,7 +183,7 @@ def carry_out(run: Run) -> int:
             print(run_report.one_line(run.ledger, run.plan, run.table))
             return 0
     else:
-        run.ledger.announce()
+        run.ledger.announce(session(run))
     if run.ledger.view.state is State.RUNNING:
         if not run.ledger.done.full:
             with ray_cluster(run.config.ray_address, num_cpus=run.config.num_cpus):
@@ -195,13 +198,18 @@ def carry_out(run: Run) -> int:
     return 0
 
 
+def session(run: Run) -> dict[str, Any]:
+    """What the ledger keeps of each process that had a part in the table."""
+    return {"provider": run.config.provider, "certified": run.certified}
+
+
 def reopen_failed(run: Run) -> bool:
     """With `--retry-failed`, open a generation for rows that failed in passing; whether there are any."""
     if not run.config.retry_failed:
         return False
     failed = publishing.failed_items(run.ledger, run.plan, run.table)
     if failed:
-        run.ledger.reopen(failed)
+        run.ledger.reopen(failed, session(run))
     return bool(failed)
 
 
@@ -281,11 +289,12 @@ def check_budget(run: Run) -> None:
 
 def report(run: Run) -> None:
     seconds = {name: round(value, 3) for name, value in run.seconds.items()}
+    sessions = run.ledger.view.sessions
     about = {
         "model_id": run.bundle.model_id,
         "taxonomy": run.bundle.taxonomy_name,
-        "provider": run.config.provider,
+        "providers": sorted({each["provider"] for each in sessions}),
         "precision": run.config.precision,
-        "certified": run.certified,
+        "certified": all(each["certified"] for each in sessions),
     }
     run_report.write(run.state, run.ledger, run.plan, {"images": run.images, "seconds": seconds}, about)

@@ -225,7 +225,7 @@ class ClassifyConfig(RayConfig):
     threads_per_session: int = Field(default=1, ge=1)
     """CPU threads of each ONNX session."""
     allow_uncertified: bool = False
-    """Run a precision and provider that no certificate covers; recorded in the report."""
+    """Run a precision and provider that no certificate covers; recorded in run.json and the report."""
     max_error_rate: float = Field(default=0.5, ge=0, le=1)
     """Largest share of rows without a label that is still published."""
     max_error_rate_of: dict[str, float] = Field(default_factory=dict)
@@ -273,7 +273,7 @@ class PredictConfig(JobConfig):
     as_json: bool = False
     """Print one JSON object per image instead of a table."""
     allow_uncertified: bool = False
-    """Run a precision that no certificate covers."""
+    """Run a precision that no certificate covers; every row of `--json` says so."""
     fetch: Fetch = Fetch()
     """Limits of each request."""
 
@@ -310,7 +310,7 @@ class EvaluateConfig(JobConfig):
     threads: int = Field(default=0, ge=0)
     """Decoding threads and CPU threads of the model; 0 is one per core."""
     allow_uncertified: bool = False
-    """Run a precision and provider that no certificate covers."""
+    """Judge a precision and provider that no certificate covers; the report says so."""
 
 
 class VerifyConfig(JobConfig):

@@ -39,6 +39,8 @@ class Subject:
     multi_label: bool
     run: Any
     """`examination.Run`."""
+    proof: str = "none needed: the checkpoint itself"
+    """What the report says of its certificate."""
     network: Any = None
     """The PyTorch model, where there is one."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -94,6 +96,7 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
         "seen in training": seen.words,
         "taxonomy": judged.taxonomy.name,
         "unreadable images": str(len(answers.broken)),
+        "certificate": judged.proof,
     }
     found = evaluate(answers.scored, judged.taxonomy, thresholds=judged.thresholds, about=about)
     shown = gallery(
@@ -165,7 +168,7 @@ def subject(config: EvaluateConfig) -> Iterator[Subject]:
 
 def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
     """The bundle's ONNX model, in the session that classify would use."""
-    from jobs.proof import is_certified
+    from jobs.proof import require_certificate
     from pipelines import bundle as bundles
     from pipelines import runtime, storage
     from pipelines.specs import RuntimeSpec
@@ -177,7 +180,7 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
         batch_size=config.batch_size,
         threads=config.threads or cores(),
     )
-    is_certified(bundle, spec, allow_uncertified=config.allow_uncertified)
+    certified = require_certificate(bundle, spec, allow_uncertified=config.allow_uncertified)
     own_table = storage.join(uri, bundles.TAXONOMY_FILE)
     return Subject(
         name=f"{storage.redact(uri)} ({bundle.model_id}, {config.precision} on {config.provider})",
@@ -190,6 +193,7 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
         thresholds=bundle.thresholds,
         multi_label=bundle.multi_label,
         run=runtime.load(bundle, spec).run,
+        proof="covers it" if certified else "NONE (--allow-uncertified)",
     )
 
 

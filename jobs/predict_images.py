@@ -2,7 +2,8 @@
 
     iab-vision predict --bundle bundle photo.jpg https://example.com/a.webp
 
-Exit code 0 when every image got a label, 1 when some did not (their reason is shown).
+Exit code 0 when every image got a label, 1 when some did not (their reason is shown), 3 when no certificate
+covers the precision on cpu.
 """
 
 import json
@@ -25,8 +26,11 @@ def run(config: PredictConfig) -> int:
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
-    """One row per image: the label columns of the predictions table, with the path of each label."""
-    from jobs.proof import is_certified
+    """One row per image: the label columns of the predictions table, with the path of each label.
+
+    Each row says whether the model that gave it is `certified`.
+    """
+    from jobs.proof import require_certificate
     from pipelines import bundle as bundles
     from pipelines.fetch import Fetcher
     from pipelines.images import prepare
@@ -37,9 +41,9 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise InputError("no image was named; give files or URLs after the settings")
     with checking_input():
         bundle = bundles.open_bundle(config.bundle)
-    spec = RuntimeSpec(precision=config.precision, batch_size=1)
-    is_certified(bundle, spec, allow_uncertified=config.allow_uncertified)
-    predictor = open_predictor(bundle, spec, config.top_k)
+    runtime = RuntimeSpec(precision=config.precision, batch_size=1)
+    certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
+    predictor = open_predictor(bundle, runtime, config.top_k)
     fetcher = Fetcher(plain(config.fetch))
     try:
         arrived = [(index, fetcher.fetch(uri)) for index, uri in enumerate(config.images)]
@@ -49,7 +53,10 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     pixels = [image.pixels_hwc for image in prepared]
     scored = predictor.score(loaded_table(arrived, prepared, pixels, bundle.image_spec)).to_pylist()
     paths = bundle.taxonomy()
-    return [present(uri, row, paths) for uri, row in zip(config.images, scored, strict=True)]
+    return [
+        {**present(uri, row, paths), "certified": certified}
+        for uri, row in zip(config.images, scored, strict=True)
+    ]
 
 
 def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:

@@ -9,12 +9,16 @@ from pipelines.specs import RuntimeSpec
 log = logging.getLogger(__name__)
 
 
-def is_certified(bundle: Bundle, spec: RuntimeSpec, *, allow_uncertified: bool) -> bool:
-    """Whether a passing certificate covers the session; `--allow-uncertified` lets it be False.
+def require_certificate(bundle: Bundle, spec: RuntimeSpec, *, allow_uncertified: bool) -> bool:
+    """Whether a passing certificate covers the session; False only where the user allows that, loudly.
 
     Raises:
-        Refused: none covers it, and nobody said to run it all the same.
+        Refused: the bundle lacks the file, or nothing covers it; the message has the command that helps.
     """
+    try:
+        bundle.model_record(spec.precision, spec.provider)
+    except NotCertified as error:
+        raise Refused(str(error)) from error
     try:
         bundle.certificate_covering(spec)
     except NotCertified as error:

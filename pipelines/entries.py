@@ -83,6 +83,8 @@ class View:
     """Items that this generation runs again; empty in the first, which runs all."""
     driver: Mapping[str, Any] = field(default_factory=dict)
     """Who started last."""
+    sessions: tuple[Mapping[str, Any], ...] = ()
+    """What each driver that started said of itself, in order."""
 
 
 def sealed(entry: Mapping[str, Any]) -> tuple[bytes, str]:
@@ -132,7 +134,7 @@ def after(view: View, entry: Mapping[str, Any], digest: str) -> View:
 
 def started(view: View, entry: Mapping[str, Any]) -> View:
     """A driver announced itself; with `reopened` it also opened the next generation."""
-    view = replace(view, driver=entry["driver"])
+    view = replace(view, driver=entry["driver"], sessions=(*view.sessions, entry["session"]))
     if not entry["reopened"]:
         return view
     return replace(

@@ -109,21 +109,24 @@ class Ledger:
             refuse_other(json.loads(state.read(RUN_JSON))["identity"], identity, state.uri)
         return cls(state, n_items)
 
-    def announce(self) -> None:
+    def announce(self, session: Mapping[str, Any] | None = None) -> None:
         """Take the run over, before anything costly starts.
+
+        Args:
+            session: what the driver says of itself that may differ from one to the next; JSON-able.
 
         Raises:
             LedgerLost: another driver did so since this one read the ledger.
         """
-        self._append("start", reopened=[])
+        self._append("start", reopened=[], session=dict(session or {}))
 
-    def reopen(self, items: Sequence[Range]) -> None:
+    def reopen(self, items: Sequence[Range], session: Mapping[str, Any] | None = None) -> None:
         """Open the next generation of a published run, in which these items are run again."""
         if self.view.state is not State.PUBLISHED or not items:
             raise ValueError(
                 f"only failed rows of a published run can be rerun; this run is {self.view.state}"
             )
-        self._append("start", reopened=items)
+        self._append("start", reopened=items, session=dict(session or {}))
 
     def record(self, parts: Sequence[Part]) -> None:
         """Make the parts count, in one entry; a part that counts already is passed over.
