@@ -181,19 +181,11 @@ def divided(
     names, groups = grouped(table)
     if split.limit and split.limit < len(strata):
         whole = table["split"].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy() + 1
-        share = split.limit / len(strata)
-        kept = divide_off(strata * (whole.max() + 1) + whole, share, seed=split.seed)
+        kept = splits.sample(strata * (whole.max() + 1) + whole, split.limit, seed=split.seed)
         table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
     chosen, divided_here = chosen_splits(table, strata, groups, names, split)
     rows = table.drop_columns(["split", "group"])
     return rows.append_column("split", pa.array(chosen.tolist(), pa.string())), divided_here
-
-
-def divide_off(strata: npt.NDArray[np.int64], share: float, *, seed: int) -> npt.NDArray[np.int64]:
-    """Indices of a seeded subset of this share, the same share of every stratum."""
-    _, strata = np.unique(strata, return_inverse=True)
-    parts = splits.divide(strata, np.arange(len(strata)), {"in": share, "out": 1 - share}, seed=seed)
-    return np.flatnonzero(parts == "in")
 
 
 def chosen_splits(

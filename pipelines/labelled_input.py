@@ -111,17 +111,26 @@ def read_table(fs: Any, path: str, columns: Columns) -> tuple[pa.Table, bool]:
         location = located(fs, path, raw, columns)
     labels = label_lists(raw, label_column)
     split = raw[columns.split] if columns.split in raw.column_names else [split_of_name(path)] * len(labels)
-    group = (
-        raw[columns.group].cast(pa.string()) if columns.group in raw.column_names else pa.nulls(len(labels))
-    )
+    group = raw[columns.group] if columns.group in raw.column_names else pa.nulls(len(labels))
     table = pa.table(
-        {**location, "labels": labels, "split": as_column(split), "group": as_column(group)}, schema=FOUND
+        {
+            **location,
+            "labels": labels,
+            "split": as_column(split),
+            "group": without_empty(as_column(group)),
+        },
+        schema=FOUND,
     )
     return table, label_column == "labels"
 
 
 def as_column(values: Any) -> Any:
     return pa.array(values, pa.string()) if isinstance(values, list) else values.cast(pa.string())
+
+
+def without_empty(texts: Any) -> Any:
+    """Null for the empty text, which is how CSV spells it."""
+    return pa.compute.if_else(pa.compute.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
 def open_table(fs: Any, path: str) -> pa.Table:

@@ -57,6 +57,22 @@ def shuffled_groups(groups: npt.NDArray[np.int64], seed: int) -> list[npt.NDArra
     return [members[g] for g in rank]
 
 
+def sample(strata: npt.NDArray[np.int64], limit: int, *, seed: int) -> npt.NDArray[np.int64]:
+    """Indices of exactly `limit` random rows, every stratum with its share of them by largest remainder.
+
+    Among equal remainders, as among the rows of a stratum, the choice is random but fixed by `seed`.
+    """
+    random = np.random.default_rng(seed)
+    _, strata, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    wanted, remainder = np.divmod(counts * limit, len(strata))
+    by_remainder = np.lexsort((random.permutation(len(counts)), -remainder))
+    wanted[by_remainder[: limit - wanted.sum()]] += 1
+    order = random.permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]
+    rank = np.arange(len(strata)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(order[rank < wanted[strata[order]]])
+
+
 def named(values: Sequence[str]) -> npt.NDArray[np.str_]:
     """The dataset's split column in our words.
 

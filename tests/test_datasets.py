@@ -171,6 +171,26 @@ def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
     assert rows_of(data, "uri") == rows_of(load(table, taxonomy="labels", splits=Splits(limit=50)), "uri")
 
 
+@pytest.mark.parametrize("limit", [1, 100, 150, 299, 301, 2999])
+def test_a_limit_is_met_exactly_however_many_classes_there_are(limit):
+    strata = np.repeat(np.arange(300), 10)
+    kept = splits.sample(strata, limit, seed=0)
+    assert len(set(kept)) == limit
+    per_class = np.bincount(strata[kept], minlength=300)
+    assert per_class.max() - per_class.min() <= 1
+    assert (kept == splits.sample(strata, limit, seed=0)).all()
+    assert set(kept) != set(splits.sample(strata, limit, seed=1))
+
+
+def test_rows_with_an_empty_group_are_groups_of_their_own(tmp_path):
+    rows = [f"{i}.jpg,{i % 2},{'g' if i < 4 else ''}" for i in range(100)]
+    data = load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy="labels")
+    assert Counter(data.splits.tolist()) == {"train": 70, "validation": 20, "test": 10}
+    assert len(set(data.splits[:4])) == 1
+    given = [f"{i}.jpg,{i % 2},{'test' if i % 5 else 'train'}," for i in range(20)]
+    load(csv(tmp_path, "\n".join(["file,label,split,group", *given]), "given.csv"), taxonomy="labels")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
