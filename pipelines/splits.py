@@ -21,6 +21,10 @@ ALIASES = {
 """Names of splits as datasets spell them."""
 
 
+ROUNDING = 1e-9
+"""0.29 of 100 rows is 28.999999999999996 in floating point, and meant as 29."""
+
+
 class SplitError(ValueError):
     """The dataset's own splits cannot be used as they are."""
 
@@ -30,8 +34,10 @@ def divide(
 ) -> npt.NDArray[np.str_]:
     """Give every row one of the names in `shares`, so that each stratum is divided in those shares.
 
-    Groups are dealt out largest first, each to the split that lacks most of the group's main stratum;
-    among equals the order is random but fixed by `seed`.
+    Groups are dealt out largest first, each to the split that lacks most whole rows of the group's main
+    stratum, and where none lacks more than another, to the one that lacks most rows of all: so classes of two
+    or three images fill every split together. The first group of a stratum goes where most of it belongs.
+    Among equals the order is random but fixed by `seed`.
     """
     names = list(shares)
     wanted_sc = np.outer(list(shares.values()), np.bincount(strata))
@@ -40,8 +46,10 @@ def divide(
     for members in shuffled_groups(groups, seed):
         counts = np.bincount(strata[members], minlength=wanted_sc.shape[1])
         main = counts.argmax()
-        lacking = wanted_sc[:, main] - filled_sc[:, main]
-        split = int(lacking.argmax())
+        lacking = np.floor(wanted_sc[:, main] - filled_sc[:, main] + ROUNDING)
+        overall = wanted_sc.sum(axis=1) - filled_sc.sum(axis=1)
+        is_first = not filled_sc[:, main].any()
+        split = int(wanted_sc[:, main].argmax() if is_first else np.lexsort((-overall, -lacking))[0])
         chosen[members] = split
         filled_sc[split] += counts
     return np.array(names)[chosen]

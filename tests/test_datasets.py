@@ -182,6 +182,14 @@ def test_a_limit_is_met_exactly_however_many_classes_there_are(limit):
     assert set(kept) != set(splits.sample(strata, limit, seed=1))
 
 
+def test_classes_of_two_images_fill_every_split_together():
+    strata = np.repeat(np.arange(300), 2)
+    shares = {"train": 0.7, "validation": 0.2, "test": 0.1}
+    chosen = splits.divide(strata, np.arange(600), shares, seed=0)
+    assert Counter(chosen.tolist()) == {"train": 420, "validation": 120, "test": 60}
+    assert set(strata[chosen == "train"]) == set(range(300))
+
+
 def test_rows_with_an_empty_group_are_groups_of_their_own(tmp_path):
     rows = [f"{i}.jpg,{i % 2},{'g' if i < 4 else ''}" for i in range(100)]
     data = load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy="labels")
