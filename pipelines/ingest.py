@@ -21,6 +21,7 @@ import pyarrow as pa
 from pipelines import images
 from pipelines.fetch import Fetcher, Source
 from pipelines.images import Prepared
+from pipelines.labelled_input import IMAGE_COLUMN
 from pipelines.recipe import Ingest
 from pipelines.schema import LOADED, pixels_type
 from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
@@ -29,8 +30,6 @@ from pipelines.status import Status
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
-IMAGE_COLUMN = "image"
-"""Column of Hugging Face image Parquet that holds the bytes."""
 SHUFFLE_ROWS = 4096
 """Rows that are shuffled together when images arrive as a stream already in random order."""
 

@@ -16,12 +16,15 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipelines import splits
+from pipelines.embedded import is_payload
 from pipelines.recipe import Columns
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif",
 )  # fmt: skip
 TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
+IMAGE_COLUMN = "image"
+"""Column of Hugging Face image Parquet that holds the bytes."""
 LABEL_SEPARATOR = "|"
 """Between the labels of one image where a table has no list type (CSV)."""
 
@@ -104,9 +107,8 @@ def read_table(fs: Any, path: str, columns: Columns) -> tuple[pa.Table, bool]:
     label_column = "labels" if "labels" in raw.column_names else columns.label
     if label_column not in raw.column_names:
         raise DatasetError(f"{path} has no column {columns.label!r} among {', '.join(raw.column_names)}")
-    if "image" in raw.column_names and not columns.file:
-        location = embedded(fs, path, raw["image"])
-        raw = raw.drop_columns(["image"])
+    if holds_images(raw.schema) and not columns.file:
+        location = embedded(fs, path, raw.num_rows)
     else:
         location = located(fs, path, raw, columns)
     labels = label_lists(raw, label_column)
@@ -156,19 +158,24 @@ def read_parquet(file: Any) -> pa.Table:
     """Every column but image bytes, of which only the presence is kept: they may not fit in memory."""
     parquet = pq.ParquetFile(file)
     schema = parquet.schema_arrow
-    names = [name for name in schema.names if name != "image"]
-    table = parquet.read(columns=names)
-    if "image" in schema.names:
-        table = table.append_column("image", pa.nulls(table.num_rows))
-    return table.replace_schema_metadata(schema.metadata)
+    if not holds_images(schema):
+        return parquet.read()
+    table = parquet.read(columns=[name for name in schema.names if name != IMAGE_COLUMN])
+    absent = pa.nulls(table.num_rows, schema.field(IMAGE_COLUMN).type)
+    return table.append_column(IMAGE_COLUMN, absent).replace_schema_metadata(schema.metadata)
 
 
-def embedded(fs: Any, path: str, image: pa.ChunkedArray) -> dict[str, Any]:
+def holds_images(schema: pa.Schema) -> bool:
+    """Whether the table has the images inside; a column of that name may also hold text."""
+    return IMAGE_COLUMN in schema.names and is_payload(schema.field(IMAGE_COLUMN).type)
+
+
+def embedded(fs: Any, path: str, count: int) -> dict[str, Any]:
     container = fs.unstrip_protocol(path)
     return {
-        "uri": [f"{container}#{row}" for row in range(len(image))],
-        "container": [container] * len(image),
-        "position": list(range(len(image))),
+        "uri": [f"{container}#{row}" for row in range(count)],
+        "container": [container] * count,
+        "position": list(range(count)),
     }
 
 
@@ -199,12 +206,15 @@ def label_lists(raw: pa.Table, column: str) -> list[list[str]]:
     """The labels of each row as text; integer labels of Hugging Face Parquet by their names."""
     names = class_names(raw.schema, column)
     values = raw[column].to_pylist()
-    several = column == "labels"
-    if several and pa.types.is_string(raw.schema.field(column).type):
-        values = [[part.strip() for part in value.split(LABEL_SEPARATOR) if part.strip()] for value in values]
-    elif not several:
-        values = [[value] if value not in (None, "") else [] for value in values]
-    return [[names[v] if names else str(v) for v in row or []] for row in values]
+    rows = [several(value) for value in values] if column == "labels" else [[value] for value in values]
+    return [[names[v] if names else str(v) for v in row if v not in (None, "")] for row in rows]
+
+
+def several(value: str | list[Any] | None) -> list[Any]:
+    """One row's labels: a list, or a text of them with separators; none where it is null."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(LABEL_SEPARATOR)]
+    return value or []
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str] | None:

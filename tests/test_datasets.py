@@ -112,6 +112,38 @@ def test_json_lines_with_lists_of_labels(tmp_path):
     assert load(str(table), taxonomy="labels").targets().tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()),
+        pa.list_(pa.string()), pa.large_list(pa.large_string()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_labels_may_be_of_any_text_or_list_type_and_null(tmp_path, kind):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    values = [["red", "green"], None, ["green"], ["red"]] if is_list else ["red|green", None, "green", "red"]
+    labels = pa.array(values, None if pa.types.is_dictionary(kind) else kind)
+    labels = labels.dictionary_encode() if pa.types.is_dictionary(kind) else labels
+    pq.write_table(pa.table({"file": list("abcd"), "labels": labels}), tmp_path / "labels.parquet")
+    data = load(tmp_path / "labels.parquet", taxonomy="labels")
+    assert data.multi_label and data.classes == ("green", "red")
+    assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+
+
+def test_a_column_called_image_holds_images_only_when_it_is_binary(tmp_path):
+    table = csv(tmp_path, "file,image,label\na.jpg,first,x\nb.jpg,second,y\n")
+    data = load(table, taxonomy="labels", columns=Columns(split=""))
+    assert [Path(uri).name for uri in data.rows["uri"].to_pylist()] == ["a.jpg", "b.jpg"]
+    assert data.rows["container"].null_count == 2
+    for payload in (pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])):
+        rows = {"image": pa.nulls(2, payload), "label": ["x", "y"]}
+        pq.write_table(pa.table(rows), tmp_path / "inside.parquet")
+        assert load(tmp_path / "inside.parquet", taxonomy="labels").rows["container"].null_count == 0
+    pq.write_table(pa.table({"image": ["a.jpg"], "file": ["a.jpg"], "label": ["x"]}), tmp_path / "t.parquet")
+    assert load(tmp_path / "t.parquet", taxonomy="labels").rows["uri"][0].as_py().endswith("/a.jpg")
+
+
 def hugging_face_parquet(folder: Path) -> Path:
     """Two splits with the bytes inside and integer labels named in the schema, as on the hub."""
     source = image_folder(folder / "source", per_class=4)
