@@ -43,13 +43,14 @@ class Corpus:
     rows: dict[str, Rows]
     """Split -> row ids that can be used."""
     mode: str
+    how: Ingest
     broken: list[dict[str, str]]
     duplicates: dict[str, int]
     """Images removed because another split has their very bytes, by the split they left."""
 
     @property
     def streams(self) -> bool:
-        """Whether training images come as a stream of shards and not by row."""
+        """Whether images come as a stream of shards and not by row."""
         return self.mode != "memory"
 
     def class_counts(self) -> Rows:
@@ -86,7 +87,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> C
         IngestError: too many images are broken, or a split has none left.
     """
     stored = ingest.enlarged(spec, how.margin)
-    mode = chosen_mode(data, stored, how)
+    mode = chosen_mode(data, spec, stored, how)
     decoded = {}
     for name in (splits.TRAIN, splits.VALIDATION, splits.TEST):
         order = data.indices(name)
@@ -94,7 +95,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> C
             # A stream is shuffled within a window only, so it starts from a random order.
             order = np.random.default_rng(seed).permutation(order)
         dataset = ingest.decoded(data.rows, order, stored if name == splits.TRAIN else spec, how)
-        decoded[name] = dataset if name == splits.TRAIN and mode == "stream" else dataset.materialize()
+        decoded[name] = dataset if mode == "stream" else dataset.materialize()
     outcome = pa.concat_tables([ingest.outcomes(dataset) for dataset in decoded.values()]).sort_by("row_id")
     broken = ingest.broken(outcome, data.rows["uri"].to_pylist(), max_share=how.max_broken_share)
     for image in broken[:LISTED]:
@@ -109,16 +110,17 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> C
     duplicates = {name: count for name, count in left.items() if count}
     if duplicates:
         log.warning("removed images that are in another split too: %s", duplicates)
-    return Corpus(data, spec, stored, decoded, rows, mode, broken, duplicates)
+    return Corpus(data, spec, stored, decoded, rows, mode, how, broken, duplicates)
 
 
-def chosen_mode(data: LabelledData, stored: ImageSpec, how: Ingest) -> str:
-    """How training images will be kept; said in the log."""
-    images = len(data.indices(splits.TRAIN))
-    n_bytes = images * stored.height * stored.width * 3
+def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ingest) -> str:
+    """How decoded images will be kept; said in the log."""
+    n_train = len(data.indices(splits.TRAIN))
+    n_measured = data.rows.num_rows - n_train
+    n_bytes = 3 * (n_train * stored.height * stored.width + n_measured * spec.height * spec.width)
     mode = ingest.mode_for(how, n_bytes, ingest.room(how))
     size = f"{n_bytes / 1e9:.2f} GB at {stored.width}x{stored.height}"
-    log.info("%d training images decode to %s, kept in %s", images, size, KEPT_IN[mode])
+    log.info("%d images decode to %s, kept in %s", data.rows.num_rows, size, KEPT_IN[mode])
     return mode
 
 
@@ -141,3 +143,17 @@ def training_shards(corpus: Corpus, balance: Balance, *, seed: int) -> Any:
     return trains.map_batches(
         ingest.repeated, batch_size=None, batch_format="pyarrow", fn_kwargs={"times": times}
     )
+
+
+def validation_shards(corpus: Corpus, workers: int) -> list[Any]:
+    """The validation dataset as each worker gets it: all of it, or a part to stream."""
+    dataset, rows = corpus.decoded[splits.VALIDATION], corpus.rows[splits.VALIDATION]
+    if corpus.mode == "memory":
+        return [dataset] * workers
+    if corpus.mode == "disk":
+        parts: list[Any] = dataset.split(workers)
+        return parts
+    return [
+        ingest.decoded(corpus.data.rows, rows[rank::workers], corpus.spec, corpus.how)
+        for rank in range(workers)
+    ]

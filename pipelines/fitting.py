@@ -20,7 +20,7 @@ from pipelines.journal import Listener, Messages, refuse_missing
 from pipelines.recipe import Ingest, Recipe
 from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
-from pipelines.task import Task
+from pipelines.task import Task, validation_name
 from pipelines.traces import root_cause
 from pipelines.training import train_worker
 
@@ -124,11 +124,13 @@ def train(
     filesystem, path = runs.ray_storage(plan.output)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
     shards = corpus.training_shards(prepared, plan.recipe.balance, seed=plan.recipe.seed)
+    parts = corpus.validation_shards(prepared, resources.num_workers)
+    measured = {validation_name(rank): part for rank, part in enumerate(parts)}
     with Messages(listen) as messages:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"task": task_of(plan, prepared, messages.queue)},
-            datasets={"train": shards, "validation": prepared.decoded[splits.VALIDATION]},
+            datasets={"train": shards, **measured},
             dataset_config=DataConfig(datasets_to_split=["train"] if prepared.streams else []),
             scaling_config=ScalingConfig(
                 num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
@@ -167,6 +169,7 @@ def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
         validation_rows=prepared.rows[splits.VALIDATION],
         class_counts=prepared.class_counts(),
         streams=prepared.streams,
+        max_broken_share=prepared.how.max_broken_share,
         epoch_images=(per_pass - per_pass % workers) * (plan.recipe.augment.views or 1),
         run_uri=plan.output,
         checkpoint_every_steps=plan.resources.checkpoint_every_steps,

@@ -2,7 +2,7 @@
 
 Ray Data fetches and decodes; `images.prepare` makes every pixel. Three ways of keeping the result: `memory`
 (decoded once, any image at any time, shared between the workers of a node through the object store),
-`disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again every epoch).
+`disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again for every pass over them).
 """
 
 import atexit
@@ -136,13 +136,18 @@ def broken(outcome: pa.Table, uris: Sequence[str], *, max_share: float) -> list[
     listed = [
         {"uri": uris[row["row_id"]], "status": row["status"], "error": row["error"] or ""} for row in bad
     ]
-    if len(bad) > max_share * outcome.num_rows:
-        examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
+    examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
+    refuse_too_many(len(bad), outcome.num_rows, max_share=max_share, examples=examples)
+    return listed
+
+
+def refuse_too_many(n_broken: int, n_images: int, *, max_share: float, examples: str) -> None:
+    """Raise IngestError when more than `max_share` of the images cannot be used."""
+    if n_broken > max_share * n_images:
         raise IngestError(
-            f"{len(bad)} of {outcome.num_rows} images cannot be used ({examples}); the limit is "
+            f"{n_broken} of {n_images} images cannot be used ({examples}); the limit is "
             f"{max_share:.0%}. Mend the dataset, or raise --ingest.max-broken-share"
         )
-    return listed
 
 
 @dataclass(frozen=True)
@@ -220,15 +225,68 @@ class PixelStore:
         return np.stack(pixels), self.targets_nc[places]
 
 
+@dataclass
+class Tally:
+    """Images that streams gave in one epoch."""
+
+    images: int = 0
+    broken: int = 0
+    """Of these, how many could not be read, though the first pass could."""
+
+    def readable(self, batch: pa.Table) -> Rows:
+        """Places of a batch's images that can be used; all of them are counted."""
+        places = np.flatnonzero(pa.compute.equal(batch["status"], Status.OK))
+        self.images += batch.num_rows
+        self.broken += batch.num_rows - len(places)
+        return places
+
+
 def stream_batches(
-    iterator: Any, spec: ImageSpec, n_classes: int, *, batch_size: int, seed: int
+    iterator: Any, spec: ImageSpec, n_classes: int, *, batch_size: int, seed: int, tally: Tally
 ) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
-    """One pass over this worker's shard in whole batches, shuffled within a window."""
+    """One pass over this worker's shard in whole batches, shuffled within a window.
+
+    Equal shards give equally many batches, or workers would wait for each other for ever: others of its
+    batch, or of the batch before, stand in for an image that cannot be read. A shard that does not fill
+    one batch is repeated within it; else the remainder is left out.
+
+    Raises:
+        IngestError: the shard has no image that can be read.
+    """
+    last, owed = None, 0
     for batch in iterator.iter_batches(
         batch_size=batch_size,
         batch_format="pyarrow",
-        drop_last=True,
         local_shuffle_buffer_size=max(SHUFFLE_ROWS, 4 * batch_size),
         local_shuffle_seed=seed,
     ):
-        yield pixels_of(batch, spec).copy(), dense(batch["classes"], n_classes)  # torch wants to own it
+        if last is not None and batch.num_rows < batch_size:
+            break
+        places, owed = tally.readable(batch), owed + 1
+        if len(places):
+            last = batch.take(pa.array(np.resize(places, batch_size)))
+        for _ in range(owed if last is not None else 0):
+            yield arrays(last, spec, n_classes)
+            owed -= 1
+    if last is None:
+        raise IngestError(
+            f"none of the {tally.images} images of this worker's part can be read; see whether their source "
+            "answers, or lower --num-workers"
+        )
+
+
+def evaluation_batches(
+    iterator: Any, spec: ImageSpec, n_classes: int, *, batch_size: int, rows: Rows, tally: Tally
+) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
+    """One pass in order over the images of a shard that are among these (rising) row ids and can be read."""
+    for batch in iterator.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
+        ids = batch["row_id"].to_numpy()
+        wanted = batch.filter(rows[np.searchsorted(rows, ids).clip(max=len(rows) - 1)] == ids)
+        found = wanted.take(pa.array(tally.readable(wanted)))
+        if found.num_rows:
+            yield arrays(found, spec, n_classes)
+
+
+def arrays(batch: pa.Table, spec: ImageSpec, n_classes: int) -> tuple[Pixels, npt.NDArray[np.float32]]:
+    """Pixels [n, height, width, 3] that torch may own, and targets [n, classes]."""
+    return pixels_of(batch, spec).copy(), dense(batch["classes"], n_classes)

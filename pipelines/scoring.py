@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.checkpoints import Sidecar
-from pipelines.ingest import pixels_of
+from pipelines.ingest import IngestError, pixels_of
 from pipelines.resources import Resources
+from pipelines.status import Status
 
 BATCH = 256
 
@@ -37,7 +38,7 @@ class Scorer:
             images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
             logits = self.model(pixel_values=images).logits.cpu().numpy()
         values = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
-        return pa.table({"row_id": batch["row_id"], "logits": values})
+        return pa.table({"row_id": batch["row_id"], "status": batch["status"], "logits": values})
 
 
 def score(
@@ -47,7 +48,11 @@ def score(
     sidecar: Sidecar,
     resources: Resources,
 ) -> npt.NDArray[np.float32]:
-    """Logits [len(rows), classes] of these rows of a decoded dataset, in their order."""
+    """Logits [len(rows), classes] of these rows of a decoded dataset, in their order.
+
+    Raises:
+        IngestError: a row of a streamed dataset could be read before and cannot now.
+    """
     import ray
 
     scored = dataset.map_batches(
@@ -61,6 +66,12 @@ def score(
     table = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by("row_id")
     logits_nc: npt.NDArray[np.float32] = table["logits"].combine_chunks().flatten().to_numpy()
     places = np.searchsorted(table["row_id"].to_numpy(), rows)
+    lost = pa.compute.sum(pa.compute.not_equal(table["status"].take(pa.array(places)), Status.OK)).as_py()
+    if lost:
+        raise IngestError(
+            f"{lost} of {len(rows)} images to measure could be read before training and cannot now; the same "
+            "command measures again without training again. --ingest.mode disk reads every image once"
+        )
     return logits_nc.reshape(table.num_rows, -1)[places]
 
 

@@ -31,7 +31,9 @@ class Task:
     class_counts: npt.NDArray[np.int64]
     """Training images per class."""
     streams: bool
-    """Training images arrive as a stream of shards and not by row."""
+    """Images arrive as a stream of shards and not by row."""
+    max_broken_share: float
+    """Largest share of an epoch's streamed images that may be unreadable."""
     epoch_images: int
     """Images that one epoch draws."""
     run_uri: str
@@ -77,6 +79,11 @@ class Place:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+
+def validation_name(rank: int) -> str:
+    """Name under which Ray Train hands a worker its validation images."""
+    return f"validation-{rank}"
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:

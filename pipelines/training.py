@@ -7,11 +7,12 @@ workers see the images that one would. `fitting.py` starts the workers and finis
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from pipelines import anatomy, augment, checkpoints, metrics, optimisation, storage, vit
+from pipelines import anatomy, augment, checkpoints, ingest, metrics, optimisation, storage, vit
 from pipelines.checkpoints import STATE_FILE
-from pipelines.ingest import Pixels, PixelStore, stream_batches
+from pipelines.ingest import Pixels, PixelStore
 from pipelines.journal import Journal
 from pipelines.losses import criterion
 from pipelines.sampling import epoch_order
-from pipelines.task import Place, Position, Task, step_seed
+from pipelines.task import Place, Position, Task, step_seed, validation_name
 
 MID_EPOCH_SCORE = -1e30
 """Score of a checkpoint between two evaluations: never the best, but a number, as Ray's ranking wants."""
@@ -54,10 +55,12 @@ def train_worker(config: dict[str, Any]) -> None:
     if place.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // context.get_local_world_size()))
-    n_classes = len(task.classes.ids)
-    shard = ray.train.get_dataset_shard("train")
-    trains = shard if task.streams else PixelStore(shard, task.stored_spec, n_classes)
-    validation = PixelStore(ray.train.get_dataset_shard("validation"), task.sidecar.image_spec, n_classes)
+    trains: Any = ray.train.get_dataset_shard("train")
+    validation: Any = ray.train.get_dataset_shard(validation_name(place.rank))
+    if not task.streams:
+        n_classes = len(task.classes.ids)
+        trains = PixelStore(trains, task.stored_spec, n_classes)
+        validation = PixelStore(validation, task.sidecar.image_spec, n_classes)
     trainer = Trainer(task, place, trains, validation)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -70,9 +73,12 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 class Trainer:
-    """One worker's model, optimiser and pixels, and the loop over them."""
+    """One worker's model, optimiser and pixels, and the loop over them.
 
-    def __init__(self, task: Task, place: Place, trains: Any, validation: PixelStore) -> None:
+    Pixels come from a `PixelStore`, or from an iterator over this worker's shard when the task streams.
+    """
+
+    def __init__(self, task: Task, place: Place, trains: Any, validation: Any) -> None:
         self.task, self.place, self.recipe = task, place, task.recipe
         self.trains, self.validation = trains, validation
         self.model = vit.build(task.recipe, task.classes).to(place.device)
@@ -92,6 +98,7 @@ class Trainer:
             multi_label=task.classes.multi_label,
         )
         self.position = Position()
+        self.tally = ingest.Tally()
         self.parallel: Any = None
         self.journal = (
             Journal(task.run_uri, task.trackers, asdict(task.recipe))
@@ -118,6 +125,7 @@ class Trainer:
         if frozen_anew or self.parallel is None:
             self.wrap()
         anatomy.set_training(self.model)
+        self.tally = ingest.Tally()
         told = started = time.perf_counter()
         for step, micro_batches in self.steps(epoch, first):
             self.position.loss_sum += self.train_step(micro_batches, epoch=epoch, step=step)
@@ -223,12 +231,12 @@ class Trainer:
                 yield self.trains.take(part)
 
     def streamed(self, epoch: int) -> Iterator[MicroBatch]:
-        """Micro-batches of this worker's shard, over again when the views or a remainder want it."""
-        size = self.recipe.micro_batch(self.place.workers)
-        for view in range(self.task.steps_per_epoch * self.recipe.optimizer.accumulation + 1):
+        """Micro-batches of this worker's shard, pass after pass for as long as they are asked for."""
+        size, n_classes = self.recipe.micro_batch(self.place.workers), len(self.task.classes.ids)
+        for view in itertools.count():
             seed = step_seed(self.recipe.seed, epoch, view)
-            yield from stream_batches(
-                self.trains, self.task.stored_spec, len(self.task.classes.ids), batch_size=size, seed=seed
+            yield from ingest.stream_batches(
+                self.trains, self.task.stored_spec, n_classes, batch_size=size, seed=seed, tally=self.tally
             )
 
     def finish_epoch(self, *, images_per_s: float) -> None:
@@ -247,6 +255,7 @@ class Trainer:
             "learning_rate": max(group["lr"] / group["scale"] for group in self.adam.param_groups),
             "images_per_s": images_per_s,
             "averaged_weights": averaged,
+            **self.broken_images(),
             **measured,
         }
         better = score > position.best_score + self.recipe.stopping.min_gain
@@ -261,6 +270,21 @@ class Trainer:
         self.report({**line, "score": score}, with_model=True, averaged=averaged)
         self.tell(images_per_s=images_per_s)
 
+    def broken_images(self) -> dict[str, int]:
+        """How many images of this epoch's streams could not be read, over all workers.
+
+        Raises:
+            IngestError: they are more than the task allows.
+        """
+        if not self.task.streams:
+            return {}
+        mine = np.array([[self.tally.broken, self.tally.images]])
+        broken, images = map(int, self.gathered(mine).sum(axis=0))
+        ingest.refuse_too_many(
+            broken, images, max_share=self.task.max_broken_share, examples="readable before this epoch"
+        )
+        return {"broken_images": broken}
+
     def score(self, measured: dict[str, float]) -> float:
         """The metric that selects, larger being better."""
         name = self.recipe.select_by
@@ -272,19 +296,32 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Validation metrics, the same on every worker."""
-        logits, targets = self.logits(self.task.validation_rows[self.place.rank :: self.place.workers])
+        logits, targets = self.logits(self.validation_batches())
         logits_nc, targets_nc = self.gathered(logits), self.gathered(targets)
         truth = targets_nc.astype(np.uint8) if self.task.classes.multi_label else targets_nc.argmax(1)
         loss = self.criterion(torch.from_numpy(logits_nc), torch.from_numpy(targets_nc)).mean()
         return {"validation_loss": float(loss), **metrics.classification(logits_nc, truth)}
 
-    def logits(self, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], Targets]:
-        """Logits and targets of these validation rows."""
+    def validation_batches(self) -> Iterator[MicroBatch]:
+        """This worker's share of the validation images."""
+        rows, spec, n_classes = (
+            self.task.validation_rows, self.task.sidecar.image_spec, len(self.task.classes.ids)
+        )  # fmt: skip
+        if self.task.streams:
+            yield from ingest.evaluation_batches(
+                self.validation, spec, n_classes, batch_size=EVALUATION_BATCH, rows=rows, tally=self.tally
+            )
+            return
+        mine = rows[self.place.rank :: self.place.workers]
+        for start in range(0, len(mine), EVALUATION_BATCH):
+            yield self.validation.take(mine[start : start + EVALUATION_BATCH])
+
+    def logits(self, batches: Iterable[MicroBatch]) -> tuple[npt.NDArray[np.float32], Targets]:
+        """Logits and targets of all images of these batches."""
         n_classes = len(self.task.classes.ids)
         found, wanted = [np.zeros((0, n_classes), np.float32)], [np.zeros((0, n_classes), np.float32)]
         self.model.eval()
-        for start in range(0, len(rows), EVALUATION_BATCH):
-            pixels, targets_nc = self.validation.take(rows[start : start + EVALUATION_BATCH])
+        for pixels, targets_nc in batches:
             images = torch.from_numpy(pixels).to(self.place.device).permute(0, 3, 1, 2).float() / 255
             with torch.inference_mode(), optimisation.autocast(self.place.device, self.precision):
                 logits = self.model(pixel_values=self.normalised(images)).logits

@@ -51,12 +51,16 @@ def image_folder(root: Path, per_class: int = 12, classes: Sequence[str] = ("483
 
 
 class Blocks:
-    """Decoded rows as a Ray Data iterator would give them."""
+    """Decoded rows as a Ray Data iterator would give them; those lost since the first pass are black."""
 
-    def __init__(self, pixels_nhwc: np.ndarray, labels: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, pixels_nhwc: np.ndarray, labels: Sequence[Sequence[int]], *, lost: Sequence[int] = ()
+    ) -> None:
+        pixels_nhwc[list(lost)] = 0
         self.table = pa.table(
             {
                 "row_id": pa.array(range(len(labels)), pa.int64()),
+                "status": ["not_found" if row in lost else "ok" for row in range(len(labels))],
                 "classes": pa.array([list(row) for row in labels], pa.list_(pa.int32())),
                 "pixels": pa.FixedSizeBinaryArray.from_buffers(
                     pixels_type(*pixels_nhwc.shape[1:3]), len(labels), [None, pa.py_buffer(pixels_nhwc)]
@@ -64,14 +68,16 @@ class Blocks:
             }
         )
 
-    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
-        half = self.table.num_rows // 2
-        yield from (self.table.slice(0, half), self.table.slice(half))
+    def iter_batches(self, batch_size: int | None = None, **_: Any) -> Iterator[pa.Table]:
+        step = batch_size or self.table.num_rows // 2
+        yield from (self.table.slice(start, step) for start in range(0, self.table.num_rows, step))
 
 
-def drawn(labels: Sequence[Sequence[int]], *, seed: int, noise: int) -> Blocks:
+def drawn(
+    labels: Sequence[Sequence[int]], *, seed: int = 0, noise: int = 60, lost: Sequence[int] = ()
+) -> Blocks:
     rng = np.random.default_rng(seed)
-    return Blocks(np.stack([picture(row, rng, noise=noise) for row in labels]), labels)
+    return Blocks(np.stack([picture(row, rng, noise=noise) for row in labels]), labels, lost=lost)
 
 
 def trainer(
@@ -112,12 +118,21 @@ def trainer_over(
         validation_rows=rows,
         class_counts=store.targets_nc.sum(0).astype(np.int64),
         streams=False,
+        max_broken_share=0.05,
         epoch_images=len(store),
         run_uri="",
     )
     made = Trainer(task, place, store, ingest.PixelStore(held_out, spec, n_classes))
     made.parallel = made.model
     made.model.train()
+    return made
+
+
+def streaming(recipe: Recipe, blocks: Blocks) -> Trainer:
+    """A worker in this process that streams its images, the same ones for training and validation."""
+    made = trainer_over(recipe, blocks, blocks, vit.Classes(("a", "b", "c"), False), ALONE)
+    made.task = replace(made.task, streams=True)
+    made.trains = made.validation = blocks
     return made
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import small_training
 import torch
-from small_training import RECIPE, STILL, image_folder, trained, trainer
+from small_training import RECIPE, STILL, drawn, image_folder, streaming, trained, trainer
 from transformers import AutoModelForImageClassification
 
-from pipelines import checkpoints, corpus, datasets, fitting, metrics, optimisation, runs
+from pipelines import checkpoints, corpus, datasets, fitting, ingest, metrics, optimisation, runs, storage
 from pipelines.recipe import Augment, Balance, DataSettings, Ingest, Loss, Optimizer, Splits, Stopping
 from pipelines.resources import Resources
 from pipelines.sampling import epoch_order
@@ -53,6 +53,44 @@ def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumul
     expected = first_step_gradients(whole, labels, **keywords)
     found = first_step_gradients(cut, labels, workers=workers, **keywords)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
+    made = streaming(RECIPE, drawn(LABELS, lost=[0, 17, 18]))
+    batches = [pixels for _, micro_batches in made.steps(0, 0) for pixels, _ in micro_batches]
+    assert len(batches) == 4 and all(len(pixels) == 16 for pixels in batches)
+    assert all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches), "a black picture in their place"
+    assert (made.tally.images, made.tally.broken) == (64, 3)
+    assert made.broken_images() == {"broken_images": 3}
+    made.task = replace(made.task, max_broken_share=0.04)
+    with pytest.raises(ingest.IngestError, match=r"3 of 64.*max-broken-share"):
+        made.broken_images()
+
+
+def test_a_batch_of_lost_images_keeps_workers_in_step():
+    for lost in (range(16), range(16, 32), range(48, 64)):
+        made = streaming(RECIPE, drawn(LABELS, lost=lost))
+        batches = [pixels for _, [(pixels, _)] in made.steps(0, 0)]
+        assert len(batches) == 4 and all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches)
+    made = streaming(RECIPE, drawn(LABELS, lost=range(64)))
+    with pytest.raises(ingest.IngestError, match="none of the 64 images"):
+        next(made.steps(0, 0))
+
+
+def test_a_shard_smaller_than_a_micro_batch_fills_it():
+    made = streaming(RECIPE, drawn(LABELS[:5]))
+    [(_, [(pixels, targets)])] = made.steps(0, 0)
+    assert pixels.shape == (16, 16, 16, 3) and targets.sum(0).tolist() == [7, 6, 3]
+
+
+def test_streamed_validation_measures_the_same_images_as_kept_ones():
+    kept, stream = trainer(RECIPE, LABELS), streaming(RECIPE, drawn(LABELS, seed=99, lost=[9]))
+    stream.task = replace(stream.task, validation_rows=np.array([3, 4, 9, 40]))
+    stream.model.load_state_dict(kept.model.state_dict())
+    logits, targets = stream.logits(stream.validation_batches())
+    expected, truth = kept.logits([kept.validation.take(np.array([3, 4, 40]))])
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    assert (targets == truth).all() and stream.tally.broken == 1
 
 
 def test_averaged_weights_follow_the_weights_at_their_decay():
@@ -141,7 +179,7 @@ def test_balancing_at_least_doubles_the_recall_of_a_rare_class():
     def minority_recall(balance: Balance) -> float:
         recipe = replace(RECIPE, epochs=2, batch_size=12, balance=balance)
         made = trained(trainer(recipe, labels, n_classes=2, noise=125), 2)
-        logits, _ = made.logits(np.arange(200, 204))
+        logits, _ = made.logits([made.validation.take(np.arange(200, 204))])
         return float((logits.argmax(1) == 1).mean())
 
     balanced = minority_recall(Balance(sampling="oversample"))
@@ -153,7 +191,7 @@ def test_multi_label_training_reaches_a_high_mean_average_precision(loss):
     labels = SEVERAL * 2
     recipe = replace(RECIPE, epochs=10, loss=Loss(multi_label=loss))
     made = trained(trainer(recipe, labels, n_classes=4, multi_label=True), 10)
-    logits, targets = made.logits(np.arange(len(labels)))
+    logits, targets = made.logits(made.validation_batches())
     assert metrics.classification(logits, targets.astype(np.uint8))["map"] > 0.9
 
 
@@ -258,7 +296,8 @@ def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoi
     folder = image_folder(tmp_path / "images")
     recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
     plan = planned(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
-    prepared = corpus.prepare(plan.data, plan.spec, Ingest(mode="stream"), seed=0)
+    prepared = corpus.prepare(plan.data, plan.spec, Ingest(mode="stream", max_broken_share=0.2), seed=0)
+    storage.local_path(plan.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
     runs.begin(plan.output, plan.recipe, plan.data)
     killed = threading.Event()
     starts: list[int] = []
@@ -273,6 +312,7 @@ def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoi
     assert killed.is_set()
     history = runs.history(plan.output)
     assert [line["epoch"] for line in history] == [1, 2, 3]
+    assert all(line["broken_images"] for line in history), "the image that went away was not noticed"
     per_epoch = starts[-1] // 3
     after_kill = starts[[done >= per_epoch for done in starts].index(True) + 1 :]
     assert min(after_kill) >= per_epoch
