@@ -17,6 +17,7 @@ from pipelines.specs import ImageSpec
 
 MODEL_FOLDER = "model"
 STATE_FILE = "state.pt"
+REPORT_FILE = "report.json"
 SIDECAR = "iab_vision.json"
 PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 """Values of PIL.Image.Resampling, as preprocessor_config.json spells them."""
@@ -77,6 +78,13 @@ def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     torch.save(dict(state), folder / STATE_FILE)
+
+
+def write_report(folder: Path, line: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint: the metrics reported with it, and the sizes that its files must have."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    (folder / REPORT_FILE).write_text(json.dumps({"line": dict(line), "files": sizes}))
 
 
 def parse_state(payload: bytes, device: torch.device) -> dict[str, Any]:

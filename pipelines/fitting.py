@@ -11,7 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import anatomy, appraisal, checkpoints, corpus, metrics, runs, sampling, splits, storage, vit
+from pipelines import (
+    anatomy,
+    appraisal,
+    checkpoints,
+    corpus,
+    metrics,
+    runs,
+    sampling,
+    snapshot,
+    splits,
+    storage,
+    vit,
+)
 from pipelines.card import model_card
 from pipelines.checkpoints import Sidecar
 from pipelines.corpus import Corpus
@@ -121,6 +133,7 @@ def train(
     from ray.train.torch import TorchTrainer
 
     resources = plan.resources
+    snapshot.mend(storage.join(plan.output, runs.CHECKPOINTS))
     filesystem, path = runs.ray_storage(plan.output)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
     shards = corpus.training_shards(prepared, plan.recipe.balance, seed=plan.recipe.seed)
@@ -174,7 +187,6 @@ def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
         run_uri=plan.output,
         checkpoint_every_steps=plan.resources.checkpoint_every_steps,
         trackers=plan.resources.trackers,
-        resume_from=runs.mend_snapshot(plan.output),
         progress=queue,
     )
 

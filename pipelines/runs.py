@@ -6,10 +6,8 @@ between is written by `training.py` and `fitting.py`. No file here holds credent
 """
 
 import hashlib
-import io
 import json
 import subprocess
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,14 +20,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines import splits, storage
-from pipelines.checkpoints import STATE_FILE
 from pipelines.datasets import LabelledData
 from pipelines.recipe import Recipe
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
 CHECKPOINTS, HISTORY, SPLITS = "checkpoints", "metrics.jsonl", "splits.parquet"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's own list of the checkpoints."""
 LIBRARIES = ("ray", "torch", "transformers", "numpy", "pillow", "pyarrow")
 
 
@@ -147,29 +142,6 @@ def as_json(content: Any) -> bytes:
     """Readable JSON without the credentials of the URIs in it."""
     text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
     return (storage.redact(text) + "\n").encode()
-
-
-def mend_snapshot(output: str) -> str | None:
-    """When Ray's list of checkpoints was torn by a kill, remove it and name the newest whole checkpoint.
-
-    Ray 2.60 writes the list in place; a run whose list is cut off or empty could never be continued.
-    """
-    folder = storage.open_storage(storage.join(output, CHECKPOINTS))
-    if not folder.exists(SNAPSHOT) or is_json(folder.read(SNAPSHOT)):
-        return None
-    folder.delete(SNAPSHOT)
-    states = sorted((e.path for e in folder.list() if e.path.endswith(f"/{STATE_FILE}")), reverse=True)
-    whole = (path for path in states if zipfile.is_zipfile(io.BytesIO(folder.read(path))))
-    newest = next(whole, None)
-    return None if newest is None else storage.join(output, CHECKPOINTS, *newest.split("/")[:-1])
-
-
-def is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def ray_storage(output: str) -> tuple[pafs.FileSystem, str]:

@@ -39,8 +39,6 @@ class Task:
     run_uri: str
     checkpoint_every_steps: int = 0
     trackers: Sequence[str] = ()
-    resume_from: str | None = None
-    """Checkpoint to continue from when Ray knows of none."""
     progress: Any = None
     """Ray queue for progress messages, if someone listens."""
 

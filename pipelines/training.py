@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
 
-from pipelines import anatomy, augment, checkpoints, ingest, metrics, optimisation, storage, vit
+from pipelines import anatomy, augment, checkpoints, ingest, metrics, optimisation, vit
 from pipelines.checkpoints import STATE_FILE
 from pipelines.ingest import Pixels, PixelStore
 from pipelines.journal import Journal
@@ -66,9 +66,6 @@ def train_worker(config: dict[str, Any]) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             trainer.restore(checkpoints.parse_state(Path(folder, STATE_FILE).read_bytes(), place.device))
-    elif task.resume_from is not None:
-        payload = storage.open_storage(task.resume_from).read(STATE_FILE)
-        trainer.restore(checkpoints.parse_state(payload, place.device))
     trainer.run()
 
 
@@ -351,6 +348,7 @@ class Trainer:
             if with_model:
                 with self.weights(averaged=averaged):
                     checkpoints.write_model(self.model, folder / checkpoints.MODEL_FOLDER, self.task.sidecar)
+            checkpoints.write_report(folder, line)
             ray.train.report(line, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def state(self) -> dict[str, Any]:
