@@ -28,29 +28,39 @@ SCALARS = (
 
 
 def run(config: TrainConfig) -> int:
-    """Train, or say that it is done."""
+    """Train, or say that it is done; upload the model where that is asked for, also of a finished run."""
+    from huggingface_hub.utils import validate_repo_id
+
     from pipelines import fitting, runs
-    from pipelines.ingest import IngestError
 
     with checking_input():
+        if config.push_to_hub:
+            validate_repo_id(config.push_to_hub)
         plan = fitting.plan(labelled(config), recipe_of(config), config.output, resources_of(config))
         done = runs.finished(config.output, plan.recipe, plan.data)
-    if done is not None:
-        log.info("%s is a finished run already; nothing to do", config.output)
-        tell(done.content)
-        return 0
+    if done is None:
+        done = trained(config, plan)
+    else:
+        log.info("%s is a finished run already; it is not trained again", config.output)
+    if config.push_to_hub:
+        push_to_hub(config.output, config.push_to_hub)
+    tell(done.content)
+    return 0
+
+
+def trained(config: TrainConfig, plan: Any) -> Any:
+    """The run, finished on a cluster."""
+    from pipelines import fitting
+    from pipelines.ingest import IngestError
+
     with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
         with checking_input():
             plan = replace(plan, resources=plan.resources.on_cluster(config.use_gpu))
         with TrainingProgress(plan.recipe.select_by) as progress:
             try:
-                done = fitting.fit(plan, plain(config.ingest), progress)
+                return fitting.fit(plan, plain(config.ingest), progress)
             except (fitting.TrainingFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
-    if config.push_to_hub:
-        push_to_hub(config.output, config.push_to_hub)
-    tell(done.content)
-    return 0
 
 
 def resources_of(config: TrainConfig) -> Any:
@@ -68,10 +78,15 @@ def resources_of(config: TrainConfig) -> Any:
 
 
 def push_to_hub(output: str, repository: str) -> None:
-    """Upload best/ to the Hugging Face hub, with the token of its own environment."""
+    """Upload best/ to the Hugging Face hub, with the token of its own environment.
+
+    Raises:
+        JobFailed: the hub refused, or could not be reached.
+    """
     import tempfile
 
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     from pipelines import runs, storage
 
@@ -80,8 +95,15 @@ def push_to_hub(output: str, repository: str) -> None:
         for entry in folder.list():
             Path(local, entry.path).write_bytes(folder.read(entry.path))
         hub = HfApi()
-        hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(folder_path=local, repo_id=repository)
+        try:
+            hub.create_repo(repository, private=True, exist_ok=True)
+            hub.upload_folder(folder_path=local, repo_id=repository)
+        except (HTTPError, OSError) as error:
+            raise JobFailed(
+                f"the model is in {folder.uri}, but its upload to {repository} failed: "
+                f"{' '.join(str(error).split())}. See HF_TOKEN and the network; the same command uploads it "
+                "without training again"
+            ) from error
 
 
 def labelled(config: RecipeConfig) -> Any:
