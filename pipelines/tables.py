@@ -1,7 +1,8 @@
 """The caller's tables (Parquet, CSV, JSON lines) as a stream of record batches of one schema.
 
 Values pass through untouched: CSV has only text, so its columns are strings exactly as written; JSON
-keeps the types of its values; Parquet keeps its Arrow types. Memory is a few batches, whatever the
+keeps the types of its values, so that a moment or a day stays the text that it is there, and a number that
+does not fit int64 is a double; Parquet keeps its Arrow types. Memory is a few batches, whatever the
 table's size. What the columns mean is the reader's business.
 """
 
@@ -156,9 +157,21 @@ def _json_schema(uri: str) -> pa.Schema:
     """The types of the whole file: a first block that holds only nulls or whole numbers decides nothing."""
     merged = pa.schema([])
     for block in _lines(uri):
-        found = pa.json.read_json(io.BytesIO(block)).schema
+        inferred = pa.json.read_json(io.BytesIO(block)).schema
+        found = pa.schema([field.with_type(_as_in_json(field.type)) for field in inferred])
         merged = pa.unify_schemas([merged, found], promote_options="permissive")
     return merged
+
+
+def _as_in_json(kind: pa.DataType) -> pa.DataType:
+    """The type, with text where pyarrow takes text for a moment: its zone would go, and a day gain a time."""
+    if pa.types.is_temporal(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_in_json(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_in_json(field.type)) for field in kind])
+    return kind
 
 
 def _json_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

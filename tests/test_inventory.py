@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -59,6 +60,8 @@ def test_csv_values_come_back_as_they_were_written(tmp_path: Path, state: Storag
     rows = [
         {"uri": "https://a.example/1.jpg", "publisher_id": "007", "note": 'a "quoted", two\nline note'},
         {"uri": "https://a.example/2.jpg", "publisher_id": "", "note": "NULL"},
+        {"uri": "2024-01-01", "publisher_id": "1e5", "note": "2024-01-01T00:00:00+02:00"},
+        {"uri": "12", "publisher_id": " true ", "note": "NaN"},
     ]
     plan(str(write_csv(tmp_path / "inventory.csv", rows)), state)
     assert rows_of(state) == [row | {"image_id": row["uri"]} for row in rows]
@@ -161,6 +164,29 @@ def test_json_lines_take_their_types_from_the_whole_file(
     (tmp_path / "inventory.ndjson.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     plan(str(tmp_path / "inventory.ndjson.gz"), state)
     assert [row["score"] for row in rows_of(state)] == [n if n < 20 else n + 0.5 for n in range(40)]
+
+
+def test_json_text_that_reads_as_a_moment_stays_text(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a later block says that it was text all along."""
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 400)
+    moment = "2024-01-01T00:00:00+02:00"
+    nested = {"seen": [moment, "2024-01-02"], "deep": [{"day": "2024-01-03"}]}
+    given = [
+        {
+            "uri": f"u{n}",
+            "image_id": f"2024-01-{n + 1:02}",
+            "at": moment,
+            "note": "2024-01-01",
+            "more": nested,
+        }
+        for n in range(9)
+    ]
+    given.append({"uri": "last", "image_id": "x", "at": moment, "note": "no date", "more": nested})
+    (tmp_path / "inventory.jsonl").write_text("\n".join(json.dumps(row) for row in given))
+    plan(str(tmp_path / "inventory.jsonl"), state)
+    assert rows_of(state) == given
 
 
 def test_folder_of_tables_is_one_inventory_with_the_columns_of_all(tmp_path: Path, state: Storage) -> None:
