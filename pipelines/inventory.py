@@ -79,7 +79,7 @@ def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int)
 
 def fingerprint_of(found: Found, options: InventoryOptions) -> str:
     """sha256 over everything that the plan follows from: files with sizes and versions, and the options."""
-    chosen = (options.rename, options.drop_columns, options.payload_column)
+    chosen = (options.all_files, options.rename, options.drop_columns, options.payload_column)
     digest = hashlib.sha256(repr((1, found.form, found.base, chosen)).encode())
     for file in found.files:
         digest.update(f"{file.uri}\0{file.size_bytes}\0{file.version}\n".encode())

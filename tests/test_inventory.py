@@ -111,6 +111,15 @@ def test_changed_inventory_is_refused_unless_the_frozen_plan_is_kept(tmp_path: P
     assert plan(str(table), state, options=InventoryOptions(keep_plan=True)) == first
 
 
+def test_plan_of_a_shards_images_is_not_that_of_all_its_files(tmp_path: Path, state: Storage) -> None:
+    path = str(shard(tmp_path / "shard.tar", ["a.jpg", "a.json"]))
+    assert plan(path, state).n_items == 1
+    everything = InventoryOptions(form="tars", all_files=True)
+    with pytest.raises(PlanMismatch):
+        plan(path, state, options=everything)
+    assert plan(path, open_storage(str(tmp_path / "other")), options=everything).n_items == 2
+
+
 ANY_TYPE = {
     "dictionary": pa.array(["a", None, "a"]).dictionary_encode(),
     "decimal": pa.array([Decimal("1.10"), None, Decimal("2.00")], pa.decimal128(9, 2)),
