@@ -236,7 +236,10 @@ def _column(rows: pa.Table, field: pa.Field) -> pa.Array:
 def _with_containers(items: pa.Table, base: str) -> pa.Table:
     """A relative URI starts at the table's folder: `uri` stays as given, `container` says where that is."""
     uris = items["uri"]
-    placed = pc.match_substring_regex(uris, r"^(/|~|[A-Za-z][A-Za-z0-9+.-]*:|$)")
+    path = pc.match_substring_regex(uris, r"^(/|~|$)")
+    # Without the white space around it, as fetching takes a URL that was copied from a page.
+    url = pc.match_substring_regex(pc.utf8_trim_whitespace(uris), r"^([A-Za-z][A-Za-z0-9+.-]*:|$)")
+    placed = pc.or_(path, url)
     if pc.all(placed).as_py() is not False:
         return items
     joined = pc.binary_join_element_wise(base, uris, "/")

@@ -90,6 +90,15 @@ def test_relative_uri_is_kept_and_located_beside_its_table(tmp_path: Path, state
     assert [item["container"] for item in items[1:]] == [None, None]
 
 
+def test_white_space_around_a_url_does_not_make_it_relative(tmp_path: Path, state: Storage) -> None:
+    uris = [" https://a.example/1.jpg", "\ts3://b/2.jpg\n", "\u00a0https://a.example/3.jpg ", " ", " 4.jpg"]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    items = frozen.read(0, 5, ["uri", "container"])
+    assert items["uri"].to_pylist() == uris
+    assert items["container"].to_pylist() == [None] * 4 + [f"{tmp_path}/ 4.jpg"]
+
+
 @pytest.mark.parametrize("name", ["status", "Labels", "__row_id"])
 def test_carried_column_that_takes_our_name_is_refused_with_the_remedy(
     tmp_path: Path, state: Storage, name: str
