@@ -148,14 +148,21 @@ def inventory_options(config: ClassifyConfig) -> InventoryOptions:
 
 
 def identity(bundle: Bundle, plan: Plan, config: ClassifyConfig) -> dict[str, Any]:
-    """What decides the rows of the table; a resume must agree with it."""
+    """What decides the rows of the table; a resume must agree with it.
+
+    That is which images are taken, not how long or how hard each is tried: time-outs, attempts and memory.
+    """
     return {
         "plan": plan.hash,
         "model_id": bundle.model_id,
         "precision": config.precision,
         "top_k": config.top_k,
         "max_pixels": config.decode.max_pixels,
+        "max_side": config.decode.max_side,
         "max_bytes": config.fetch.max_bytes,
+        "max_redirects": config.fetch.max_redirects,
+        "allow_private_addresses": config.fetch.allow_private_addresses,
+        "allowed_networks": config.fetch.allowed_networks,
     }
 
 

@@ -7,12 +7,15 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from jobs import cli
 from jobs import config as configs
+from jobs.classify_images import identity
 from jobs.config import ClassifyConfig
 from jobs.errors import InputError
 from jobs.settings import plain
@@ -48,6 +51,30 @@ def test_nested_limits_are_flags_and_travel_as_plain_dataclasses() -> None:
     fetch = plain(parse("--fetch.max-bytes", "1000").fetch)
     assert type(fetch) is FetchLimits
     assert fetch == FetchLimits(max_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("setting", "decides"),
+    [
+        (("--top-k", "2"), True),
+        (("--decode.max-pixels", "1000"), True),
+        (("--decode.max-side", "100"), True),
+        (("--fetch.max-bytes", "1000"), True),
+        (("--fetch.max-redirects", "1"), True),
+        (("--fetch.allow-private-addresses",), True),
+        (("--fetch.allowed-networks", '["10.0.0.0/8"]'), True),
+        (("--fetch.max-attempts", "1"), False),
+        (("--fetch.total-timeout-s", "9"), False),
+        (("--decode.timeout-s", "9"), False),
+    ],
+)
+def test_a_resume_must_agree_with_the_settings_that_decide_rows(
+    setting: tuple[str, ...], decides: bool
+) -> None:
+    bundle: Any = SimpleNamespace(model_id="m")
+    plan: Any = SimpleNamespace(hash="p")
+    first, second = (identity(bundle, plan, parse(*each)) for each in ((), setting))
+    assert (first != second) == decides
 
 
 def test_command_line_beats_environment_beats_file_beats_default(
