@@ -20,7 +20,8 @@ import torch
 from export import certification, convert, release
 from export.checkpoint import opened
 from pipelines.bundle import Bundle, open_bundle
-from pipelines.runtime import ProviderUnavailable, gpu_name, load
+from pipelines.providers import ProviderUnavailable, gpu_name
+from pipelines.runtime import load
 from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
 
 FLOP_PER_IMAGE = 35.1e9

@@ -20,7 +20,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from export import convert, precision
 from export.convert import Surroundings
-from pipelines.runtime import OUTPUTS, OnnxModel, cpu_name
+from pipelines.providers import cpu_name
+from pipelines.runtime import OUTPUTS, OnnxModel
 from pipelines.specs import ImageSpec, RuntimeSpec
 
 MODELS = {

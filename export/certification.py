@@ -112,6 +112,7 @@ def runtime_spec(measuring: Measuring, provider: Provider, precision: Precision)
         batch_size=measuring.batch_size,
         threads=measuring.threads,
         device_id=measuring.device_id,
+        engine_cache=measuring.engine_cache,
     )
 
 

@@ -14,7 +14,7 @@ from jobs.settings import plain
 
 def run(config: CertifyConfig) -> int:
     from export import certification
-    from pipelines.runtime import ProviderUnavailable
+    from pipelines.providers import ProviderUnavailable
 
     with checking_input():
         try:

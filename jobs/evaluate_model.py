@@ -179,6 +179,7 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
         precision=config.precision,
         batch_size=config.batch_size,
         threads=config.threads or cores(),
+        engine_cache=config.engine_cache,
     )
     certified = require_certificate(bundle, spec, allow_uncertified=config.allow_uncertified)
     own_table = storage.join(uri, bundles.TAXONOMY_FILE)

@@ -1,49 +1,50 @@
 """The one place that runs a released model: classify, predict and the parity measurement all come here.
 
 An `OnnxModel` turns uint8 pixels of any number into logits and probabilities, on the provider that was
-asked for or not at all. Batches have a few fixed sizes; the last one is padded. It neither opens
-bundles' files nor decodes images, and it never imports torch.
+asked for (`providers.py`) or not at all. Batches have a few fixed sizes, and smaller ones are padded; where
+memory runs out they halve. It neither opens bundles' files nor decodes images, and it never imports torch.
 """
 
 import ctypes
+import gc
 import hashlib
-import importlib
-import os
-import platform
-import re
-import subprocess
+import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
+from pipelines import providers
 from pipelines.bundle import Bundle
-from pipelines.specs import Provider, RuntimeSpec
+from pipelines.providers import ProviderUnavailable
+from pipelines.specs import RuntimeSpec
 from pipelines.storage import is_local, local_path
 
 INPUT = "pixels"
 OUTPUTS = ["logits", "probabilities"]
-EP_NAMES: dict[Provider, str] = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 _OUT_OF_MEMORY = (
     "out of memory",
-    "OUT_OF_MEMORY",
-    "Failed to allocate memory",
+    "out_of_memory",
+    "failed to allocate",
     "bad_alloc",
     "bad allocation",
+    "allocation failed",
+    "alloc_failed",  # CUBLAS_STATUS_…, CUDNN_STATUS_…
+    "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_…
+    "cudaerrormemoryallocation",
+    "smaller than requested bytes",
+    "failed to create context",  # TensorRT says no reason; the activations are allocated there
+    "could not build execution context",
 )
-"""How ONNX Runtime's arenas, CUDA, cuBLAS and the C++ library word it: there is no exception type for it."""
-_QUIET = 3  # errors only: the warnings about shape nodes come once per session and mean nothing to a user
+"""How ONNX Runtime's arenas, CUDA's libraries, TensorRT and C++ word it: it has no exception type."""
 
-
-class ProviderUnavailable(RuntimeError):
-    """The provider that was asked for is not the one that would run the model."""
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class ModelUnusable(ValueError):
@@ -55,25 +56,26 @@ class OutOfMemory(RuntimeError):
 
 
 class OnnxModel:
-    """A loaded and verified ONNX model.
+    """A loaded, verified and warm ONNX model.
 
     Raises:
         ProviderUnavailable: the session would run anything on another provider than `spec.provider`.
         ModelUnusable: the bytes are not a graph of this project.
+        OutOfMemory: not even batches of one image fit.
     """
 
     def __init__(self, model: bytes, spec: RuntimeSpec) -> None:
         self.spec = spec
         """How it runs; its batch size halves when memory runs out."""
         self._model = model
-        self._sessions: dict[int, _Session] = {}
-        probe = self._session(self._bucket(1 if spec.provider == "cpu" else spec.batch_size))
-        self.providers: list[str] = probe.session.get_providers()
-        self.metadata: dict[str, str] = probe.session.get_modelmeta().custom_metadata_map
-        shape = probe.session.get_inputs()[0].shape
-        self.height, self.width = int(shape[1]), int(shape[2])
-        self.n_classes = int(probe.session.get_outputs()[0].shape[1])
-        self.run(np.zeros((probe.bucket or 1, self.height, self.width, 3), np.uint8))  # warm-up
+        self._sessions: dict[int, Session] = {}
+        largest = None
+        while largest is None:
+            largest = self._within_memory(self._open)
+        self.providers: list[str] = largest.session.get_providers()
+        self.metadata: dict[str, str] = largest.session.get_modelmeta().custom_metadata_map
+        self.height, self.width, _ = largest.image_shape
+        self.n_classes = int(largest.session.get_outputs()[0].shape[1])
 
     @property
     def batch_size(self) -> int:
@@ -93,7 +95,7 @@ class OnnxModel:
         start = 0
         while start < len(pixels_nhwc):
             batch = pixels_nhwc[start : start + self.batch_size]
-            outputs = self._attempt(batch)
+            outputs = self._within_memory(partial(self._answer, batch))
             if outputs is not None:
                 stop = start + len(batch)
                 logits_nc[start:stop], probabilities_nc[start:stop] = outputs
@@ -102,46 +104,61 @@ class OnnxModel:
 
     def environment(self) -> dict[str, Any]:
         """What a certificate must say about how and where this model ran."""
-        session = next(iter(self._sessions.values())).session
+        largest = self._open()
+        on_cpu = self.spec.provider == "cpu"
         return {
             "onnxruntime": ort.__version__,
             "providers": self.providers,
-            "provider_options": session.get_provider_options(),
+            "provider_options": largest.session.get_provider_options(),
             "batch_size": self.batch_size,
             "buckets": self.spec.buckets,
             "threads": self.spec.threads,
             "allow_tf32": self.spec.tf32,
-            "machine": cpu_name() if self.spec.provider == "cpu" else gpu_name(self.spec.device_id),
-            "nodes": {name: len(kinds) for name, kinds in placement(session).items()},
+            "machine": providers.cpu_name() if on_cpu else providers.gpu_name(self.spec.device_id),
+            "nodes": {name: len(kinds) for name, kinds in providers.placement(largest.session).items()},
+            "engines": {
+                f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
+                for session in self._sessions.values()
+                for file in session.engine_files()
+            },
         }
 
-    def _attempt(self, batch_nhwc: np.ndarray) -> list[np.ndarray] | None:
-        """The outputs, or None when memory ran out and the batch size was halved."""
-        bucket = self._bucket(len(batch_nhwc))
-        try:
-            return self._session(bucket)(batch_nhwc, bucket)
-        except Exception as error:  # ORT raises several unrelated types for one full memory
-            if not any(words in str(error) for words in _OUT_OF_MEMORY):
-                raise
-            self._halve(bucket, error)
-            return None
+    def _open(self) -> "Session":
+        """The session of the largest batches, which run first; those that are missing are made and warmed."""
+        keys = [0] if self.spec.provider == "cpu" else self.spec.buckets
+        for key in reversed(keys):
+            if key not in self._sessions:
+                self._sessions[key] = Session(self._model, self.spec, key)
+        return self._sessions[keys[-1]]
 
-    def _halve(self, bucket: int, error: Exception) -> None:
-        if bucket == 1:
-            raise OutOfMemory(
-                f"one image does not fit into the memory of {self.spec.provider} beside the model: {error}"
-            ) from error
-        self.spec = replace(self.spec, batch_size=bucket // 2)
-        self._sessions.clear()
-
-    def _bucket(self, n: int) -> int:
-        return next(size for size in self.spec.buckets if size >= n)
-
-    def _session(self, bucket: int) -> "_Session":
+    def _answer(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
+        self._open()  # after a halving there are none
+        bucket = next(size for size in self.spec.buckets if size >= len(batch_nhwc))
         key = 0 if self.spec.provider == "cpu" else bucket
-        if key not in self._sessions:
-            self._sessions[key] = _Session(self._model, self.spec, key)
-        return self._sessions[key]
+        return self._sessions[key](batch_nhwc, bucket)
+
+    def _within_memory(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` gives; None when memory ran out: then no session is left, and batches are halved."""
+        try:
+            return work()
+        except Exception as error:  # ORT raises several unrelated types for one full memory
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error)
+        # Behind the handler: the error's traceback would keep the session alive that has to go.
+        size = self.batch_size
+        if size == 1:
+            raise OutOfMemory(
+                f"one image does not fit into the memory of {self.spec.provider} beside the model: {reason}"
+            )
+        self._sessions.clear()
+        gc.collect()
+        self.spec = replace(self.spec, batch_size=size // 2)
+        log.warning(
+            "memory ran out on %s at batches of %d images; going on with %d: %s",
+            self.spec.provider, size, size // 2, reason,
+        )  # fmt: skip
+        return None
 
 
 def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
@@ -154,46 +171,52 @@ def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
     return OnnxModel(bundle.model_bytes(spec.precision, spec.provider), spec)
 
 
-class _Session:
-    """One ONNX Runtime session; with `bucket` > 0 frozen to that batch size with its buffers bound."""
+class Session:
+    """One warm ONNX Runtime session; with `bucket` > 0 frozen to that batch size with its buffers bound."""
 
     def __init__(self, model: bytes, spec: RuntimeSpec, bucket: int) -> None:
-        self.spec = spec
         self.bucket = bucket
-        if spec.provider != "cpu":
-            _load_gpu_libraries(spec.provider)
-        providers = [(EP_NAMES[spec.provider], _provider_options(model, spec, bucket))]
-        if spec.provider == "tensorrt":
-            providers.append((EP_NAMES["cuda"], _cuda_options(spec)))
+        providers.load_libraries(spec.provider)
+        self._engines = providers.engine_folder(model, spec, bucket)
         try:
-            self.session = ort.InferenceSession(model, _session_options(spec, bucket), providers=providers)
+            with providers.alone_with(self._engines):
+                self.session = ort.InferenceSession(
+                    model,
+                    providers.session_options(spec, bucket),
+                    providers=providers.requested(spec, self._engines),
+                    enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
+                )
         except Exception as error:  # ORT has an unrelated type per reason; all mean no
             raise _refusal(spec, error) from error
         _check_signature(self.session)
-        _check_placement(self.session, spec)
+        providers.check_placement(self.session, spec)
+        height, width, channels = self.session.get_inputs()[0].shape[1:]
+        self.image_shape = (int(height), int(width), int(channels))
         if bucket:
-            self._bind()
+            self._bind(spec.device_id)
+        self(np.zeros((bucket or 1, *self.image_shape), np.uint8), bucket or 1)
 
-    def __call__(self, batch_nhwc: np.ndarray, bucket: int) -> list[np.ndarray]:
+    def __call__(self, batch_nhwc: np.ndarray, size: int) -> list[np.ndarray]:
+        """Logits and probabilities of a batch that is padded to `size` images."""
         n = len(batch_nhwc)
-        if not self.bucket:
-            padded = np.zeros((bucket, *batch_nhwc.shape[1:]), np.uint8) if n < bucket else batch_nhwc
-            if n < bucket:
-                padded[:n] = batch_nhwc
-            outputs = self.session.run(OUTPUTS, {INPUT: np.ascontiguousarray(padded)})
-        else:
+        if self.bucket:
             self._staging[:n] = batch_nhwc
             self._staging[n:] = 0
             self._device_input.update_inplace(self._staging)
             self.session.run_with_iobinding(self._binding)
             outputs = [value.numpy() for value in self._device_outputs]
+        else:
+            outputs = self.session.run(OUTPUTS, {INPUT: _padded(batch_nhwc, size)})
         return [output[:n] for output in outputs]
 
-    def _bind(self) -> None:
+    def engine_files(self) -> list[Path]:
+        """TensorRT's engines that this session runs; none on other providers."""
+        return sorted(self._engines.glob("*.engine")) if self._engines else []
+
+    def _bind(self, device_id: int) -> None:
         """Buffers at fixed addresses, as CUDA graphs need; the host side is page-locked for a faster copy."""
-        device = ("cuda", self.spec.device_id)
-        _, *sides = self.session.get_inputs()[0].shape
-        self._staging = _page_locked((self.bucket, *map(int, sides)))
+        device = ("cuda", device_id)
+        self._staging = _page_locked((self.bucket, *self.image_shape))
         self._device_input = ort.OrtValue.ortvalue_from_numpy(self._staging, *device)
         self._binding = self.session.io_binding()
         self._binding.bind_ortvalue_input(INPUT, self._device_input)
@@ -205,76 +228,18 @@ class _Session:
             self._device_outputs.append(value)
 
 
-def _session_options(spec: RuntimeSpec, bucket: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = spec.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _QUIET
-    # Idle threads that spin take the cores from the decoders and from other sessions beside them.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if spec.precision == "int8":
-        # A CPU without VNNI adds products of unsigned and signed bytes in 16 bits, where they overflow.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    if spec.provider != "cpu":
-        # Without it a missing CUDA library means a warning and a session on CPU (onnxruntime #23372).
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        # Folds away the shape arithmetic of a dynamic batch, which would sit on the CPU provider.
-        options.add_free_dimension_override_by_name("batch", bucket)
-    return options
+def _padded(batch_nhwc: np.ndarray, size: int) -> np.ndarray:
+    """The batch with black images behind it, up to `size`; contiguous."""
+    if len(batch_nhwc) == size:
+        return np.ascontiguousarray(batch_nhwc)
+    padded_nhwc = np.zeros((size, *batch_nhwc.shape[1:]), np.uint8)
+    padded_nhwc[: len(batch_nhwc)] = batch_nhwc
+    return padded_nhwc
 
 
-def _provider_options(model: bytes, spec: RuntimeSpec, bucket: int) -> dict[str, str]:
-    if spec.provider == "cpu":
-        return {}
-    if spec.provider == "cuda":
-        return {**_cuda_options(spec), "enable_cuda_graph": "1"}
-    cache = str(engine_cache(model, spec))
-    shape = f"{INPUT}:{bucket}x{'x'.join(map(str, _image_shape(model)))}"
-    return {
-        "device_id": str(spec.device_id),
-        "trt_fp16_enable": "1" if spec.precision == "fp16" else "0",
-        "trt_layer_norm_fp32_fallback": "1",
-        "trt_cuda_graph_enable": "1",
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": cache,
-        "trt_timing_cache_enable": "1",
-        "trt_timing_cache_path": cache,
-        "trt_profile_min_shapes": shape,
-        "trt_profile_opt_shapes": shape,
-        "trt_profile_max_shapes": shape,
-    }
-
-
-def _cuda_options(spec: RuntimeSpec) -> dict[str, str]:
-    return {
-        "device_id": str(spec.device_id),
-        "use_tf32": "1" if spec.allow_tf32 else "0",
-        "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "HEURISTIC",
-    }
-
-
-def engine_cache(model: bytes, spec: RuntimeSpec) -> Path:
-    """Folder of the TensorRT engines of this model on this kind of GPU, made when missing.
-
-    An engine is native code for one GPU and one TensorRT, so both are in the name.
-    """
-    root = Path(spec.engine_cache or Path.home() / ".cache" / "iab-vision" / "engines")
-    tensorrt = importlib.import_module("tensorrt").__version__
-    versions = re.sub(r"[^\w.]+", "-", f"{gpu_name(spec.device_id)} tensorrt {tensorrt}")
-    folder = root / f"{hashlib.sha256(model).hexdigest()[:16]}-{versions}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
-
-
-def _image_shape(model: bytes) -> list[int]:
-    """Height, width and channels of the input: an engine's profile is stated before there is a session."""
-    onnx = importlib.import_module("onnx")
-    pixels = onnx.load_model_from_string(model).graph.input[0]
-    return [axis.dim_value for axis in pixels.type.tensor_type.shape.dim[1:]]
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
 def _check_signature(session: ort.InferenceSession) -> None:
@@ -286,27 +251,6 @@ def _check_signature(session: ort.InferenceSession) -> None:
         )
 
 
-def _check_placement(session: ort.InferenceSession, spec: RuntimeSpec) -> None:
-    """The provider asked for must be active, and on a GPU nothing may be left for the CPU."""
-    active = session.get_providers()
-    if active[0] != EP_NAMES[spec.provider]:
-        raise ProviderUnavailable(f"{spec.provider} was asked for, but the session runs on {active}")
-    if spec.provider == "cpu":
-        return
-    nodes = placement(session)
-    allowed = {EP_NAMES[spec.provider], EP_NAMES["cuda"]}  # what TensorRT does not know, CUDA may run
-    if EP_NAMES[spec.provider] not in nodes or nodes.keys() - allowed:
-        raise ProviderUnavailable(f"{spec.provider} was asked for, but the nodes would run on {nodes}")
-
-
-def placement(session: ort.InferenceSession) -> dict[str, list[str]]:
-    """Provider -> the kinds of operators that it runs, once for each node."""
-    found: dict[str, list[str]] = {}
-    for subgraph in session.get_provider_graph_assignment_info():
-        found.setdefault(subgraph.ep_name, []).extend(node.op_type for node in subgraph.get_nodes())
-    return found
-
-
 def _refusal(spec: RuntimeSpec, error: Exception) -> Exception:
     if spec.provider == "cpu":
         return ModelUnusable(f"ONNX Runtime {ort.__version__} cannot load the model: {error}")
@@ -314,16 +258,6 @@ def _refusal(spec: RuntimeSpec, error: Exception) -> Exception:
         f"ONNX Runtime {ort.__version__} cannot run the model on {spec.provider} {spec.device_id}: {error}. "
         "Check nvidia-smi, and install the CUDA 13 libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
     )
-
-
-def _load_gpu_libraries(provider: Provider) -> None:
-    """Put the CUDA (and TensorRT) libraries of the Python packages where the provider finds them."""
-    ort.preload_dlls()
-    if provider == "tensorrt":
-        try:
-            importlib.import_module("tensorrt")  # loads libnvinfer
-        except ImportError as error:
-            raise ProviderUnavailable("TensorRT is not installed: pip install 'tensorrt-cu13<11'") from error
 
 
 def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
@@ -337,26 +271,3 @@ def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
     if cudart.cudaHostRegister(address, ctypes.c_size_t(buffer.nbytes), 0) == 0:
         weakref.finalize(buffer, cudart.cudaHostUnregister, address)
     return buffer
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def gpu_name(device_id: int) -> str:
-    """The GPU's name and driver, as nvidia-smi says."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    device = visible[device_id] if len(visible) > device_id and visible[device_id] else str(device_id)
-    command = ["nvidia-smi", f"--id={device}", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ProviderUnavailable(f"nvidia-smi does not answer: {error}") from error
-    return answer.stdout.strip().replace(", ", " driver ")

@@ -205,6 +205,8 @@ class Measuring:
     """CPU threads of a session; what classify uses."""
     device_id: int = 0
     """GPU of a CUDA or TensorRT session."""
+    engine_cache: str = ""
+    """Local folder for TensorRT engines; empty: beside a local bundle, else `~/.cache/iab-vision/engines`."""
 
     def __post_init__(self) -> None:
         for name in ("sample_images", "calibration_images", "threads"):

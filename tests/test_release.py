@@ -264,7 +264,7 @@ def test_certify_on_a_missing_gpu_fails_without_touching_the_bundle(copied, pict
 
 
 def release_has_gpu() -> bool:
-    from pipelines.runtime import ProviderUnavailable, gpu_name
+    from pipelines.providers import ProviderUnavailable, gpu_name
 
     try:
         gpu_name(0)

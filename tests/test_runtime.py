@@ -3,14 +3,17 @@
 import subprocess
 import sys
 import textwrap
+import weakref
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pipelines import runtime
-from pipelines.runtime import ModelUnusable, OnnxModel, ProviderUnavailable
+from pipelines import providers, runtime
+from pipelines.providers import ProviderUnavailable
+from pipelines.runtime import ModelUnusable, OnnxModel, OutOfMemory
 from pipelines.specs import RuntimeSpec
 from tests.small_models import small_graph
 
@@ -156,6 +159,106 @@ def test_full_memory_halves_the_batch_until_one_image_does_not_fit(tmp_path, val
         assert 1 <= int(done.stdout.split()[1]) < 16
 
 
+@dataclass
+class Gpu:
+    """Stands for a GPU's memory: sessions that are alive take as many images of it as their batch size."""
+
+    capacity: int
+    words: str = "CUBLAS_STATUS_ALLOC_FAILED"
+    free_at_start: int = 0
+    """More of it until the first answer, so that memory runs out in the middle of a run."""
+    alive: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+
+    def session(self, model: bytes, spec: RuntimeSpec, bucket: int) -> "GpuSession":
+        return GpuSession(self, bucket)
+
+    def check(self) -> None:
+        if sum(session.bucket for session in self.alive) > self.capacity + self.free_at_start:
+            raise RuntimeError(f"Non-zero status code returned: {self.words}")
+
+
+class GpuSession:
+    """Answers with the mean of each image; as ONNX Runtime's, it is what its outputs are asked of."""
+
+    image_shape = (4, 6, 3)
+
+    def __init__(self, gpu: Gpu, bucket: int) -> None:
+        self.gpu, self.bucket, self.session, self.shape = gpu, bucket, self, [None, 1]
+        gpu.alive.add(self)
+        gpu.check()
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"]
+
+    def get_modelmeta(self):
+        return type("Meta", (), {"custom_metadata_map": {}})
+
+    def get_outputs(self):
+        return [self]
+
+    def __call__(self, batch_nhwc, size):
+        assert len(batch_nhwc) <= size == self.bucket
+        self.gpu.free_at_start = 0
+        self.gpu.check()
+        return [batch_nhwc.mean(axis=(1, 2, 3))[:, None]] * 2
+
+
+def on_gpu(monkeypatch, gpu: Gpu, batch_size: int = 256) -> OnnxModel:
+    monkeypatch.setattr(runtime, "Session", gpu.session)
+    return OnnxModel(b"", RuntimeSpec("cuda", batch_size=batch_size))
+
+
+def test_every_batch_size_is_ready_before_the_first_image(monkeypatch):
+    gpu = Gpu(capacity=288)
+    assert on_gpu(monkeypatch, gpu).batch_size == 256
+    assert sorted(session.bucket for session in gpu.alive) == [32, 256]
+
+
+@pytest.mark.parametrize(("capacity", "expected"), [(287, 128), (256, 128), (143, 64), (71, 32), (2, 1)])
+def test_batches_halve_at_start_until_full_and_tail_fit_together(monkeypatch, capacity, expected):
+    """A failed session must be gone before the next one is made, or it would fail for the memory of both.
+
+    At 287 it is the tail's session that fails: half of the tail would be 16.
+    """
+    gpu = Gpu(capacity)
+    model = on_gpu(monkeypatch, gpu)
+    assert model.batch_size == expected
+    assert {session.bucket for session in gpu.alive} == set(model.spec.buckets)
+
+
+@pytest.mark.parametrize("n", [1, 32, 33, 256, 300])
+def test_memory_that_runs_out_while_running_halves_the_full_batch_and_loses_no_image(monkeypatch, n):
+    model = on_gpu(monkeypatch, Gpu(capacity=150, free_at_start=200))
+    assert model.batch_size == 256
+    np.testing.assert_allclose(model.run(pixels(n))[0][:, 0], pixels(n).mean(axis=(1, 2, 3)), rtol=1e-6)
+    assert model.batch_size == 128
+
+
+def test_one_image_that_does_not_fit_says_what_the_runtime_said(monkeypatch):
+    with pytest.raises(OutOfMemory, match=r"one image does not fit.*CUBLAS_STATUS_ALLOC_FAILED"):
+        on_gpu(monkeypatch, Gpu(capacity=0))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA failure 2: out of memory",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 1024",
+        "Available memory of 5 is smaller than requested bytes of 6",
+        "TensorRT EP could not build execution context for fused node: x",
+        "std::bad_alloc",
+    ],
+)
+def test_full_memory_is_known_by_its_many_words(monkeypatch, words):
+    assert on_gpu(monkeypatch, Gpu(capacity=150, words=words)).batch_size == 128
+
+
+def test_other_failures_are_not_taken_for_full_memory(monkeypatch):
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        on_gpu(monkeypatch, Gpu(capacity=0, words="CUDA_ERROR_ILLEGAL_ADDRESS"))
+
+
 def test_certificate_environment_names_what_ran(model):
     environment = model.environment()
     assert environment["providers"] == ["CPUExecutionProvider"]
@@ -173,7 +276,7 @@ def test_running_a_model_loads_neither_torch_nor_transformers():
 
 def _has_gpu() -> bool:
     try:
-        runtime.gpu_name(0)
+        providers.gpu_name(0)
     except ProviderUnavailable:
         return False
     return True
@@ -192,7 +295,7 @@ def test_gpu_gives_what_the_cpu_gives(provider, precision, tolerance, n, tmp_pat
     logits_nc, probabilities_nc = gpu.run(pixels(n))
     np.testing.assert_allclose(logits_nc, reference_nc, atol=tolerance)
     np.testing.assert_allclose(probabilities_nc.sum(axis=1), 1, atol=1e-2)
-    assert gpu.providers[0] == runtime.EP_NAMES[provider]
+    assert gpu.providers[0] == providers.EP_NAMES[provider]
 
 
 @pytest.mark.gpu
