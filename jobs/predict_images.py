@@ -34,7 +34,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     from pipelines import bundle as bundles
     from pipelines.fetch import Fetcher
     from pipelines.images import prepare
-    from pipelines.prediction import loaded_table, open_predictor
+    from pipelines.prediction import black, loaded_row, loaded_table, open_predictor
     from pipelines.specs import RuntimeSpec
 
     if not config.images:
@@ -45,13 +45,18 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
     predictor = open_predictor(bundle, runtime, config.top_k)
     fetcher = Fetcher(plain(config.fetch))
+    pixels_nhwc = black(len(config.images), bundle.image_spec)
+    rows = []
     try:
-        arrived = [(index, fetcher.fetch(uri)) for index, uri in enumerate(config.images)]
+        for index, uri in enumerate(config.images):
+            fetched = fetcher.fetch(uri)
+            image = None if fetched.payload is None else prepare(fetched.payload, bundle.image_spec)
+            if image is not None and image.pixels_hwc is not None:
+                pixels_nhwc[index] = image.pixels_hwc
+            rows.append(loaded_row(index, fetched, image))
     finally:
         fetcher.close()
-    prepared = [prepare(f.payload, bundle.image_spec) for _, f in arrived if f.payload is not None]
-    pixels = [image.pixels_hwc for image in prepared]
-    scored = predictor.score(loaded_table(arrived, prepared, pixels, bundle.image_spec)).to_pylist()
+    scored = predictor.score(loaded_table(rows, pixels_nhwc)).to_pylist()
     paths = bundle.taxonomy()
     return [
         {**present(uri, row, paths), "certified": certified}

@@ -1,15 +1,18 @@
-"""Memory for large objects, shared fairly, and the clock that stands still while a request waits for it."""
+"""Memory for payloads, shared fairly, and the clock that stands still while a request waits for it."""
 
 import asyncio
 import contextlib
+import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from pipelines.attempts import Failure
 from pipelines.status import Status
 
 SMALL_BYTES = 256 << 10
-"""Objects up to this size are bounded by the number of requests alone and reserve nothing."""
+"""Reserved for an object of unknown size, until it proves larger: then as much as the largest may take."""
 
 
 @contextlib.contextmanager
@@ -24,38 +27,56 @@ def paused(timeout: asyncio.Timeout) -> Iterator[None]:
 
 
 class ByteBudget:
-    """Bounds the bytes of large objects in memory, first come first served; lives on one event loop."""
+    """Bounds the bytes of payloads in memory, first come first served; for any thread and event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         self._free = max_bytes
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
+        self._lock = threading.Lock()
 
-    async def take(self, n_bytes: int) -> None:
-        if self._waiting or n_bytes > self._free:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((n_bytes, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                self._abandon(n_bytes, turn)
-                raise
-        else:
+    def take_now(self, n_bytes: int) -> bool:
+        """Take the bytes if that needs no waiting; whether it did."""
+        with self._lock:
+            if self._waiting or n_bytes > self._free:
+                return False
             self._free -= n_bytes
+            return True
+
+    def take(self, n_bytes: int) -> None:
+        """Wait for the bytes, in a thread that holds none."""
+        self._turn(n_bytes).result()
+
+    async def take_async(self, n_bytes: int) -> None:
+        """Wait for the bytes, in a task that holds none."""
+        turn = self._turn(n_bytes)
+        try:
+            await asyncio.wrap_future(turn)
+        except asyncio.CancelledError:
+            if turn.cancel():
+                self.give(0)  # whoever waited behind this one
+            else:
+                self.give(n_bytes)
+            raise
 
     def give(self, n_bytes: int) -> None:
-        self._free += n_bytes
-        while self._waiting and self._waiting[0][0] <= self._free:
-            wanted, turn = self._waiting.pop(0)
-            if not turn.done():
-                self._free -= wanted
-                turn.set_result(None)
+        """Return bytes, and let in those whose turn it is."""
+        granted = []
+        with self._lock:
+            self._free += n_bytes
+            while self._waiting and (self._waiting[0][0] <= self._free or self._waiting[0][1].cancelled()):
+                wanted, turn = self._waiting.popleft()
+                if turn.set_running_or_notify_cancel():
+                    self._free -= wanted
+                    granted.append(turn)
+        for turn in granted:
+            turn.set_result(None)
 
-    def _abandon(self, n_bytes: int, turn: asyncio.Future[None]) -> None:
-        if turn.done() and not turn.cancelled():
-            self.give(n_bytes)
-        else:
-            self._waiting = [(wanted, other) for wanted, other in self._waiting if other is not turn]
-            self.give(0)
+    def _turn(self, n_bytes: int) -> Future[None]:
+        turn: Future[None] = Future()
+        with self._lock:
+            self._waiting.append((n_bytes, turn))
+        self.give(0)
+        return turn
 
 
 @dataclass
@@ -68,17 +89,22 @@ class Reservation:
     held: int = 0
 
     async def cover(self, received: int, expected: int | None) -> None:
-        """Make sure that `received` bytes may be held; called before memory grows beyond a small object.
+        """Make sure that `received` bytes may be held, and `expected` ones once they come.
 
         Raises Failure (`too_large`).
         """
         check_size(max(received, expected or 0), self.max_bytes)
-        if self.held or max(received, expected or 0) <= SMALL_BYTES:
+        if expected is not None and received <= expected:
+            wanted = expected
+        else:
+            wanted = min(SMALL_BYTES, self.max_bytes) if received <= SMALL_BYTES else self.max_bytes
+        if wanted <= self.held:
             return
-        # Once and in full: whoever holds a share never waits for more, so that shares cannot deadlock.
-        wanted = expected if expected and received <= expected else self.max_bytes
-        with paused(self.timeout):
-            await self.budget.take(wanted)
+        # In full, and with nothing in hand: whoever holds a share never waits, so that none can deadlock.
+        self.release()
+        if not self.budget.take_now(wanted):
+            with paused(self.timeout):
+                await self.budget.take_async(wanted)
         self.held = wanted
 
     def shrink(self, n_bytes: int) -> None:
@@ -88,6 +114,7 @@ class Reservation:
         self.held = kept
 
     def release(self) -> None:
+        """Keep nothing."""
         self.shrink(0)
 
 

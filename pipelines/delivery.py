@@ -1,16 +1,23 @@
-"""Outcomes from many threads and one event loop -> the one caller that waits for them.
+"""Outcomes from many threads and one event loop -> batches for the one caller that waits for them.
 
 A caller may stop listening in the middle: what arrives afterwards gives its memory back and is gone.
 """
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+BATCH_BYTES = 8 << 20
+"""Payloads handed over together, about: half a second of decoding, and little beside the budget."""
+
+LINGER_S = 0.05
+"""Longest wait for a batch to fill, seconds: its caller holds memory meanwhile that others may wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,7 @@ class Arrival(Generic[T]):
 
 
 class Delivery(Generic[T]):
-    """What one `fetch_many` waits for; after `abandon`, late arrivals only give their memory back."""
+    """What one caller waits for; after `abandon`, late arrivals only give their memory back."""
 
     def __init__(self, give_back: Callable[[int], object]) -> None:
         self.tasks: list[asyncio.Task[None]] = []
@@ -38,12 +45,20 @@ class Delivery(Generic[T]):
         if self._abandoned:
             self._drain()
 
-    def take(self) -> Arrival[T]:
-        return self._arrived.get()
+    def take(self, most: int) -> list[Arrival[T]]:
+        """Wait for an arrival, and a moment for up to `most` of them."""
+        batch = [self._arrived.get()]
+        n_bytes, until = batch[0].held_bytes, time.monotonic() + LINGER_S
+        with contextlib.suppress(Empty):
+            while len(batch) < most and n_bytes < BATCH_BYTES:
+                batch.append(self._arrived.get(timeout=max(0.0, until - time.monotonic())))
+                n_bytes += batch[-1].held_bytes
+        return batch
 
-    def consumed(self, arrival: Arrival[T]) -> None:
-        if arrival.held_bytes:
-            self._give_back(arrival.held_bytes)
+    def consumed(self, batch: list[Arrival[T]]) -> None:
+        n_bytes = sum(arrival.held_bytes for arrival in batch)
+        batch.clear()
+        self._give_back(n_bytes)
 
     def abandon(self) -> None:
         """Called on the event loop."""
@@ -55,4 +70,4 @@ class Delivery(Generic[T]):
     def _drain(self) -> None:
         with contextlib.suppress(Empty):
             while True:
-                self.consumed(self._arrived.get_nowait())
+                self.consumed([self._arrived.get_nowait()])

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 import pyarrow as pa
@@ -19,8 +19,8 @@ import pyarrow as pa
 from pipelines import buckets, files
 from pipelines.attempts import Attempts, Failure, Host
 from pipelines.buckets import BucketClient
-from pipelines.budget import SMALL_BYTES, ByteBudget, Reservation, paused
-from pipelines.delivery import Arrival, Delivery
+from pipelines.budget import ByteBudget, Reservation, paused
+from pipelines.delivery import BATCH_BYTES, Arrival, Delivery
 from pipelines.embedded import EmbeddedReader, Place, read_embedded
 from pipelines.object_storage import OBJECT_SCHEMES
 from pipelines.specs import FetchLimits
@@ -79,6 +79,10 @@ class Fetched:
     def sha256(self) -> str | None:
         """Of the payload, in hexadecimal; computed anew at each use."""
         return hashlib.sha256(self.payload).hexdigest() if self.payload is not None else None
+
+
+Batch = list[tuple[int, Fetched]]
+"""Indexes of sources, and what became of them."""
 
 
 class Client(Protocol):
@@ -149,11 +153,17 @@ class Fetcher:
 
     def fetch_items(self, items: pa.Table) -> Iterator[tuple[int, Fetched]]:
         """`fetch_many` over items of a plan (`plan.LOCATION`)."""
-        columns = [items[name].to_pylist() for name in Source.__slots__]
-        return self.fetch_many([Source(*values) for values in zip(*columns, strict=True)])
+        return chain.from_iterable(self.fetch_batches(sources_of(items)))
 
     def fetch_many(self, sources: Sequence[Source]) -> Iterator[tuple[int, Fetched]]:
         """Each source's index and outcome, as they arrive; requests go on while the caller works."""
+        return chain.from_iterable(self.fetch_batches(sources))
+
+    def fetch_batches(self, sources: Sequence[Source]) -> Iterator[Batch]:
+        """What `fetch_many` yields, a few megabytes at a time.
+
+        A batch is emptied when the next is asked for, and its payloads count as freed: keep none of them.
+        """
         inside = [
             Place(source.location, source.payload_column, source.offset or 0, index)
             for index, source in enumerate(sources)
@@ -161,11 +171,28 @@ class Fetcher:
         ]
         apart = [(index, source) for index, source in enumerate(sources) if not source.payload_column]
         yield from self._fetch_apart(apart)
-        for index, outcome in read_embedded(self._tables, inside, self._limits.max_bytes):
-            yield index, embedded_row(outcome, sources[index])
+        yield from self._fetch_inside(inside, sources)
 
-    def _fetch_apart(self, sources: Sequence[tuple[int, Source]]) -> Iterator[tuple[int, Fetched]]:
-        delivery: Delivery[Fetched] = Delivery(self._give_back)
+    def _fetch_inside(self, places: Sequence[Place], sources: Sequence[Source]) -> Iterator[Batch]:
+        batch: Batch = []
+        held = 0
+        try:
+            for index, outcome in read_embedded(self._tables, places, self._limits.max_bytes):
+                n_bytes = 0 if isinstance(outcome, Failure) else len(outcome)
+                if held + n_bytes > BATCH_BYTES or not self._budget.take_now(n_bytes):
+                    yield batch
+                    batch.clear()
+                    self._budget.give(held)
+                    held = 0
+                    self._budget.take(n_bytes)
+                held += n_bytes
+                batch.append((index, embedded_row(outcome, sources[index])))
+            yield batch
+        finally:
+            self._budget.give(held)
+
+    def _fetch_apart(self, sources: Sequence[tuple[int, Source]]) -> Iterator[Batch]:
+        delivery: Delivery[Fetched] = Delivery(self._budget.give)
         waiting = iter(sources)
         window = WINDOWS * self._limits.concurrency
         under_way = 0
@@ -177,20 +204,17 @@ class Fetcher:
                     under_way += len(started)
                 if not under_way:
                     return
-                arrival = delivery.take()
-                under_way -= 1
-                if isinstance(arrival.outcome, Exception):
-                    raise arrival.outcome
+                arrived = delivery.take(most=min(under_way, self._limits.concurrency))
+                under_way -= len(arrived)
                 try:
-                    yield arrival.index, arrival.outcome
+                    batch = outcomes_of(arrived)
+                    yield batch
+                    batch.clear()
                 finally:
-                    delivery.consumed(arrival)
+                    delivery.consumed(arrived)
         finally:
             if under_way:
                 self._soon(delivery.abandon)
-
-    def _give_back(self, n_bytes: int) -> None:
-        self._soon(self._budget.give, n_bytes)
 
     def _soon(self, call: Callable[..., object], *values: object) -> None:
         """Run on the event loop; nothing is left to do there once the fetcher was closed."""
@@ -219,9 +243,9 @@ class Fetcher:
 
         def reserve(n_bytes: int) -> None:
             nonlocal held
-            if n_bytes > SMALL_BYTES:
-                asyncio.run_coroutine_threadsafe(self._budget.take(n_bytes), self._loop).result()
-                held = n_bytes
+            if not self._budget.take_now(n_bytes):
+                self._budget.take(n_bytes)
+            held = n_bytes
 
         try:
             delivery.put(Arrival(index, read_file(source, self._limits.max_bytes, reserve), held))
@@ -297,6 +321,22 @@ class Fetcher:
                 self._hosts = {name: host for name, host in self._hosts.items() if host.is_busy(now)}
             self._hosts[name] = Host(self._limits)
         return self._hosts[name]
+
+
+def sources_of(items: pa.Table) -> list[Source]:
+    """Where the items of a plan are (`plan.LOCATION`)."""
+    columns = [items[name].to_pylist() for name in Source.__slots__]
+    return [Source(*values) for values in zip(*columns, strict=True)]
+
+
+def outcomes_of(arrived: Sequence[Arrival[Fetched]]) -> Batch:
+    """Each arrival's index and outcome. Raises the first that is a mistake of ours."""
+    batch: Batch = []
+    for arrival in arrived:
+        if isinstance(arrival.outcome, Exception):
+            raise arrival.outcome
+        batch.append((arrival.index, arrival.outcome))
+    return batch
 
 
 def embedded_row(outcome: bytes | Failure, source: Source) -> Fetched:

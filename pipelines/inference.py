@@ -8,7 +8,6 @@ the driver's business (`ledger.py`); nothing here decides what counts.
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +18,10 @@ from ray.data import ActorPoolStrategy, Dataset, ExecutionResources
 from pipelines import output
 from pipelines.bundle import open_bundle
 from pipelines.decoder import DecoderProcess
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Batch, Fetcher, sources_of
+from pipelines.images import Pixels
 from pipelines.plan import open_plan
-from pipelines.prediction import Predictor, loaded_table, open_predictor
+from pipelines.prediction import Predictor, Row, black, loaded_row, loaded_table, open_predictor
 from pipelines.rowset import Range
 from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec, RuntimeSpec
 from pipelines.storage import open_storage, redact
@@ -176,13 +176,21 @@ class Loader:
 
     def _load(self, items: pa.Table) -> pa.Table:
         row_ids = items["row_id"].to_pylist()
+        pixels_nhwc = black(len(row_ids), self._source.image_spec)
         # In plan order again: a part then holds a few long ranges, however many actors there are.
-        fetched = [outcome for _, outcome in sorted(self._fetcher.fetch_items(items), key=itemgetter(0))]
-        payloads = [outcome.payload for outcome in fetched if outcome.payload is not None]
+        rows: list[Row] = [{}] * len(row_ids)
+        for batch in self._fetcher.fetch_batches(sources_of(items)):
+            self._decode(batch, row_ids, rows, pixels_nhwc)
+        return loaded_table(rows, pixels_nhwc)
+
+    def _decode(self, batch: Batch, row_ids: list[int], rows: list[Row], pixels_nhwc: Pixels) -> None:
+        """Put the batch's rows and pixels into their places."""
+        payloads = {index: fetched.payload for index, fetched in batch if fetched.payload is not None}
         with self._decoding:
-            prepared, pixels_nhwc = self._decoder.prepare_batch(payloads)
-            arrived = list(zip(row_ids, fetched, strict=True))
-            return loaded_table(arrived, prepared, pixels_nhwc, self._source.image_spec)
+            prepared, pixels_nhwc[list(payloads)] = self._decoder.prepare_batch(list(payloads.values()))
+        images = dict(zip(payloads, prepared, strict=True))
+        for index, fetched in batch:
+            rows[index] = loaded_row(row_ids[index], fetched, images.get(index))
 
 
 class Classifier:

@@ -4,7 +4,7 @@ What the workers of a cluster and the one process of `predict` have in common. I
 nothing itself.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,35 +20,32 @@ from pipelines.runtime import OnnxModel
 from pipelines.specs import ImageSpec, RuntimeSpec
 from pipelines.status import Status
 
-Arrived = Sequence[tuple[int, Fetched]]
-"""Row id and outcome of each object, in the order in which they came."""
+Row = dict[str, object]
+"""One image by the columns of `schema.LOADED`."""
 
 
-def loaded_table(
-    arrived: Arrived, prepared: Sequence[Prepared], pixels: Iterable[Pixels | None], spec: ImageSpec
-) -> pa.Table:
-    """One row per arrived object, whether or not bytes or pixels came of it, with its column `pixels`.
+def black(n: int, spec: ImageSpec) -> Pixels:
+    """uint8 [n, height, width, 3] of zeros, which a row without pixels keeps."""
+    return np.zeros((n, spec.height, spec.width, 3), np.uint8)
+
+
+def loaded_row(row_id: int, fetched: Fetched, image: Prepared | None) -> Row:
+    """What became of one image, whether or not bytes or pixels came of it.
 
     Args:
-        prepared: outcomes of those objects that have a payload, in their order.
-        pixels: uint8 [height, width, 3] of each of these; copied.
+        image: what decoding made of the payload, if there is one.
     """
-    outcomes = iter(zip(prepared, pixels, strict=True))
-    pixels_nhwc = np.zeros((len(arrived), spec.height, spec.width, 3), np.uint8)
-    rows = []
-    for position, (row_id, fetched) in enumerate(arrived):
-        row: dict[str, object] = {"row_id": row_id, "status": fetched.status.value, "error": fetched.error}
-        if fetched.payload is not None:
-            image, pixels_hwc = next(outcomes)
-            row |= image_columns(image) | {"sha256": fetched.sha256}
-            if pixels_hwc is not None and image.status is Status.OK:
-                pixels_nhwc[position] = pixels_hwc
-        rows.append(row)
+    row: Row = {"row_id": row_id, "status": fetched.status.value, "error": fetched.error}
+    return row | image_columns(image) | {"sha256": fetched.sha256} if image else row
+
+
+def loaded_table(rows: Sequence[Row], pixels_nhwc: Pixels) -> pa.Table:
+    """Rows of `schema.LOADED` with their column `pixels`, which shows the array."""
     table = pa.Table.from_pylist(rows, schema=schema.LOADED)
     return table.append_column("pixels", pixels_column(pixels_nhwc))
 
 
-def image_columns(image: Prepared) -> dict[str, object]:
+def image_columns(image: Prepared) -> Row:
     return {
         "status": image.status.value,
         "error": image.error,

@@ -115,7 +115,7 @@ class FetchLimits:
     max_bytes: int = 64_000_000
     """Largest object, bytes, enforced while streaming."""
     max_buffered_bytes: int = 512_000_000
-    """Bytes of large objects (over 256 KiB) in memory per load actor; further ones wait their turn."""
+    """Bytes of payloads in memory per load actor, until they are decoded; further ones wait their turn."""
     max_redirects: int = 5
     """http(s) redirects followed."""
     user_agent: str = "iab-vision/0.1 (+image categorisation; contact your publisher account manager)"
