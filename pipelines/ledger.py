@@ -39,7 +39,6 @@ from pipelines.entries import (
     unsealed,
 )
 from pipelines.rowset import Range, RowSet, repeated
-from pipelines.status import TRANSIENT
 from pipelines.storage import AlreadyExists, Storage
 
 __all__ = [
@@ -181,11 +180,8 @@ class Ledger:
             raise
 
     def statuses(self) -> Counter[str]:
-        """Rows by status: what was published and is not being rerun, and the parts of this generation."""
-        kept = total(file.statuses for file in self.view.files.values())
-        for status in TRANSIENT:
-            kept.pop(status.value, None)
-        return kept + total(part.statuses for part in self.view.parts)
+        """Rows by status, in the parts of this generation."""
+        return total(part.statuses for part in self.view.parts)
 
     def hosts(self) -> Counter[str]:
         """Rows without a label by host, in the parts of this generation."""

@@ -187,15 +187,6 @@ def test_a_rerun_replaces_failed_rows_where_they_stand_and_leaves_other_files_al
     assert failed_items(run.ledger(), run.plan, run.table) == []
 
 
-def test_the_budget_of_a_rerun_is_that_of_the_whole_table(run: SmallRun) -> None:
-    finished(run)
-    ledger = run.ledger()
-    ledger.reopen(failed_items(ledger, run.plan, run.table))
-    ledger.record([run.write([7, 9], lambda row_id: "timeout", generation=2)])
-    assert ledger.statuses() == {"ok": 23, "not_found": 1, "timeout": 3}
-    assert over_budget(ledger.statuses(), ledger.hosts(), max_error_rate=0.2, max_error_rate_of={}) is None
-
-
 def test_a_rerun_interrupted_after_a_file_was_replaced_ends_the_same(run: SmallRun) -> None:
     finished(run)
     ledger = run.ledger()
