@@ -313,19 +313,20 @@ def test_caller_that_stops_listening_leaves_nothing_held(server: FaultServer, tm
 
 
 def test_two_threads_fetch_at_once_and_each_gets_its_own(server: FaultServer, fetcher: Fetcher) -> None:
-    found: dict[str, set[str]] = {}
+    asked = {name: [f"{server.url}/ok?{name}{n}" for n in range(100)] for name in "ab"}
+    found: dict[str, list[tuple[int, str]]] = {}
 
     def work(name: str) -> None:
-        sources = [Source(f"{server.url}/ok?{name}{n}") for n in range(100)]
-        found[name] = {fetched.final_uri[-3] for _, fetched in fetcher.fetch_many(sources)}
+        sources = [Source(uri) for uri in asked[name]]
+        found[name] = [(index, fetched.final_uri) for index, fetched in fetcher.fetch_many(sources)]
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found["a"] <= {"a", "?"}
-    assert found["b"] <= {"b", "?"}
+    for name, uris in asked.items():
+        assert sorted(found[name]) == list(enumerate(uris))
 
 
 def test_close_ends_requests_that_hang(server: FaultServer) -> None:
