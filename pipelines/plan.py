@@ -179,7 +179,7 @@ def write_plan(
         "format_version": 1,
         "inventory": inventory,
         "fingerprint": fingerprint,
-        "hash": _hash(files, carried),
+        "hash": hash_of(files, carried),
         "n_items": sum(file.items for file in files),
         "n_rows": sum(file.rows for file in files),
         "carried_columns": [str(field) for field in carried],
@@ -196,7 +196,8 @@ def write_plan(
     return open_plan(state)
 
 
-def _hash(files: Sequence[PlanFile], carried: pa.Schema) -> str:
+def hash_of(files: Sequence[PlanFile], carried: pa.Schema) -> str:
+    """The hash of a plan of these files and carried columns, in hexadecimal."""
     digest = hashlib.sha256(carried.serialize().to_pybytes())
     for file in files:
         digest.update(bytes.fromhex(file.sha256))

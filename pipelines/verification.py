@@ -3,7 +3,8 @@
 Trusts only checksums and counts it computes itself. The ledger's entries are chained and carry their own
 checksum; each lists a table file with its sha256 and the items in it; the plan says which rows those items
 are. So what is compared is: the folder's listing, the files' bytes, their schema, every `image_id` and
-`uri` in file order, and the counts, with the ledger, the plan and the report.
+`uri` in file order, and the counts, with the ledger, the plan and the report; and the plan itself with the
+one that `run.json` names.
 """
 
 import json
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from pipelines import schema
 from pipelines.ledger import RUN_JSON, Ledger, LedgerDamaged, State, TableFile, total
 from pipelines.output import counts
-from pipelines.plan import PLAN_JSON, NoPlan, Plan, open_plan
+from pipelines.plan import PLAN_JSON, NoPlan, Plan, hash_of, open_plan
 from pipelines.publishing import SUCCESS, row_groups
 from pipelines.rerun import item_batches
 from pipelines.rowset import RowSet, repeated
@@ -90,12 +91,13 @@ def verify_table(table: Storage, state: Storage) -> Report:
     except (PlanDamaged, NoPlan) as error:
         return Report((Check("plan", False, str(error)),))
     planned = Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows")
+    started = check_run(plan, state)
     try:
         ledger = Ledger(state, plan.n_items)
     except (LedgerDamaged, IndexError) as error:
-        return Report((planned, Check("ledger", False, str(error))))
+        return Report((planned, started, Check("ledger", False, str(error))))
     found = Predictions(plan, ledger, state, table)
-    return Report((planned, *(check(found) for check in CHECKS)))
+    return Report((planned, started, *(check(found) for check in CHECKS)))
 
 
 def outcome(name: str, problems: Iterator[str], fine: str) -> Check:
@@ -113,7 +115,27 @@ def checked_plan(state: Storage) -> Plan:
             raise PlanDamaged(f"{file.path} is missing")
         if sha256_of(state, file.path) != file.sha256:
             raise PlanDamaged(f"{file.path} has changed since {PLAN_JSON} was written")
+    if plan.hash != hash_of(plan.files, plan.carried):
+        raise PlanDamaged(f"{PLAN_JSON} does not have the hash of what it lists")
     return plan
+
+
+def check_run(plan: Plan, state: Storage) -> Check:
+    """The plan that lies there is the one that the ledger speaks of."""
+
+    def problems() -> Iterator[str]:
+        if not state.exists(RUN_JSON):
+            yield f"{RUN_JSON} is missing"
+            return
+        run: Mapping[str, Any] = json.loads(state.read(RUN_JSON))
+        begun = run.get("identity", {}).get("plan"), run.get("n_items")
+        if begun != (plan.hash, plan.n_items):
+            yield (
+                f"{RUN_JSON} names the plan {begun[0]} of {begun[1]} images, and {PLAN_JSON} is "
+                f"{plan.hash} of {plan.n_items}: another plan was put under the ledger"
+            )
+
+    return outcome("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
 
 
 def check_ledger(found: Predictions) -> Check:

@@ -23,7 +23,7 @@ CARRIED = pa.schema(
     ]
 )
 """A carried column may be called what we call our own inside, or like a path, and be of any type."""
-IDENTITY = {"plan": "p1", "model_id": "m1", "top_k": 2}
+IDENTITY = {"model_id": "m1", "top_k": 2}
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,12 @@ class SmallRun:
     def table(self) -> Storage:
         return open_storage(join(self.uri, "table"))
 
+    @property
+    def identity(self) -> dict[str, object]:
+        return {**IDENTITY, "plan": self.plan.hash}
+
     def ledger(self, state: Storage | None = None) -> Ledger:
-        return Ledger.open(state or self.state, IDENTITY, n_items=self.plan.n_items)
+        return Ledger.open(state or self.state, self.identity, n_items=self.plan.n_items)
 
     def target(self, *, generation: int = 1, final: bool = True) -> Target:
         return Target(self.state.uri, generation, "m1", "iab-content-3.1", 9, final)
@@ -64,12 +68,12 @@ class SmallRun:
         publish(ledger, self.plan, self.state, self.table, rows_per_file=rows_per_file)
 
 
-def small_run(uri: str | Path, n_items: int = 20) -> SmallRun:
+def small_run(uri: str | Path, n_items: int = 20, *, host: str = "host") -> SmallRun:
     """Freeze a plan of `n_items` under a fresh output folder."""
     rows = [[row(item, copy) for copy in range(2 if item % 3 == 0 else 1)] for item in range(n_items)]
     fields = item_schema(CARRIED)
     columns = {
-        "uri": [f"https://host{item % 4}.example/{item}.jpg" for item in range(n_items)],
+        "uri": [f"https://{host}{item % 4}.example/{item}.jpg" for item in range(n_items)],
         "rows": rows,
         **dict.fromkeys(["container", "offset", "length", "payload_column"], [None] * n_items),
     }

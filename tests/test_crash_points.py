@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 import pytest
 from hooked_storage import BlindBucket, Bucket, Hook, HookedStorage, Unfenced
 from interleaving import World, explore, numbered_uuids
-from small_run import IDENTITY, SmallRun, small_run
+from small_run import SmallRun, small_run
 
 from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost, State
 from pipelines.output import Committer
@@ -43,7 +43,7 @@ class Crash(BaseException):
 
 def drive(run: SmallRun, state: Storage, table: Storage) -> None:
     """One driver from start to end, or until something stops it."""
-    ledger = Ledger.open(state, IDENTITY, n_items=N_ITEMS)
+    ledger = run.ledger(state)
     if ledger.view.state is not State.PUBLISHED:
         ledger.announce()
     if ledger.view.state is State.RUNNING:
@@ -220,7 +220,7 @@ def half_failed(new_run: Callable[[], SmallRun]) -> SmallRun:
 
 def drive_rerun(run: SmallRun, state: Storage, table: Storage) -> None:
     """What `--retry-failed` does, from wherever an earlier attempt stopped."""
-    ledger = Ledger.open(state, IDENTITY, n_items=N_ITEMS)
+    ledger = run.ledger(state)
     if ledger.view.state is State.PUBLISHED and (failed := failed_items(ledger, run.plan, table)):
         ledger.reopen(failed)
     if ledger.view.state is State.RUNNING:
@@ -304,7 +304,7 @@ def test_a_signal_between_any_two_lines_loses_and_doubles_nothing(
 
 def three_parts(run: SmallRun, state: Storage, table: Storage) -> None:
     """A driver over a run of three parts of one item each."""
-    ledger = Ledger.open(state, IDENTITY, n_items=3)
+    ledger = run.ledger(state)
     if ledger.view.state is not State.PUBLISHED:
         ledger.announce()
     if ledger.view.state is State.RUNNING:
@@ -397,7 +397,7 @@ def unpublished(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
 
 def publish_and_rerun(run: SmallRun, state: Storage, table: Storage) -> None:
     """A driver that publishes what is recorded, or takes a rerun of it to its end."""
-    ledger = Ledger.open(state, IDENTITY, n_items=1)
+    ledger = run.ledger(state)
     if ledger.view.state is not State.PUBLISHED:
         ledger.announce()
     publish_next(run, ledger, state, table)

@@ -36,13 +36,13 @@ def test_a_resume_sees_what_was_recorded(run: SmallRun) -> None:
 def test_another_run_on_the_folder_is_refused_naming_what_differs(run: SmallRun) -> None:
     run.ledger()
     with pytest.raises(RunMismatch, match=r"top_k was 2 and is now 5") as refusal:
-        Ledger.open(run.state, {**IDENTITY, "top_k": 5}, n_items=6)
+        Ledger.open(run.state, {**run.identity, "top_k": 5}, n_items=6)
     assert "model_id" not in str(refusal.value)
 
 
 def test_details_may_differ_between_resumes(run: SmallRun) -> None:
-    Ledger.open(run.state, IDENTITY, n_items=6, details={"config": {"workers": 2}})
-    Ledger.open(run.state, IDENTITY, n_items=6, details={"config": {"workers": 4}})
+    Ledger.open(run.state, run.identity, n_items=6, details={"config": {"workers": 2}})
+    Ledger.open(run.state, run.identity, n_items=6, details={"config": {"workers": 4}})
     assert json.loads(run.state.read("run.json"))["config"] == {"workers": 2}
 
 

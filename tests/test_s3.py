@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from flaky_proxy import FlakyProxy
 from hooked_storage import HookedStorage, Unfenced
-from small_run import IDENTITY, SmallRun, paused_in_the_put, small_run
+from small_run import SmallRun, paused_in_the_put, small_run
 
-from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost
+from pipelines.ledger import LedgerDamaged, LedgerLost
 from pipelines.object_storage import ObjectStorage
 from pipelines.output import Committer
 from pipelines.publishing import publish
@@ -235,7 +235,7 @@ def race(run: SmallRun, wrap: Callable[[Storage], Storage]) -> list[str]:
     start = threading.Barrier(4)
 
     def drive(_: int) -> str:
-        ledger = Ledger.open(wrap(run.state), IDENTITY, n_items=run.plan.n_items)
+        ledger = run.ledger(wrap(run.state))
         part = run.write(range(run.plan.n_items))
         start.wait()
         try:

@@ -44,7 +44,7 @@ def test_a_whole_table_passes_every_check(run: SmallRun) -> None:
     report = verify(run.uri)
     assert report.ok, report
     names = [check.name for check in report.checks]
-    assert names == ["plan", "ledger", "published", "files", "images", "checksums", "rows", "report"]
+    assert names == ["plan", "run", "ledger", "published", "files", "images", "checksums", "rows", "report"]
 
 
 def test_a_folder_that_classify_did_not_write_is_not_a_failed_check(tmp_path: Path) -> None:
@@ -134,6 +134,28 @@ def lose_the_plan(run: SmallRun) -> None:
     run.state.delete("plan/plan.json")
 
 
+def swap_the_plan(run: SmallRun, n_items: int = 20) -> None:
+    """Another plan, whole in itself; of as many images unless told otherwise."""
+    shutil.rmtree(Path(run.uri) / "state" / "plan")
+    other = small_run(f"{run.uri}-other", n_items, host="elsewhere")
+    shutil.copytree(Path(other.uri) / "state" / "plan", Path(run.uri) / "state" / "plan")
+
+
+def swap_the_plan_for_a_shorter_one(run: SmallRun) -> None:
+    swap_the_plan(run, 12)
+
+
+def forge_the_plan(run: SmallRun) -> None:
+    """Another plan's files under the hash that the run was begun with."""
+    swap_the_plan(run)
+    forged = json.loads(run.state.read("plan/plan.json")) | {"hash": run.plan.hash}
+    run.state.put("plan/plan.json", json.dumps(forged).encode())
+
+
+def lose_the_run(run: SmallRun) -> None:
+    run.state.delete("run.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "noticed_by"),
     [
@@ -153,6 +175,10 @@ def lose_the_plan(run: SmallRun) -> None:
         (lose_the_report, {"report"}),
         (change_the_plan, {"plan"}),
         (lose_the_plan, {"plan"}),
+        (forge_the_plan, {"plan"}),
+        (swap_the_plan, {"run", "rows"}),
+        (swap_the_plan_for_a_shorter_one, {"run", "ledger"}),
+        (lose_the_run, {"run"}),
     ],
 )
 def test_damage_is_noticed_by_the_check_that_names_it(
