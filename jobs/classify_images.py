@@ -265,7 +265,8 @@ def dataflow(run: Run, *, final: bool) -> Any:
         )
     except ValueError as error:
         raise JobFailed(str(error)) from error
-    source = Source(run.state.uri, bundle.image_spec, plain(config.decode), plain(config.fetch))
+    fetch = plain(config.fetch).shared_by(pools.load_actors)
+    source = Source(run.state.uri, bundle.image_spec, plain(config.decode), fetch)
     target = output.Target(
         state_uri=run.state.uri,
         generation=run.ledger.view.generation,

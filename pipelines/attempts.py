@@ -1,9 +1,7 @@
-"""What one request came to, and whether and when the next one may be made."""
+"""What one request came to, and whether and when the next one is made."""
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -72,58 +70,22 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float | No
     return min(max(0.0, wait_s), MAX_RETRY_AFTER_S)
 
 
-class Host:
-    """One web host: how many requests it serves us at once, and until when it asked for peace."""
-
-    def __init__(self, limits: FetchLimits) -> None:
-        self._slots = asyncio.Semaphore(limits.per_host)
-        self.resume_at = 0.0
-        self.users = 0
-
-    @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        self.users += 1
-        try:
-            async with self._slots:
-                yield
-        finally:
-            self.users -= 1
-
-    def is_busy(self, now: float) -> bool:
-        return self.users > 0 or self.resume_at > now
-
-
 @dataclass
 class Attempts:
     """The attempts at one object: when the next may be made, and whether there is one."""
 
     limits: FetchLimits
     timeout: asyncio.Timeout
-    host: Host
     number: int = 0
-
-    def pause_s(self) -> float:
-        """How long the host's wish for peace still lasts.
-
-        Raises Failure (`throttled`) if that is longer than an object may take.
-        """
-        pause_s = max(0.0, self.host.resume_at - asyncio.get_running_loop().time())
-        if pause_s > self.limits.total_timeout_s:
-            error = f"the host asked for {pause_s:.0f} s without requests"
-            raise Failure(Status.THROTTLED, error, final=True)
-        return pause_s
 
     async def wait_after(self, failure: Failure) -> bool:
         """Whether there is another attempt, after the wait that is due; never waits into the time-out."""
-        loop = asyncio.get_running_loop()
-        if failure.retry_after_s:
-            self.host.resume_at = max(self.host.resume_at, loop.time() + failure.retry_after_s)
         if failure.final or self.number >= self.limits.max_attempts:
             return False
         wait_s = backoff_s(self.number, self.limits.backoff_s, random.random())
         wait_s = max(wait_s, failure.retry_after_s or 0.0)
         deadline = self.timeout.when()
-        if deadline is not None and loop.time() + wait_s >= deadline:
+        if deadline is not None and asyncio.get_running_loop().time() + wait_s >= deadline:
             return False
         await asyncio.sleep(wait_s)
         return True

@@ -36,10 +36,8 @@ class BucketClient:
         self._limits = limits
         self._stores: dict[str, Any] = {}
 
-    async def get(
-        self, uri: str, reservation: Reservation, span: tuple[int, int] | None = None
-    ) -> tuple[bytes, str]:
-        """One attempt: the payload and its URI. Raises Failure.
+    async def get(self, uri: str, reservation: Reservation, span: tuple[int, int] | None = None) -> bytes:
+        """One attempt: the payload. Raises Failure.
 
         Args:
             span: first byte and length of a part of the object.
@@ -51,7 +49,7 @@ class BucketClient:
         try:
             result = await get_async(self._store(bucket), key, options=options)
             await reservation.cover(0, result.range[1] - result.range[0])
-            return bytes(await result.bytes_async()), uri
+            return bytes(await result.bytes_async())
         except Failure:
             raise
         except (

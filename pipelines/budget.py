@@ -21,9 +21,11 @@ def paused(timeout: asyncio.Timeout) -> Iterator[None]:
     clock = asyncio.get_running_loop().time
     deadline, began = timeout.when(), clock()
     timeout.reschedule(None)
-    yield
-    if deadline is not None:
-        timeout.reschedule(deadline + clock() - began)
+    try:
+        yield
+    finally:
+        if deadline is not None:
+            timeout.reschedule(deadline + clock() - began)
 
 
 class ByteBudget:

@@ -6,9 +6,10 @@ files go through plain threads. Nothing here raises for an object, and what is i
 """
 
 import asyncio
+import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,16 +18,17 @@ from typing import Protocol
 import pyarrow as pa
 
 from pipelines import buckets, files
-from pipelines.attempts import Attempts, Failure, Host
+from pipelines.attempts import Attempts, Failure
 from pipelines.buckets import BucketClient
 from pipelines.budget import ByteBudget, Reservation, paused
 from pipelines.delivery import BATCH_BYTES, Arrival, Delivery
 from pipelines.embedded import EmbeddedReader, Place, read_embedded
+from pipelines.hosts import Host, Hosts
 from pipelines.object_storage import OBJECT_SCHEMES
 from pipelines.specs import FetchLimits
 from pipelines.status import Status
 from pipelines.uris import is_local, scheme_of
-from pipelines.web import WebClient
+from pipelines.web import Redirect, WebClient, parse
 
 FILE_THREADS = 16
 """Threads for local files: enough to hide a network mount's latency."""
@@ -37,9 +39,6 @@ OTHER_THREADS = 32
 WINDOWS = 4
 """Objects under way or waiting for the caller, in multiples of the concurrency: a crowded host leaves slots
 to the others that are in sight."""
-
-MAX_HOSTS = 10_000
-"""Web hosts remembered before the idle ones are forgotten."""
 
 Span = tuple[int, int]
 
@@ -86,11 +85,9 @@ Batch = list[tuple[int, Fetched]]
 
 
 class Client(Protocol):
-    """One attempt at one object; the payload and where it came from in the end. Raises Failure."""
+    """One request for one object: its payload, or where else it is to be had. Raises Failure."""
 
-    async def get(
-        self, uri: str, reservation: Reservation, span: Span | None = None
-    ) -> tuple[bytes, str]: ...
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes | Redirect: ...
 
 
 class ThreadClient:
@@ -99,12 +96,12 @@ class ThreadClient:
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
 
-    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> tuple[bytes, str]:
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes:
         files.check_scheme(uri, self._limits.allow_private_addresses)
         loop = asyncio.get_running_loop()
         n_bytes = span[1] if span else await loop.run_in_executor(None, files.size_of, uri)
         await reservation.cover(0, n_bytes)
-        return await loop.run_in_executor(None, files.read_any, uri, span), uri
+        return await loop.run_in_executor(None, files.read_any, uri, span)
 
 
 class Fetcher:
@@ -118,7 +115,6 @@ class Fetcher:
         self._loop.set_default_executor(self._other_threads)
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()
-        self._hosts: dict[str, Host] = {}
         self._tables = EmbeddedReader()
         self._running: set[asyncio.Task[None]] = set()
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
@@ -126,6 +122,7 @@ class Fetcher:
     async def _open(self) -> None:
         self._slots = asyncio.Semaphore(self._limits.concurrency)
         self._budget = ByteBudget(self._limits.max_buffered_bytes)
+        self._hosts = Hosts(self._limits)
         self._web = WebClient(self._limits)
         self._buckets = BucketClient(self._limits)
         self._any = ThreadClient(self._limits)
@@ -265,42 +262,52 @@ class Fetcher:
             delivery.put(Arrival(index, fetched, reservation.held))
 
     async def _fetch(self, source: Source) -> tuple[Fetched, Reservation]:
-        host = self._host(source.location)
-        async with host.place():
-            timeout = asyncio.timeout(self._limits.total_timeout_s)
-            reservation = Reservation(self._budget, timeout, self._limits.max_bytes)
-            made = Attempts(self._limits, timeout, host)
-            try:
-                async with timeout:
-                    return await self._attempt_all(source, made, reservation), reservation
-            except TimeoutError:
-                error = f"not complete within {self._limits.total_timeout_s:g} s (--fetch.total-timeout-s)"
-                return Fetched(Status.TIMEOUT, error, None, made.number, source.location), reservation
-            except asyncio.CancelledError:
-                reservation.release()
-                raise
+        timeout = asyncio.timeout(self._limits.total_timeout_s)
+        reservation = Reservation(self._budget, timeout, self._limits.max_bytes)
+        made = Attempts(self._limits, timeout)
+        try:
+            async with timeout:
+                return await self._attempt_all(source, made, reservation), reservation
+        except TimeoutError:
+            error = f"not complete within {self._limits.total_timeout_s:g} s (--fetch.total-timeout-s)"
+            return Fetched(Status.TIMEOUT, error, None, made.number, source.location), reservation
+        except asyncio.CancelledError:
+            reservation.release()
+            raise
 
     async def _attempt_all(self, source: Source, made: Attempts, reservation: Reservation) -> Fetched:
-        client = self._client(source.location)
         while True:
             try:
-                pause_s = made.pause_s()
-                if pause_s or self._slots.locked():
-                    with paused(made.timeout):
-                        await asyncio.sleep(pause_s)
-                        await self._slots.acquire()
-                else:
-                    await self._slots.acquire()
-                made.number += 1
-                try:
-                    payload, final_uri = await client.get(source.location, reservation, source.span)
-                finally:
-                    self._slots.release()
+                payload, final_uri = await self._attempt(source, made, reservation)
                 return complete(payload, source, made.number, final_uri)
             except Failure as failure:
                 reservation.release()
                 if not await made.wait_after(failure):
                     return Fetched(failure.status, failure.error, None, made.number, source.location)
+
+    async def _attempt(self, source: Source, made: Attempts, reservation: Reservation) -> tuple[bytes, str]:
+        """The payload and where it came from in the end; each redirect is a request to a host of its own."""
+        uri = source.location
+        client = self._client(uri)
+        for hop in range(self._limits.max_redirects + 1):
+            host = self._host(uri)
+            async with self._turn(host, made.timeout):
+                made.number += hop == 0
+                with host.watched(made.timeout):
+                    found = await client.get(uri, reservation, source.span)
+            if isinstance(found, bytes):
+                return found, uri
+            uri = found.target
+        raise Failure(Status.REDIRECT_LOOP, f"more than {self._limits.max_redirects} redirects")
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, host: Host, timeout: asyncio.Timeout) -> AsyncIterator[None]:
+        """A place at the host and one of our own; the object's clock stands still until both are free."""
+        async with contextlib.AsyncExitStack() as places:
+            with paused(timeout):
+                await places.enter_async_context(host.place())
+                await places.enter_async_context(self._slots)
+            yield
 
     def _client(self, uri: str) -> Client:
         scheme = scheme_of(uri)
@@ -314,13 +321,8 @@ class Fetcher:
         """The web host; a bucket's service is no host to be polite to, and its requests share no gate."""
         if scheme_of(uri) not in ("http", "https"):
             return Host(self._limits)
-        name = uri.partition("://")[2].partition("/")[0].lower()
-        if name not in self._hosts:
-            if len(self._hosts) >= MAX_HOSTS:
-                now = self._loop.time()
-                self._hosts = {name: host for name, host in self._hosts.items() if host.is_busy(now)}
-            self._hosts[name] = Host(self._limits)
-        return self._hosts[name]
+        url = parse(uri)
+        return self._hosts.of(url.host or "", url.port or 0)
 
 
 def sources_of(items: pa.Table) -> list[Source]:

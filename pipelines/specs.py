@@ -4,7 +4,7 @@ Each field's default lives here alone, with its meaning and unit in the line bel
 only: a worker and the command line both import this in milliseconds. Training has its own: `recipe.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from typing import Literal
 
@@ -101,7 +101,10 @@ class FetchLimits:
     concurrency: int = 128
     """Requests in flight per load actor."""
     per_host: int = 16
-    """http(s) requests in flight per host and load actor."""
+    """http(s) requests in flight per host (name and port), shared out among the load actors, one at least."""
+    host_failures: int = 20
+    """Failed connections or time-outs of one http(s) host in a row after which its further images are not
+    tried in this pass, but for one every 30 s."""
     connect_timeout_s: float = 5.0
     """Time to connect, seconds."""
     read_timeout_s: float = 15.0
@@ -126,7 +129,7 @@ class FetchLimits:
     """Private networks that may be fetched from all the same, as `10.20.0.0/16`."""
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "per_host", "max_attempts", "max_bytes"):
+        for name in ("concurrency", "per_host", "host_failures", "max_attempts", "max_bytes"):
             at_least(name, getattr(self, name), 1)
         for name in ("connect_timeout_s", "read_timeout_s", "total_timeout_s"):
             at_least(name, getattr(self, name), 0.05)
@@ -135,6 +138,10 @@ class FetchLimits:
         at_least("max_buffered_bytes", self.max_buffered_bytes, self.max_bytes)
         for network in self.allowed_networks:
             ip_network(network)
+
+    def shared_by(self, load_actors: int) -> "FetchLimits":
+        """One load actor's share of what all of them may do together."""
+        return replace(self, per_host=max(1, self.per_host // load_actors))
 
 
 @dataclass(frozen=True)

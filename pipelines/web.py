@@ -1,4 +1,4 @@
-"""http(s) -> bytes, one attempt at a time: redirects hop by hop, every connection's address judged first.
+"""http(s) -> bytes, one request at a time: one hop at a time, every connection's address judged first.
 
 Bodies are streamed against the byte limit, also while they are unpacked; what a server claims about its
 body is believed only when it makes the limit stricter. No cookies, no proxies, no authentication.
@@ -8,6 +8,7 @@ import re
 import socket
 import zlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import aiohttp
 from yarl import URL
@@ -25,11 +26,22 @@ NEEDS_QUOTING = re.compile(r"[^!-~]|[\"<>\\^`{|}]")
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
 
+ASKS_FOR_PEACE = frozenset({429, 503})
+"""The answers that `Retry-After` is heeded of: on a page that is missing it speaks of nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """The object is to be had elsewhere."""
+
+    target: str
+    """An absolute http(s) URL."""
+
+
 class WebClient:
     """Owns the connection pool of one event loop."""
 
     def __init__(self, limits: FetchLimits) -> None:
-        self._limits = limits
         connector = aiohttp.TCPConnector(
             limit=0,  # concurrency is bounded by the caller, where waiting costs a request no time
             ttl_dns_cache=60,
@@ -56,8 +68,8 @@ class WebClient:
 
     async def get(
         self, uri: str, reservation: Reservation, span: tuple[int, int] | None = None
-    ) -> tuple[bytes, str]:
-        """One attempt: the payload, and the URL that it came from in the end.
+    ) -> "bytes | Redirect":
+        """One request: the payload, or where the server sends us for it.
 
         Args:
             span: first byte and length of a part of the object.
@@ -68,14 +80,12 @@ class WebClient:
         url = parse(uri)
         headers = {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"} if span else {}
         try:
-            for _ in range(self._limits.max_redirects + 1):
-                async with self._session.get(url, headers=headers, allow_redirects=False) as response:
-                    if response.status not in REDIRECTS or "Location" not in response.headers:
-                        return await self._payload(response, reservation, span), str(url)
-                    url = follow(url, response.headers["Location"])
+            async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                if response.status not in REDIRECTS or "Location" not in response.headers:
+                    return await self._payload(response, reservation, span)
+                return Redirect(str(follow(url, response.headers["Location"])))
         except (aiohttp.ClientError, OSError, ValueError) as error:  # OSError: TimeoutError, resets
             raise failure_of(error) from error
-        raise Failure(Status.REDIRECT_LOOP, f"more than {self._limits.max_redirects} redirects")
 
     async def _payload(
         self, response: aiohttp.ClientResponse, reservation: Reservation, span: tuple[int, int] | None
@@ -133,7 +143,8 @@ def failure_of(error: aiohttp.ClientError | OSError | ValueError) -> Failure:
 def _refused(response: aiohttp.ClientResponse, span: tuple[int, int] | None) -> Failure:
     if span and response.status == 200:
         return Failure(Status.HTTP_ERROR, "the server does not serve byte ranges")
-    wait_s = retry_after_s(response.headers.get("Retry-After"))
+    asks = response.status in ASKS_FOR_PEACE
+    wait_s = retry_after_s(response.headers.get("Retry-After")) if asks else None
     return Failure(
         status_of_code(response.status),
         f"HTTP {response.status} {response.reason or ''}",

@@ -48,9 +48,15 @@ class FaultServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self._servers: list[asyncio.Server] = []
+        self.port = self.another_port()
+
+    def another_port(self) -> int:
+        """One more port that leads here: another host to a client."""
         started = asyncio.start_server(self._serve, ADDRESS, 0)
-        self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result()
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._servers.append(asyncio.run_coroutine_threadsafe(started, self._loop).result())
+        port: int = self._servers[-1].sockets[0].getsockname()[1]
+        return port
 
     @property
     def url(self) -> str:
@@ -63,7 +69,8 @@ class FaultServer:
         self._loop.close()
 
     async def _shut(self) -> None:
-        self._server.close()
+        for server in self._servers:
+            server.close()
         answering = asyncio.all_tasks() - {asyncio.current_task()}
         for task in answering:
             task.cancel()
@@ -125,9 +132,9 @@ def witness() -> Iterator[tuple[int, list[object]]]:
 class Forwarder:
     """A port that leads to another server, and can be cut off and restored."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, address: str = "127.0.0.1") -> None:
         self.down = False
-        self._target = port
+        self._target = (address, port)
         self._open: list[Writer] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -164,7 +171,7 @@ class Forwarder:
         if self.down:
             writer.transport.abort()
             return
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        far_reader, far_writer = await asyncio.open_connection(*self._target)
         self._open += [writer, far_writer]
         await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
 
@@ -257,6 +264,7 @@ FAULTS: dict[str, Respond] = {
     "large-chunked": fixed(chunked(bytes(900_000))),
     "403": fixed(whole(b"", "403 Forbidden")),
     "404": not_found,
+    "404-for-an-hour": fixed(whole(b"", "404 Not Found", Retry_After=3600)),
     "410": fixed(whole(b"", "410 Gone")),
     "418": fixed(whole(b"", "418 I'm a teapot")),
     "latin-1-reason": fixed(b"HTTP/1.1 404 Introuv\xe9\r\nContent-Length: 0\r\n\r\n"),

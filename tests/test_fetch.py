@@ -41,6 +41,7 @@ LIMITS = FetchLimits(
     max_bytes=1_000_000,
     max_buffered_bytes=4_000_000,
     per_host=64,
+    host_failures=1_000,
     allowed_networks=(f"{ADDRESS}/32",),
 )
 
@@ -152,6 +153,59 @@ def test_host_sees_no_more_requests_at_once_than_allowed(server: FaultServer) ->
     }
     assert server.most_at_once == 5
     fetcher.close()
+
+
+def test_redirects_from_many_hosts_to_one_do_not_crowd_it(server: FaultServer) -> None:
+    """Forty hosts redirect to one that serves five at once; the sixth request may be a redirect's."""
+    fetcher = Fetcher(FetchLimits(per_host=5, allow_private_addresses=True))
+    uris = [f"http://{ADDRESS}:{server.another_port()}/redirect?{server.url}/slow?{n}" for n in range(40)]
+    assert {one.status for one in outcomes(fetcher, uris)} == {Status.OK}
+    assert server.most_at_once <= 5 + 1
+    fetcher.close()
+
+
+def test_peace_is_kept_with_the_host_that_asked_for_it_and_no_other(
+    server: FaultServer, fetcher: Fetcher
+) -> None:
+    with fault_server() as other:
+        asked = fetcher.fetch(f"{other.url}/redirect?{server.url}/429-for-an-hour")
+        assert asked.status is Status.THROTTLED
+        assert fetcher.fetch(f"{other.url}/ok").status is Status.OK
+    for host in (f"{ADDRESS}:{server.port}", f"user:word@{ADDRESS}:{server.port}"):
+        fetched = fetcher.fetch(f"http://{host}/ok")
+        assert (fetched.status, fetched.attempts) == (Status.THROTTLED, 0)
+    assert fetcher.fetch(f"http://{ADDRESS}:{server.another_port()}/ok").status is Status.OK
+
+
+def test_retry_after_of_a_missing_page_stops_nothing(server: FaultServer, fetcher: Fetcher) -> None:
+    assert fetcher.fetch(f"{server.url}/404-for-an-hour").status is Status.NOT_FOUND
+    assert fetcher.fetch(f"{server.url}/ok").status is Status.OK
+
+
+def test_dead_host_is_given_up_and_asked_again_later(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.hosts.PROBE_EVERY_S", 0.5)
+    limits = FetchLimits(host_failures=10, per_host=4, backoff_s=0.01, allow_private_addresses=True)
+    fetcher, forwarder = Fetcher(limits), Forwarder(server.port, ADDRESS)
+    forwarder.down = True
+    url = f"http://127.0.0.1:{forwarder.port}"
+    found = outcomes(fetcher, [f"{url}/ok?{n}" for n in range(2_000)])
+    assert {fetched.status for fetched in found} == {Status.CONNECTION_FAILED}
+    assert "not tried: the host failed 1" in f"{found[-1].error}"
+    assert sum(fetched.attempts for fetched in found) < 10 + 4 + 10
+    forwarder.down = False
+    assert fetcher.fetch(f"{server.url}/ok").status is Status.OK
+    time.sleep(0.6)
+    found = outcomes(fetcher, [f"{url}/ok?{n}" for n in range(3)])
+    assert Status.OK in {fetched.status for fetched in found}
+    assert fetcher.fetch(f"{url}/ok").status is Status.OK
+    fetcher.close()
+    forwarder.close()
+
+
+def test_load_actors_share_what_a_host_may_be_asked_at_once() -> None:
+    assert [FetchLimits(per_host=16).shared_by(n).per_host for n in (1, 5, 40)] == [16, 3, 1]
 
 
 def test_crowded_host_does_not_hold_up_the_others(server: FaultServer) -> None:

@@ -1,0 +1,118 @@
+"""Web hosts -> how many requests each may be sent at once, and whether it may be sent one now.
+
+A host is a name and a port: the one that a request goes to, after whatever redirects. It makes no request.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+from pipelines.attempts import Failure
+from pipelines.specs import FetchLimits
+from pipelines.status import Status
+
+MAX_HOSTS = 10_000
+"""Hosts remembered before the idle ones are forgotten."""
+
+PROBE_EVERY_S = 30.0
+"""How often a host that failed too often is asked again, seconds."""
+
+
+class Host:
+    """One web host: its places, until when it asked for peace, and whether it answers at all."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+        self._places = asyncio.Semaphore(limits.per_host)
+        self._users = 0
+        self._resume_at = 0.0
+        self._failures = 0
+        self._last: Failure | None = None
+        self._probe_at = 0.0
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """One of its requests at a time, once its peace is over.
+
+        Raises:
+            Failure: the host asked for a longer peace than an object may take, or has failed too often.
+        """
+        self._users += 1
+        try:
+            async with self._places:
+                self._refuse_dead()
+                if pause_s := self._pause_s():
+                    await asyncio.sleep(pause_s)
+                yield
+        finally:
+            self._users -= 1
+
+    @contextlib.contextmanager
+    def watched(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """Learn from what becomes of one request."""
+        try:
+            yield
+        except Failure as failure:
+            self._learn(failure)
+            raise
+        except asyncio.CancelledError:
+            if timeout.expired():
+                self._learn(Failure(Status.TIMEOUT, "not complete within the total time-out"))
+            raise
+        else:
+            self._failures = 0
+
+    def is_worth_keeping(self) -> bool:
+        """Whether anything is known of it that a new one would not know."""
+        resting = self._resume_at > asyncio.get_running_loop().time()
+        return resting or self._users > 0 or self._failures > 0
+
+    def _learn(self, failure: Failure) -> None:
+        now = asyncio.get_running_loop().time()
+        if failure.retry_after_s:
+            self._resume_at = max(self._resume_at, now + failure.retry_after_s)
+        if failure.status not in (Status.CONNECTION_FAILED, Status.TIMEOUT):
+            self._failures = 0
+            return
+        self._failures += 1
+        self._last = failure
+        if self._failures == self._limits.host_failures:
+            self._probe_at = now + PROBE_EVERY_S
+
+    def _refuse_dead(self) -> None:
+        if self._failures < self._limits.host_failures or self._last is None:
+            return
+        now = asyncio.get_running_loop().time()
+        if now >= self._probe_at:
+            self._probe_at = now + PROBE_EVERY_S
+            return
+        raise Failure(
+            self._last.status,
+            f"not tried: the host failed {self._failures} times in a row (--fetch.host-failures is "
+            f"{self._limits.host_failures}), last with {self._last.error}",
+            final=True,
+        )
+
+    def _pause_s(self) -> float:
+        pause_s = max(0.0, self._resume_at - asyncio.get_running_loop().time())
+        if pause_s > self._limits.total_timeout_s:
+            error = f"the host asked for {pause_s:.0f} s without requests"
+            raise Failure(Status.THROTTLED, error, final=True)
+        return pause_s
+
+
+class Hosts:
+    """Every host asked of late."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+        self._known: dict[tuple[str, int], Host] = {}
+
+    def of(self, name: str, port: int) -> Host:
+        """The host; new if nothing is known of it."""
+        key = (name.lower().rstrip("."), port)
+        if key not in self._known:
+            if len(self._known) >= MAX_HOSTS:
+                self._known = {key: host for key, host in self._known.items() if host.is_worth_keeping()}
+            self._known[key] = Host(self._limits)
+        return self._known[key]
