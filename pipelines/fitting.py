@@ -197,3 +197,4 @@ def best_model(result: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
     with checkpoint.as_directory() as folder:
         model = Path(folder, checkpoints.MODEL_FOLDER)
         return {file.name: file.read_bytes() for file in sorted(model.iterdir())}, dict(line)
+        runs_at_once=plan.resources.runs_at_once,

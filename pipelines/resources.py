@@ -19,13 +19,15 @@ class Resources:
     """Also keep a checkpoint every so many steps within an epoch; 0: at the end of each epoch only."""
     checkpoints_to_keep: int = 2
     """Best checkpoints kept, beside the latest."""
+    runs_at_once: int = 1
+    """Trainings that share a machine, and its cores."""
     max_failures: int = 3
     """Lost workers or nodes from which the run recovers by itself."""
     trackers: tuple[str, ...] = ()
     """`mlflow`, `wandb`: told of every epoch, beside TensorBoard."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoints_to_keep"):
+        for name in ("num_workers", "checkpoints_to_keep", "runs_at_once"):
             at_least(name, getattr(self, name), 1)
         for name in ("checkpoint_every_steps", "max_failures"):
             at_least(name, getattr(self, name), 0)

@@ -37,6 +37,8 @@ class Task:
     epoch_images: int
     """Images that one epoch draws."""
     run_uri: str
+    runs_at_once: int = 1
+    """Trainings that share a machine."""
     checkpoint_every_steps: int = 0
     trackers: Sequence[str] = ()
     progress: Any = None

@@ -53,8 +53,7 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), get_device())
     if place.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        torch.set_num_threads(threads_of(context.get_local_world_size() * task.runs_at_once))
     trains: Any = ray.train.get_dataset_shard("train")
     validation: Any = ray.train.get_dataset_shard(validation_name(place.rank))
     if not task.streams:
@@ -67,6 +66,12 @@ def train_worker(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             trainer.restore(checkpoints.parse_state(Path(folder, STATE_FILE).read_bytes(), place.device))
     trainer.run()
+
+
+def threads_of(workers: int) -> int:
+    """Threads for each of so many workers that compute on this machine at once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
 
 
 class Trainer:

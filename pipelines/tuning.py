@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,7 +140,8 @@ def tune_recipe(plan: Plan, space: Mapping[str, Any], search: Search, how: Inges
     prepared = corpus.prepare(plan.data, plan.spec, how, seed=plan.recipe.seed)
     folder = storage.open_storage(plan.output)
     folder.put(runs.RECIPE, runs.as_json(search_identity(plan, space, search)))
-    results = tuner(plan, prepared, space, search).fit()
+    search = replace(search, max_concurrent=min(search.max_concurrent or room_for(plan), search.trials))
+    results = tuner(sharing(plan, search), prepared, space, search).fit()
     trials = table(results, space)
     done = [trial for trial in trials if trial["score"] is not None]
     if not done:
@@ -207,7 +209,7 @@ def tuner(plan: Plan, prepared: Corpus, space: Mapping[str, Any], search: Search
                 reduction_factor=search.reduction,
             ),
             num_samples=search.trials,
-            max_concurrent_trials=search.max_concurrent or room_for(plan),
+            max_concurrent_trials=search.max_concurrent,
         ),
         run_config=tune.RunConfig(
             name=FOLDER,
@@ -248,6 +250,15 @@ def room_for(plan: Plan) -> int:
 
 def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None:
     """One trial: a whole training with Ray Train's workers, told to Ray Tune epoch by epoch."""
+def sharing(plan: Plan, search: Search) -> Plan:
+    """The plan of a trial that shares each machine with its part of the others."""
+    import ray
+
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    at_once = math.ceil(search.max_concurrent / max(nodes, 1))
+    return replace(plan, resources=replace(plan.resources, runs_at_once=at_once))
+
+
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
