@@ -9,19 +9,22 @@ from pipelines.corpus import Corpus
 from pipelines.recipe import Recipe
 from pipelines.report import Shown
 from pipelines.specs import ImageSpec
+from pipelines.status import Status
 
 IMAGES = 8
 """Shown on the report's sheet."""
 
 
 def augmented_samples(corpus: Corpus, recipe: Recipe) -> list[Shown]:
-    """Random training images, each changed once as a training step would."""
+    """Random training images, each changed once as a training step would; unreadable ones are left out."""
     rows = corpus.rows[splits.TRAIN]
     chosen = np.random.default_rng(recipe.seed).choice(rows, min(IMAGES, len(rows)), replace=False)
     table = corpus.data.rows.take(pa.array(chosen)).append_column("row_id", pa.array(chosen, pa.int64()))
     decoded = ingest.decode_batch(table, corpus.stored_spec)
-    changed = changed_pixels(ingest.pixels_of(decoded, corpus.stored_spec), recipe, corpus.spec)
-    uris = table["uri"].to_pylist()
+    readable = pa.compute.equal(decoded["status"], Status.OK)
+    pixels_nhwc = ingest.pixels_of(decoded.filter(readable), corpus.stored_spec)
+    changed = changed_pixels(pixels_nhwc, recipe, corpus.spec)
+    uris = table["uri"].filter(readable).to_pylist()
     return [Shown(i, uri, pixels) for i, (uri, pixels) in enumerate(zip(uris, changed, strict=True))]
 
 
