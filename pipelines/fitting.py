@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipelines import (
     anatomy,
@@ -64,25 +65,40 @@ def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) 
 
     Raises:
         ValueError: nothing can be learned from the dataset, the model cannot be built, the batch cannot be
-            divided among the workers, a tracker is not installed, or the metric that selects does not exist.
+            divided among the workers, a tracker is not installed, or validation does not give the metric.
     """
     refuse_untrainable(data)
     recipe = recipe.resolved(multi_label=data.multi_label)
     recipe.micro_batch(resources.num_workers)
     refuse_missing(resources.trackers)
-    refuse_unknown_metric(recipe.select_by, len(data.classes), multi_label=data.multi_label)
+    refuse_unknown_metric(
+        recipe.select_by, data.targets()[data.indices(splits.VALIDATION)], len(data.classes)
+    )
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
     anatomy.parameter_groups(model, recipe.optimizer)
     return Plan(data, recipe, vit.image_spec(model, recipe.model), output, resources)
 
 
-def refuse_unknown_metric(name: str, n_classes: int, *, multi_label: bool) -> None:
-    """Raise ValueError when validation will not yield the metric that is to select the best epoch."""
-    some = np.eye(min(n_classes, 8), dtype=np.float32)
-    truth = some.astype(np.uint8) if multi_label else np.arange(len(some))
-    known = {"validation_loss", *metrics.classification(some, truth)}
+def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) -> None:
+    """Raise ValueError when validation with this truth will not yield the metric that is to select."""
+    if not len(truth):
+        return  # refused when it turns out that none can be read
+    rows = telling_rows(truth)
+    logits_nc = np.zeros((len(rows), n_classes), np.float32)
+    known = {"validation_loss", *metrics.classification(logits_nc, truth[rows])}
     if name not in known:
-        raise ValueError(f"select_by is {name}; it must be one of {', '.join(sorted(known))}")
+        raise ValueError(
+            f"select_by is {name}; these {len(truth)} validation images give {', '.join(sorted(known))}. "
+            "Choose one of these, or give validation images of more classes"
+        )
+
+
+def telling_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """A few rows that give the same metrics as all: of several classes, or with and without a label."""
+    if truth.ndim == 1:
+        return np.unique(truth, return_index=True)[1][:8]
+    mixed = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
+    return np.unique(truth[:, mixed[0] if len(mixed) else 0], return_index=True)[1]
 
 
 def fit(plan: Plan, how: Ingest, listen: Listener | None = None) -> runs.Run:
@@ -185,6 +201,7 @@ def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
         max_broken_share=prepared.how.max_broken_share,
         epoch_images=(per_pass - per_pass % workers) * (plan.recipe.augment.views or 1),
         run_uri=plan.output,
+        runs_at_once=plan.resources.runs_at_once,
         checkpoint_every_steps=plan.resources.checkpoint_every_steps,
         trackers=plan.resources.trackers,
         progress=queue,
@@ -197,4 +214,3 @@ def best_model(result: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
     with checkpoint.as_directory() as folder:
         model = Path(folder, checkpoints.MODEL_FOLDER)
         return {file.name: file.read_bytes() for file in sorted(model.iterdir())}, dict(line)
-        runs_at_once=plan.resources.runs_at_once,

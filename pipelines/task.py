@@ -61,6 +61,7 @@ class Position:
     step: int = 0
     """Optimiser steps done within the epoch."""
     best_score: float = -float("inf")
+    """What the next score must beat to count as better."""
     stale_epochs: int = 0
     loss_sum: float = 0.0
     """Of this epoch's steps so far."""

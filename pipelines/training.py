@@ -263,7 +263,7 @@ class Trainer:
         better = score > position.best_score + self.recipe.stopping.min_gain
         self.position = Position(
             epoch=position.epoch + 1,
-            best_score=max(score, position.best_score),
+            best_score=score if better else position.best_score,
             stale_epochs=0 if better else position.stale_epochs + 1,
             history=(*position.history, line),
         )
@@ -288,8 +288,17 @@ class Trainer:
         return {"broken_images": broken}
 
     def score(self, measured: dict[str, float]) -> float:
-        """The metric that selects, larger being better."""
+        """The metric that selects, larger being better.
+
+        Raises:
+            ValueError: images that cannot be read have taken too many classes from validation.
+        """
         name = self.recipe.select_by
+        if name not in measured:
+            raise ValueError(
+                f"select_by is {name}, but the validation images that can be read hold too few classes; "
+                "mend the others, or choose another metric"
+            )
         return -measured[name] if name in LOWER_IS_BETTER else measured[name]
 
     def weights(self, *, averaged: bool) -> Any:

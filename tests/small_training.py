@@ -144,8 +144,8 @@ def trained(made: Trainer, epochs: int) -> Trainer:
     return made
 
 
-def curve(rank: int, workers: int, folder: str, steps: int) -> None:
-    """One of several real processes: train so many steps and leave this worker's losses in the folder."""
+def curve(rank: int, workers: int, accumulation: int, folder: str) -> None:
+    """One of several real processes: train 50 steps and leave this worker's losses in the folder."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet{workers}", rank=rank, world_size=workers
@@ -155,13 +155,13 @@ def curve(rank: int, workers: int, folder: str, steps: int) -> None:
         epochs=20,
         batch_size=32,
         augment=Augment(views=1, mixup=0.3, erasing=0.3, brightness=0.3),
-        optimizer=Optimizer(learning_rate=1e-4, ema_decay=0),
+        optimizer=Optimizer(learning_rate=1e-4, ema_decay=0, accumulation=accumulation),
     )
     made = trainer(recipe, [[i % 3] for i in range(96)], place=Place(rank, workers, torch.device("cpu")))
     made.wrap()
     losses = []
-    for epoch in range(-(-steps // made.task.steps_per_epoch)):
+    for epoch in range(-(-50 // made.task.steps_per_epoch)):
         for step, batches in made.steps(epoch, 0):
             losses.append(made.train_step(batches, epoch=epoch, step=step))
-    np.save(f"{folder}/losses-{workers}-{rank}.npy", np.array(losses[:steps]))
+    np.save(f"{folder}/losses-{workers}-{rank}.npy", np.array(losses[:50]))
     torch.distributed.destroy_process_group()

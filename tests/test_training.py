@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray.train
 import small_training
 import torch
+from safetensors.torch import load_file
 from small_training import RECIPE, STILL, drawn, image_folder, streaming, trained, trainer
 from transformers import AutoModelForImageClassification
 
-from pipelines import corpus, datasets, fitting, ingest, metrics, optimisation, runs, snapshot, storage
-from pipelines.recipe import Augment, Balance, DataSettings, Ingest, Loss, Optimizer, Splits, Stopping
+from pipelines import (
+    corpus,
+    datasets,
+    fitting,
+    ingest,
+    metrics,
+    optimisation,
+    runs,
+    snapshot,
+    storage,
+    training,
+)
+from pipelines.recipe import (
+    Augment,
+    Balance,
+    DataSettings,
+    Ingest,
+    Loss,
+    Network,
+    Optimizer,
+    Splits,
+    Stopping,
+)
 from pipelines.resources import Resources
 from pipelines.sampling import epoch_order
 from pipelines.task import Place
@@ -202,25 +226,95 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice():
         made.train_epoch()
 
 
-def test_early_stopping_counts_epochs_without_gain():
-    made = trainer(replace(RECIPE, stopping=Stopping(patience_epochs=2)), LABELS)
-    made.position = replace(made.position, stale_epochs=1)
-    assert not made.is_stale()
-    made.position = replace(made.position, stale_epochs=2)
-    assert made.is_stale()
+def scripted(made, *measured: dict[str, float]) -> list[dict]:
+    """Finish epochs whose evaluations give these numbers, in turn; returns what was reported."""
+    answers, reported = iter(measured), []
+    made.evaluate = lambda: next(answers)
+    made.report = lambda line, **how: reported.append({**line, **how})
+    made.steps = lambda epoch, first: iter(())
+    while not (made.is_stale() or made.position.epoch == made.recipe.epochs):
+        made.train_epoch()
+        made.finish_epoch(images_per_s=1.0)
+    return reported
 
 
-def test_an_unknown_selection_metric_is_refused_with_the_known_ones():
+def test_early_stopping_asks_for_the_smallest_gain_since_the_last_that_counted():
+    stopping = Stopping(patience_epochs=3, min_gain=0.1)
+    made = trainer(replace(RECIPE, epochs=9, stopping=stopping), LABELS)
+    scores = (0.5, 0.55, 0.58, 0.61, 0.62, 0.63, 0.64, 0.9)
+    reported = scripted(made, *({"accuracy": score} for score in scores))
+    assert [line["score"] for line in reported] == list(scores[:7])
+    assert made.position.best_score == 0.61 and made.is_stale()
+
+
+def test_averaged_weights_are_reported_and_saved_where_they_are_better():
+    recipe = replace(RECIPE, epochs=2, optimizer=replace(RECIPE.optimizer, ema_decay=0.9))
+    made = trainer(recipe, LABELS)
+    own_then_averaged = [{"accuracy": score} for score in (0.6, 0.7, 0.8, 0.7)]
+    first, second = scripted(made, *own_then_averaged)
+    assert (first["score"], first["averaged"], first["averaged_weights"]) == (0.7, True, True)
+    assert (second["score"], second["averaged"], second["averaged_weights"]) == (0.8, False, False)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_saved_model_has_the_weights_that_were_measured(averaged, monkeypatch):
+    made = trained(trainer(replace(RECIPE, optimizer=replace(RECIPE.optimizer, ema_decay=0.9)), LABELS), 1)
+    saved = {}
+
+    def keep(line, checkpoint) -> None:
+        with checkpoint.as_directory() as folder:
+            saved.update(load_file(Path(folder, "model", "model.safetensors")))
+
+    monkeypatch.setattr(ray.train, "report", keep)
+    made.report({"score": 1.0}, with_model=True, averaged=averaged)
+    own, average = made.model.state_dict(), made.averaged.weights
+    expected, other = (average, own) if averaged else (own, average)
+    assert torch.equal(saved["classifier.weight"], expected["classifier.weight"])
+    assert not torch.equal(saved["classifier.weight"], other["classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Network(gradient_checkpointing=True), pytest.param(Network(compile=True), marks=pytest.mark.slow)],
+)
+def test_saving_memory_or_compiling_does_not_change_what_is_learned(network):
+    if network.compile and shutil.which("g++") is None:
+        pytest.skip("torch.compile wants a C++ compiler")
+    found = []
+    for one in (Network(), network):
+        made = trainer(replace(RECIPE, network=one), LABELS)
+        made.wrap()
+        _, micro_batches = next(made.steps(0, 0))
+        made.accumulate(micro_batches, seed=1)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_selection_metric_that_validation_does_not_give_is_refused_with_those_it_does():
+    classes = np.arange(20) % 5
     with pytest.raises(ValueError, match=r"acuracy.*accuracy@3"):
-        fitting.refuse_unknown_metric("acuracy", 5, multi_label=False)
-    fitting.refuse_unknown_metric("accuracy@3", 5, multi_label=False)
-    fitting.refuse_unknown_metric("map", 2, multi_label=True)
+        fitting.refuse_unknown_metric("acuracy", classes, 5)
+    fitting.refuse_unknown_metric("accuracy@3", classes, 5)
+    fitting.refuse_unknown_metric("roc_auc_macro", classes, 5)
+    with pytest.raises(ValueError, match=r"select_by is roc_auc_macro.*more classes"):
+        fitting.refuse_unknown_metric("roc_auc_macro", np.zeros(20, np.int64), 5)
+    labels = np.array([[1, 0, 1], [1, 0, 0]], np.uint8)
+    fitting.refuse_unknown_metric("map", labels, 3)
+    with pytest.raises(ValueError, match="select_by is map"):
+        fitting.refuse_unknown_metric("map", np.ones((4, 3), np.uint8), 3)
+
+
+def test_cores_are_shared_by_all_workers_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert [training.threads_of(workers) for workers in (1, 2 * 2, 16)] == [8, 2, 1]
 
 
 @pytest.mark.slow
 def test_two_workers_learn_what_one_learns_for_the_first_50_steps(tmp_path):
-    for workers in (1, 2):
-        torch.multiprocessing.spawn(small_training.curve, (workers, str(tmp_path), 50), nprocs=workers)
+    """The two take a step in two micro-batches each, whose gradients they average with the second only."""
+    for workers, accumulation in ((1, 1), (2, 2)):
+        arguments = (workers, accumulation, str(tmp_path))
+        torch.multiprocessing.spawn(small_training.curve, arguments, nprocs=workers)
     alone = np.load(tmp_path / "losses-1-0.npy")
     together = np.mean([np.load(tmp_path / f"losses-2-{rank}.npy") for rank in (0, 1)], axis=0)
     assert len(alone) == 50 and alone[-5:].mean() < alone[:5].mean()
