@@ -1,15 +1,25 @@
 """The README.md inside a bundle: what the model is, and how to run it without this project."""
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 
 import jinja2
+import yaml
 
-from export.checkpoint import Checkpoint
+from export.checkpoint import NOT_STATED, Checkpoint
 from pipelines.bundle import MODEL_FILES
 from pipelines.specs import Precision
 
 FILE = "README.md"
+HUB_LICENCES = frozenset(
+    {
+        "apache-2.0", "mit", "openrail", "bsd", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense",
+        "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
+        "cc-by-nc-nd-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "apple-amlr", "unknown", "other",
+    }
+)  # fmt: skip
+"""Identifiers that the Hugging Face hub knows (hub docs, repositories-licenses): those that models have."""
 
 
 def render(trained: Checkpoint, precisions: Sequence[Precision]) -> bytes:
@@ -17,9 +27,24 @@ def render(trained: Checkpoint, precisions: Sequence[Precision]) -> bytes:
     template = (resources.files("export") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701
     text = environment.from_string(template).render(
+        head=yaml.safe_dump(hub_metadata(trained.licence), sort_keys=False).strip(),
         trained=trained,
         spec=trained.image_spec,
         files=[(name, MODEL_FILES[name]) for name in precisions],
         labels=[(class_id, trained.taxonomy.path(class_id)) for class_id in trained.class_ids],
     )
     return text.encode()
+
+
+def hub_metadata(licence: str) -> dict[str, str]:
+    """The front matter; a licence that the hub has no identifier for is `other`, with its name beside it."""
+    head = {"library_name": "onnx", "pipeline_tag": "image-classification"}
+    if licence == NOT_STATED:
+        return {**head, "license": "unknown"}
+    if licence.lower() in HUB_LICENCES:
+        return {**head, "license": licence.lower()}
+    return {
+        **head,
+        "license": "other",
+        "license_name": re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
+    }

@@ -18,6 +18,8 @@ from pipelines.bundle import FLAT
 from pipelines.specs import ImageSpec
 from pipelines.taxonomy import Taxonomy
 
+NOT_STATED = "not stated"
+"""Licence of a checkpoint that names none."""
 _FILES = ("config.json", "preprocessor_config.json", "iab_vision.json")
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers, as Hugging Face writes them."""
@@ -53,7 +55,7 @@ class Checkpoint:
 
     @property
     def licence(self) -> str:
-        return str(self.config.get("license") or "not stated")
+        return str(self.config.get("license") or NOT_STATED)
 
     def network(self, attention: str = "eager") -> Any:
         """The transformers model in float32 and evaluation mode."""
@@ -221,7 +223,8 @@ def _sha256(paths: list[Path]) -> str:
 
 
 def _download(uri: str, folder: Path) -> None:
+    """The files that `read` looks at; other checkpoints in folders below it stay where they are."""
     remote = storage.open_storage(uri)
-    for entry in remote.list(""):
-        if entry.path in _FILES or entry.path.endswith((".safetensors", ".safetensors.index.json")):
-            (folder / Path(entry.path).name).write_bytes(remote.read(entry.path))
+    for name in [entry.path for entry in remote.list() if "/" not in entry.path]:
+        if name in _FILES or name.endswith((".safetensors", ".safetensors.index.json")):
+            (folder / name).write_bytes(remote.read(name))

@@ -92,24 +92,44 @@ def quantised(
         )
     expected_nc = _logits(float_graph, pixels_nhwc[:TUNING_IMAGES])
     worst_first = _by_sensitivity(float_graph, pixels_nhwc[:8])
-    attempts = []
+    # max takes them one at a time: a large model is not held once for every attempt.
+    best = max(_attempts(float_graph, pixels_nhwc, expected_nc, worst_first), key=_Attempt.closeness)
+    temperature = matching_temperature(best.logits_nc, expected_nc, around)
+    notes = {
+        "calibration_images": len(pixels_nhwc),
+        "quantised_layers": len(worst_first) - best.left_out,
+        "float_layers": sorted(worst_first[: best.left_out]),
+    }
+    tagged = {**metadata, "iab_vision.temperature": repr(temperature)}
+    return Graph(_with_tail(best.proto, temperature, tagged), temperature, notes)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """An int8 model without its worst layers, and how close it comes to float32 on the tuning images."""
+
+    left_out: int
+    proto: onnx.ModelProto
+    logits_nc: np.ndarray
+    agreement: float
+    error: float
+
+    def closeness(self) -> tuple[float, float]:
+        return self.agreement, -self.error
+
+
+def _attempts(
+    float_graph: bytes, pixels_nhwc: np.ndarray, expected_nc: np.ndarray, worst_first: Sequence[str]
+) -> Iterator[_Attempt]:
+    """With ever more layers in float32, until one is as close as is wished for or half of them are."""
     for left_out in _growing(len(worst_first) // 2):
         proto = _quantise(float_graph, pixels_nhwc, worst_first[left_out:])
         found_nc = _logits(proto.SerializeToString(), pixels_nhwc[:TUNING_IMAGES])
         agreement = float((found_nc.argmax(axis=1) == expected_nc.argmax(axis=1)).mean())
         error = relative(found_nc, expected_nc)
-        attempts.append((agreement, -error, left_out, proto, found_nc))
+        yield _Attempt(left_out, proto, found_nc, agreement, error)
         if agreement >= WISHED_AGREEMENT and error <= WISHED_RELATIVE:
-            break
-    _, _, left_out, proto, found_nc = max(attempts, key=lambda attempt: attempt[:2])
-    temperature = matching_temperature(found_nc, expected_nc, around)
-    notes = {
-        "calibration_images": len(pixels_nhwc),
-        "quantised_layers": len(worst_first) - left_out,
-        "float_layers": sorted(worst_first[:left_out]),
-    }
-    tagged = {**metadata, "iab_vision.temperature": repr(temperature)}
-    return Graph(_with_tail(proto, temperature, tagged), temperature, notes)
+            return
 
 
 def _growing(most: int) -> list[int]:

@@ -104,6 +104,8 @@ def test_checkpoint_is_fetched_from_remote_storage(trained):
     memory = fsspec.filesystem("memory")
     for path in trained.iterdir():
         memory.pipe_file(f"/checkpoints/one/best/{path.name}", path.read_bytes())
+    memory.pipe_file("/checkpoints/one/best/step-100/model.safetensors", b"an earlier checkpoint")
+    memory.pipe_file("/checkpoints/one/best/adapter/extra.safetensors", b"not of this network")
     with opened("memory://checkpoints/one") as remote:
         assert remote.sha256 == read(trained, "").sha256
         assert remote.network().config.num_labels == len(CLASS_IDS)

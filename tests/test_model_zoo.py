@@ -1,4 +1,4 @@
-"""Every kind of image classifier that users bring exports and passes, with one label or with several.
+"""Every kind of image classifier that users bring exports and passes, single- or multi-label, in every precision.
 
 Random weights at unequal sizes: what is tested is that nothing about an architecture is lost or transposed.
 """
@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 
-from export import convert, measurement, samples
+from export import convert, measurement, parity, precision, samples
 from export.convert import Surroundings
 from export.measurement import Candidate, Labels
 from export.reference import torch_reference
 from pipelines.runtime import OnnxModel
 from pipelines.specs import ImageSpec, RuntimeSpec
+from tests import small_models
 
 pytestmark = pytest.mark.slow
 N_CLASSES = 7
@@ -52,6 +53,12 @@ def classifier(name: str) -> torch.nn.Module:
     return network.eval()
 
 
+def spec_of(name: str) -> ImageSpec:
+    sides = ZOO[name]["image_size"]
+    height, width = sides if isinstance(sides, tuple) else (sides, sides)
+    return ImageSpec(height=height, width=width, mean=(0.5, 0.45, 0.4), std=(0.25, 0.2, 0.3))
+
+
 @pytest.fixture(autouse=True)
 def _no_speed_measured(monkeypatch) -> None:
     monkeypatch.setattr(measurement, "SPEED_S", 0.0)
@@ -60,9 +67,7 @@ def _no_speed_measured(monkeypatch) -> None:
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single-label", "multi-label"])
 @pytest.mark.parametrize("name", ZOO)
 def test_architecture_exports_and_passes(name, multi_label):
-    sides = ZOO[name]["image_size"]
-    height, width = sides if isinstance(sides, tuple) else (sides, sides)
-    spec = ImageSpec(height=height, width=width, mean=(0.5, 0.45, 0.4), std=(0.25, 0.2, 0.3))
+    spec = spec_of(name)
     labels = Labels(tuple(f"class {index}" for index in range(N_CLASSES)), multi_label, 1.7)
     network = classifier(name)
     sample = samples.awkward()
@@ -81,3 +86,28 @@ def test_architecture_exports_and_passes(name, multi_label):
     assert document["images"]["compared"] == len(sample)
     total = evidence.scores.probabilities_nc.sum(axis=1)
     assert (np.abs(total - 1) > 1e-3).all() if multi_label else np.allclose(total, 1)
+
+
+def pictures(spec: ImageSpec) -> np.ndarray:
+    """uint8 [40, height, width, 3]: as many as int8 needs to be calibrated on."""
+    rng = np.random.default_rng(2)
+    drawn = [small_models.picture(index % 5, rng, (spec.width, spec.height)) for index in range(40)]
+    return np.stack([np.asarray(one) for one in drawn])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_smaller_precisions_of_an_architecture_stay_close_and_ignore_batch_mates(name):
+    """What random weights can show: their labels are near-ties, so agreement means nothing here."""
+    around = Surroundings(spec_of(name), 1.7, multi_label=False)
+    network, pixels_nhwc = classifier(name), pictures(spec_of(name))
+    portable = convert.convert(network, around, {})
+    expected_nc = OnnxModel(portable, RuntimeSpec()).run(pixels_nhwc)[0]
+    graphs = {
+        "fp16": precision.half(network, around, {}),
+        "int8": precision.quantised(portable, pixels_nhwc, around, {}),
+    }
+    for kind, graph in graphs.items():
+        model = OnnxModel(graph.payload, RuntimeSpec(batch_size=4))
+        limits = parity.LIMITS[kind]
+        assert parity.relative(model.run(pixels_nhwc)[0], expected_nc) <= limits.max_relative_logit, kind
+        assert parity.batch_invariance(model, pixels_nhwc)["max_change"] <= limits.max_batch_change, kind

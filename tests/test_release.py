@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from export import certification, checkpoint, measurement, release, samples
+from export import card, certification, checkpoint, measurement, release, samples
 from export.samples import NoImages
 from jobs.cli import main
 from pipelines import bundle
@@ -290,6 +291,24 @@ def test_card_gives_the_triton_command_and_every_class(exported, tmp_path):
     assert (exported / command[1]).exists()
     assert re.fullmatch(r"[a-z_]+/1/model\.onnx", command[2])
     assert all(f"| `{class_id}` |" in card for class_id in CLASS_IDS)
+
+
+@pytest.mark.parametrize(
+    ("licence", "front_matter"),
+    [
+        ("not stated", {"license": "unknown"}),
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("Acme: internal use", {"license": "other", "license_name": "acme-internal-use"}),
+    ],
+)
+def test_card_names_the_licence_as_the_hub_reads_it(licence, front_matter):
+    found = card.hub_metadata(licence)
+    assert {name: found[name] for name in found if name.startswith("license")} == front_matter
+
+
+def test_card_opens_with_the_metadata_of_the_hub(exported):
+    _, head, _ = (exported / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "unknown"
 
 
 def test_taxonomy_of_the_users_own_travels_with_the_bundle(trained, pictures, tmp_path):
