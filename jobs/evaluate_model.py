@@ -145,7 +145,7 @@ def run_folder(checkpoint: str) -> str:
 def class_counts(data: Any) -> dict[str, dict[str, int]]:
     """Images of each label in each split that the dataset has."""
     return {
-        split: dict(zip(data.classes, data.class_counts(split).tolist(), strict=True))
+        split: dict(zip(data.classes, data.class_counts(data.indices(split)).tolist(), strict=True))
         for split in ("train", "validation", "test")
         if len(data.indices(split))
     }

@@ -4,7 +4,7 @@ Nothing is ever fitted on the test split. When the dataset has none, the report 
 says so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from pipelines.corpus import Corpus
 from pipelines.evaluation import Evaluation, Scored, evaluate
 from pipelines.gallery import gallery
 from pipelines.preview import augmented_samples
-from pipelines.recipe import Balance, Recipe
+from pipelines.recipe import Recipe
 from pipelines.report import write_report
 from pipelines.resources import Resources
 
@@ -108,24 +108,33 @@ def report(
     material = replace(
         shown,
         history=runs.history(output),
-        class_counts={
-            name: dict(zip(data.classes, data.class_counts(name).tolist(), strict=True))
-            for name in (splits.TRAIN, *found)
-        },
-        balancing=balancing(recipe.balance),
+        class_counts=class_counts(corpus, (splits.TRAIN, *found)),
+        balancing=balancing(recipe),
         augmented=augmented_samples(corpus, recipe),
     )
     write_report(found[split], storage.join(output, runs.REPORT), material)
 
 
-def balancing(balance: Balance) -> str:
+def class_counts(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Split -> class -> images that were used, after broken ones and copies were left out."""
+    data = corpus.data
+    return {
+        name: dict(zip(data.classes, data.class_counts(corpus.rows[name]).tolist(), strict=True))
+        for name in names
+    }
+
+
+def balancing(recipe: Recipe) -> str:
     """What was done about rare classes, in a sentence."""
-    done = []
+    balance, done = recipe.balance, []
+    counted = "" if balance.sampling == "none" else ", counted as sampled"
     if balance.sampling != "none":
         target = f" of {balance.target_per_class} images" if balance.target_per_class else ""
         done.append(f"classes sampled evenly ({balance.sampling}{target})")
     if balance.class_weights != "none":
-        done.append(f"class weights in the loss ({balance.class_weights})")
+        done.append(f"class weights in the loss ({balance.class_weights}{counted})")
     if balance.logit_adjustment:
-        done.append(f"logits adjusted by class frequency (tau {balance.logit_adjustment:g})")
+        done.append(f"logits adjusted by class frequency (tau {balance.logit_adjustment:g}{counted})")
+    if recipe.loss.focal_gamma:
+        done.append(f"focal loss (gamma {recipe.loss.focal_gamma:g})")
     return f"{'; '.join(done)}." if done else "Nothing was done about rare classes."

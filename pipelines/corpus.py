@@ -55,10 +55,7 @@ class Corpus:
 
     def class_counts(self) -> Rows:
         """Usable training images of each class."""
-        targets = self.data.targets()[self.rows[splits.TRAIN]]
-        if targets.ndim == 2:
-            return np.asarray(targets.sum(axis=0, dtype=np.int64))
-        return np.bincount(targets, minlength=len(self.data.classes))
+        return self.data.class_counts(self.rows[splits.TRAIN])
 
     def strata(self) -> Rows:
         """The class that sampling goes by: the label, or the rarest of several; none is one of its own."""

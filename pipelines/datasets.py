@@ -65,8 +65,9 @@ class LabelledData:
         targets_nc[parents, classes.flatten().to_numpy()] = 1
         return targets_nc
 
-    def class_counts(self, split: str) -> npt.NDArray[np.int64]:
-        targets = self.targets()[self.indices(split)]
+    def class_counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Images of each class among these row numbers."""
+        targets = self.targets()[rows]
         if self.multi_label:
             return np.asarray(targets.sum(axis=0, dtype=np.int64))
         return np.bincount(targets, minlength=len(self.classes))

@@ -188,7 +188,7 @@ def train(
 def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
     """What every worker is told."""
     strata, workers = prepared.strata(), plan.resources.num_workers
-    per_pass = sampling.images_per_pass(strata, plan.recipe.balance)
+    drawn = sampling.one_pass(strata, plan.recipe.balance, np.random.default_rng(plan.recipe.seed))
     return Task(
         recipe=plan.recipe,
         sidecar=plan.sidecar,
@@ -196,10 +196,10 @@ def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
         train_rows=prepared.rows[splits.TRAIN],
         strata=strata,
         validation_rows=prepared.rows[splits.VALIDATION],
-        class_counts=prepared.class_counts(),
+        class_counts=plan.data.class_counts(prepared.rows[splits.TRAIN][drawn]),
         streams=prepared.streams,
         max_broken_share=prepared.how.max_broken_share,
-        epoch_images=(per_pass - per_pass % workers) * (plan.recipe.augment.views or 1),
+        epoch_images=(len(drawn) - len(drawn) % workers) * (plan.recipe.augment.views or 1),
         run_uri=plan.output,
         runs_at_once=plan.resources.runs_at_once,
         checkpoint_every_steps=plan.resources.checkpoint_every_steps,

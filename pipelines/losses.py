@@ -29,13 +29,15 @@ class Criterion:
     def __call__(self, logits_nc: Tensor, targets_nc: Tensor) -> Tensor:
         """Loss of each image, float32 [n]."""
         logits_nc = logits_nc.float() + self.log_prior.to(logits_nc.device)
+        if self.multi_label:
+            targets_nc = smoothed(targets_nc, self.loss.smoothing, choices=2)
         weights = self.class_weights.to(logits_nc.device)
         if not self.multi_label:
             return cross_entropy(
                 logits_nc,
                 targets_nc,
                 weights,
-                smoothing=self.loss.label_smoothing,
+                smoothing=self.loss.smoothing,
                 focal_gamma=self.loss.focal_gamma,
             )
         if self.loss.multi_label == "asymmetric":
@@ -46,15 +48,17 @@ class Criterion:
 def criterion(
     loss: Loss, balance: Balance, class_counts: npt.NDArray[np.int64], n_images: int, *, multi_label: bool
 ) -> Criterion:
-    """The loss for a training split with these counts."""
-    weigh = positive_weights if multi_label else class_weights
-    weights = weigh(balance, class_counts, n_images)
-    prior = np.maximum(class_counts, 1) / max(class_counts.sum(), 1)
+    """The loss for training passes that draw `n_images` with these counts of each class.
+
+    They are counts as sampled: what sampling has evened out is not to be corrected again.
+    """
     if multi_label:
+        weights = positive_weights(balance, class_counts, n_images)
         share = np.clip(class_counts / max(n_images, 1), 1e-6, 1 - 1e-6)
         log_prior = np.log(share / (1 - share))
     else:
-        log_prior = np.log(prior)
+        weights = class_weights(balance, class_counts)
+        log_prior = np.log(np.maximum(class_counts, 1) / max(class_counts.sum(), 1))
     return Criterion(
         loss,
         multi_label,
@@ -63,7 +67,7 @@ def criterion(
     )
 
 
-def class_weights(balance: Balance, counts: npt.NDArray[np.int64], n_images: int) -> npt.NDArray[np.float64]:
+def class_weights(balance: Balance, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """One weight per class, scaled so that the average over the training images is 1.
 
     `effective` is (1 - beta) / (1 - beta^n), equation 5 of Cui et al. 2019. A class without
@@ -98,11 +102,15 @@ def cross_entropy(
     logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, smoothing: float, focal_gamma: float
 ) -> Tensor:
     """-sum_c w_c t_c (1 - p_c)^gamma log p_c, with t smoothed towards uniform; [n]."""
-    classes = logits_nc.shape[1]
-    targets_nc = targets_nc * (1 - smoothing) + smoothing / classes
+    targets_nc = smoothed(targets_nc, smoothing, choices=logits_nc.shape[1])
     log_p = functional.log_softmax(logits_nc, 1)
     focus = (1 - log_p.exp()) ** focal_gamma if focal_gamma else 1.0
     return -(weights * targets_nc * focus * log_p).sum(1)
+
+
+def smoothed(targets_nc: Tensor, smoothing: float, *, choices: int) -> Tensor:
+    """Targets with this share of them spread evenly over all choices: the classes, or yes and no."""
+    return targets_nc * (1 - smoothing) + smoothing / choices
 
 
 def binary_cross_entropy(

@@ -97,10 +97,10 @@ class Optimizer:
 class Loss:
     """What is minimised."""
 
-    label_smoothing: float = 0.1
-    """Share of the target spread over all classes (one label per image)."""
+    label_smoothing: float | None = None
+    """Share of the target spread over all classes, or over yes and no of each; unset: 0.1, multi-label 0."""
     focal_gamma: float = 0.0
-    """Focal loss exponent (Lin et al. 2017); 0 is plain cross entropy."""
+    """Focal loss exponent (Lin et al. 2017); 0 is plain cross entropy; not for the asymmetric loss."""
     multi_label: Literal["bce", "asymmetric"] = "bce"
     """Loss of a multi-label model; `asymmetric` is Ridnik et al. 2021."""
     gamma_negative: float = 4.0
@@ -110,19 +110,35 @@ class Loss:
     probability_margin: float = 0.05
     """Asymmetric loss: an absent label below this probability costs nothing."""
 
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing of a resolved recipe."""
+        if self.label_smoothing is None:
+            raise ValueError("label_smoothing is unset; resolve the recipe first")
+        return self.label_smoothing
+
     def __post_init__(self) -> None:
-        share("label_smoothing", self.label_smoothing)
+        share("label_smoothing", self.label_smoothing or 0.0)
         share("probability_margin", self.probability_margin)
         for name in ("focal_gamma", "gamma_negative", "gamma_positive"):
             at_least(name, getattr(self, name), 0)
+        if self.focal_gamma and self.multi_label == "asymmetric":
+            raise ValueError(
+                f"focal_gamma is {self.focal_gamma} and the asymmetric loss does not know it; "
+                "set its own gamma_negative and gamma_positive, or leave multi_label at bce"
+            )
 
 
 @dataclass(frozen=True)
 class Balance:
-    """What is done about rare classes; every choice is counted from the training split alone."""
+    """What is done about rare classes; every choice is counted from the training split alone.
+
+    Weights and adjustment correct the counts that sampling leaves: nothing, where each image has one label
+    and every class is drawn as often.
+    """
 
     class_weights: Literal["none", "inverse", "sqrt", "effective"] = "none"
-    """Weight of a class in the loss (`effective`: Cui et al. 2019); multi-label: of its positives."""
+    """Weight of a class in the loss (`effective`: Cui et al. 2019); multi-label: its positives."""
     effective_beta: float = 0.999
     """Beta of the effective number of samples."""
     sampling: Literal["none", "oversample", "undersample", "target"] = "none"
@@ -268,11 +284,12 @@ class Recipe:
             learning_rate=5e-4 if scratch else 1e-4,
             ema_decay=0.998 if scratch else 0.0,
         )
+        loss = with_defaults(self.loss, label_smoothing=0.0 if multi_label else 0.1)
         augment = with_defaults(self.augment, views=2 if scratch else 1)
         select_by = {"auto": "map" if multi_label else "accuracy"}.get(self.select_by, self.select_by)
         sizes = {"image_size": 224, "patch_size": 16} if scratch else {}
         resolved: Recipe = with_defaults(
-            replace(self, optimizer=optimizer, augment=augment, select_by=select_by), **sizes
+            replace(self, optimizer=optimizer, loss=loss, augment=augment, select_by=select_by), **sizes
         )
         return resolved
 

@@ -29,7 +29,7 @@ class Task:
     """Class of each of them (multi-label: its rarest)."""
     validation_rows: npt.NDArray[np.int64]
     class_counts: npt.NDArray[np.int64]
-    """Training images per class."""
+    """Images of each class in one pass over the training images, as sampled."""
     streams: bool
     """Images arrive as a stream of shards and not by row."""
     max_broken_share: float

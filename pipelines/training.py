@@ -27,7 +27,7 @@ from pipelines.checkpoints import STATE_FILE
 from pipelines.ingest import Pixels, PixelStore
 from pipelines.journal import Journal
 from pipelines.losses import criterion
-from pipelines.sampling import epoch_order
+from pipelines.sampling import epoch_order, images_per_pass
 from pipelines.task import Place, Position, Task, step_seed, validation_name
 
 MID_EPOCH_SCORE = -1e30
@@ -96,7 +96,7 @@ class Trainer:
             self.recipe.loss,
             self.recipe.balance,
             task.class_counts,
-            len(task.train_rows),
+            images_per_pass(task.strata, self.recipe.balance),
             multi_label=task.classes.multi_label,
         )
         self.position = Position()

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_training import image_folder
 
-from pipelines import corpus, datasets, fitting, ingest, runs, splits
+from pipelines import appraisal, corpus, datasets, fitting, ingest, runs, splits
 from pipelines.labelled_input import DatasetError
-from pipelines.recipe import Columns, DataSettings, Ingest, Recipe, Splits
+from pipelines.recipe import Balance, Columns, DataSettings, Ingest, Loss, Recipe, Splits
 from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
 
@@ -312,6 +312,18 @@ def test_a_run_records_its_splits_and_settings_without_credentials(tmp_path):
     identity = json.loads((tmp_path / "run" / "recipe.json").read_text())
     assert identity["dataset"]["splits"] == {**vars(Splits())}
     assert identity["dataset"]["uri"] == table
+
+
+def test_the_report_counts_the_images_that_were_used_and_names_all_that_was_done(tmp_path):
+    data = load(image_folder(tmp_path / "images", per_class=20))
+    rows = {name: data.indices(name)[3:] for name in ("train", "validation", "test")}
+    used = corpus.Corpus(data, SPEC, SPEC, {}, rows, "memory", Ingest(), [], {})
+    counts = appraisal.class_counts(used, ("train", "test"))
+    assert {name: sum(found.values()) for name, found in counts.items()} == {"train": 39, "test": 3}
+    balance = Balance(sampling="oversample", class_weights="sqrt")
+    words = appraisal.balancing(Recipe(balance=balance, loss=Loss(focal_gamma=2)))
+    assert "focal loss (gamma 2)" in words and "(sqrt, counted as sampled)" in words
+    assert appraisal.balancing(Recipe()) == "Nothing was done about rare classes."
 
 
 def test_copies_in_two_splits_stay_where_they_are_measured():

@@ -1,12 +1,16 @@
 """Losses against closed forms and hand-computed numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from pipelines import corpus, datasets, fitting
 from pipelines.losses import class_weights, criterion, positive_weights
-from pipelines.recipe import Balance, Loss
+from pipelines.recipe import Balance, DataSettings, Ingest, Loss, Recipe, Splits
+from pipelines.resources import Resources
 
 COUNTS = np.array([90, 9, 1])
 PLAIN, UNWEIGHTED = Loss(label_smoothing=0), Balance()
@@ -59,13 +63,13 @@ def test_class_weights_multiply_the_loss_of_their_class(batch):
 
 @pytest.mark.parametrize("name", ["none", "inverse", "sqrt", "effective"])
 def test_class_weights_keep_the_size_of_the_average_loss(name):
-    weights = class_weights(Balance(class_weights=name), COUNTS, 100)
+    weights = class_weights(Balance(class_weights=name), COUNTS)
     assert np.isclose((weights * COUNTS).sum() / COUNTS.sum(), 1)
     assert (np.diff(weights) >= 0).all()
 
 
 def test_effective_number_weights_follow_the_paper():
-    weights = class_weights(Balance(class_weights="effective", effective_beta=0.9), COUNTS, 100)
+    weights = class_weights(Balance(class_weights="effective", effective_beta=0.9), COUNTS)
     raw = (1 - 0.9) / (1 - 0.9 ** COUNTS.astype(float))
     assert np.allclose(weights / weights[0], raw / raw[0])
 
@@ -86,12 +90,59 @@ def test_multi_label_loss_is_binary_cross_entropy_with_positive_weights():
     expected = functional.binary_cross_entropy_with_logits(
         logits, targets, pos_weight=torch.tensor(weights, dtype=torch.float32), reduction="none"
     ).mean(1)
-    found = criterion(Loss(), balance, COUNTS, 100, multi_label=True)(logits, targets)
+    found = criterion(PLAIN, balance, COUNTS, 100, multi_label=True)(logits, targets)
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["bce", "asymmetric"])
+def test_smoothing_moves_several_labels_towards_one_half(name):
+    torch.manual_seed(2)
+    logits, targets = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float()
+    plain, smoothed = (
+        criterion(Loss(label_smoothing=s, multi_label=name), Balance(), COUNTS, 100, multi_label=True)
+        for s in (0.0, 0.2)
+    )
+    torch.testing.assert_close(smoothed(logits, targets), plain(logits, 0.8 * targets + 0.1))
+
+
+def test_smoothing_is_on_by_itself_for_one_label_only():
+    unset = Recipe(model="scratch:tiny")
+    assert unset.resolved(multi_label=False).loss.smoothing == 0.1
+    assert unset.resolved(multi_label=True).loss.smoothing == 0
+    asked = replace(unset, loss=Loss(label_smoothing=0.2))
+    assert asked.resolved(multi_label=True).loss.smoothing == 0.2
+
+
+def test_focal_loss_that_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match="gamma_negative"):
+        Loss(multi_label="asymmetric", focal_gamma=2)
+
+
+def test_what_sampling_evened_out_is_not_corrected_again(tmp_path):
+    """90 and 10 images: inverse weights of 0.56 and 5 without sampling, of 1 and 1 with it."""
+    lines = [f"{i}.jpg,{'common' if i % 10 else 'rare'},{'train' if i < 100 else 'test'}" for i in range(110)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label,split", *lines]))
+    settings = DataSettings(str(tmp_path / "labels.csv"), "labels", splits=Splits(validation_of_train=0.1))
+    data = datasets.load(settings)
+
+    def loss_of(balance: Balance):
+        recipe = Recipe(model="scratch:tiny", image_size=16, layers=1, loss=PLAIN, balance=balance)
+        plan = fitting.plan(data, recipe, str(tmp_path / "run"), Resources())
+        rows = {name: data.indices(name) for name in ("train", "validation", "test")}
+        prepared = corpus.Corpus(data, plan.spec, plan.spec, {}, rows, "memory", Ingest(), [], {})
+        task = fitting.task_of(plan, prepared, None)
+        return criterion(PLAIN, balance, task.class_counts, task.epoch_images, multi_label=False)
+
+    weighted = Balance(class_weights="inverse", logit_adjustment=1)
+    assert loss_of(weighted).class_weights.tolist() == pytest.approx([5 / 9, 5])
+    even = loss_of(replace(weighted, sampling="oversample"))
+    assert even.class_weights.tolist() == [1, 1]
+    assert even.log_prior.tolist() == pytest.approx([np.log(0.5)] * 2)
+
+
 def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
-    loss = criterion(Loss(multi_label="asymmetric"), Balance(), COUNTS, 100, multi_label=True)
+    settings = Loss(label_smoothing=0, multi_label="asymmetric")
+    loss = criterion(settings, Balance(), COUNTS, 100, multi_label=True)
     unlikely = torch.full((1, 3), -4.0)  # a probability of 0.018, below the margin of 0.05
     assert loss(unlikely, torch.zeros(1, 3)).item() == pytest.approx(0)
     p = torch.tensor(0.7)
