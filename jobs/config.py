@@ -102,7 +102,7 @@ class RecipeConfig(DatasetConfig):
     seed: int = recipe.Recipe.seed
     """Seed of the weights, the order, the augmentation and the dropout."""
     precision: recipe.Precision = recipe.Recipe.precision
-    """Autocast type; `auto` is bf16 where the device computes in it, else fp32."""
+    """Autocast type; `auto` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     select_by: str = recipe.Recipe.select_by
     """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
     target_precision: float = recipe.Recipe.target_precision

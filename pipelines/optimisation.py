@@ -42,7 +42,7 @@ def set_learning_rate(adam: torch.optim.Optimizer, rate: float) -> None:
 
 
 def chosen_precision(precision: str, device: torch.device) -> str:
-    """What `auto` means here: bf16 where the device computes in it natively, else fp32."""
+    """What `auto` means here: bf16 where the device computes in it, else fp16 (GPU) or fp32 (CPU)."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

@@ -243,7 +243,7 @@ class Recipe:
     seed: int = 0
     """Seed of the weights, the order, the augmentation and the dropout."""
     precision: Precision = "auto"
-    """Autocast type; `auto` is bf16 where the device computes in it, else fp32."""
+    """Autocast type; `auto` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     select_by: str = "auto"
     """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
     target_precision: float = 0.9

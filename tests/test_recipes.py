@@ -1,6 +1,8 @@
 """Every settings file of the project is what its command takes, and says how it is run."""
 
 import importlib.util
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,12 @@ def test_a_training_recipe_is_accepted_whole(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_training_recipe_opens_with_its_command(path):
-    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert f"--config jobs/configs/{path.name}" in "\n".join(head)
+def test_a_training_recipe_opens_with_command_duration_machine_and_expected_result(path):
+    head = list(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    command = "\n".join(line for line in head if line.startswith("#     "))
+    assert f"iab-vision train --config jobs/configs/{path.name}" in command
+    for fact in ("Duration", "Machine", "Expected result"):
+        assert [line for line in head if re.match(rf"# {fact}: \w", line)], f"{path.name} does not say {fact}"
 
 
 def test_local_paths_of_training_hold_in_workers_with_another_working_directory(tmp_path, monkeypatch):
