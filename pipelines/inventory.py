@@ -164,7 +164,9 @@ def _read_embedded(uris: Sequence[str], schema: pa.Schema, column: str, options:
     """One item per row, whether or not two hold the same bytes: they are told apart without opening them."""
     described = schema.remove(schema.get_field_index(column))
     path = f"{column}_path"
-    if embedded.has_paths(schema, column):
+    if (
+        embedded.has_paths(schema, column) and path not in described.names
+    ):  # the caller's own column comes first
         described = described.append(pa.field(path, pa.string()))
     if "uri" not in described.names:
         described = described.append(pa.field("uri", pa.string()))

@@ -318,6 +318,24 @@ def test_images_in_a_table_keep_columns_called_what_the_plan_calls_its_own(
     assert [fetched[n].payload for n in range(2)] == [b"one", b"two"]
 
 
+@pytest.mark.parametrize(
+    ("options", "carried"),
+    [
+        (InventoryOptions(), {"image_path": "mine"}),
+        (InventoryOptions(rename=("image_path=x",)), {"x": "mine"}),
+        (InventoryOptions(drop_columns=("image_path",)), {}),
+    ],
+)
+def test_column_called_like_the_path_beside_an_image_is_the_callers(
+    tmp_path: Path, state: Storage, options: InventoryOptions, carried: dict[str, str]
+) -> None:
+    images = pa.array([{"bytes": b"one", "path": "1.jpg"}])
+    pq.write_table(pa.table({"image": images, "image_path": ["mine"]}), tmp_path / "inventory.parquet")
+    uri = f"{tmp_path}/inventory.parquet#0"
+    plan(str(tmp_path / "inventory.parquet"), state, options=options)
+    assert rows_of(state) == [{"uri": uri, "image_id": uri, **carried}]
+
+
 def test_table_without_rows_is_a_plan_without_items(tmp_path: Path, state: Storage) -> None:
     (tmp_path / "inventory.csv").write_text("uri,n\n")
     frozen = plan(str(tmp_path / "inventory.csv"), state)
