@@ -12,13 +12,11 @@ from pipelines.bundle import MODEL_FILES
 from pipelines.specs import Precision
 
 FILE = "README.md"
-HUB_LICENCES = frozenset(
-    {
-        "apache-2.0", "mit", "openrail", "bsd", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense",
-        "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
-        "cc-by-nc-nd-4.0", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "apple-amlr", "unknown", "other",
-    }
-)  # fmt: skip
+HUB_LICENCES = {
+    "apache-2.0", "mit", "openrail", "bsd", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense", "gpl-3.0",
+    "agpl-3.0", "lgpl-3.0", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
+    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "apple-amlr", "unknown", "other",
+}  # fmt: skip
 """Identifiers that the Hugging Face hub knows (hub docs, repositories-licenses): those that models have."""
 
 

@@ -4,19 +4,26 @@ The reference is the checkpoint in PyTorch where it is at hand, and else the bun
 CPU, which the export certified against PyTorch. Whether a bundle is made at all is `release.py`'s business.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from export import checkpoint, report, samples
 from export.checkpoint import Checkpoint
 from export.measurement import Candidate, Evidence, Labels, gather, measure
 from export.reference import torch_reference
 from export.samples import Sample
-from pipelines import bundle, runtime, storage
+from pipelines import bundle, providers, runtime, storage
 from pipelines.bundle import Bundle, Manifest
 from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
+
+WISHED_CALIBRATION_IMAGES = 500
+"""Fewer leave int8 ranges to chance: what NVIDIA's Model Optimizer asks for with vision transformers."""
+
+logger = logging.getLogger(__name__)
 
 Documents = dict[tuple[Provider, Precision], dict[str, Any]]
 
@@ -60,9 +67,10 @@ def certify(
     else:
         evidence = _evidence_of_run(opened, checkpoint_uri, images_uri, measuring)
     documents: Documents = {
-        (provider, spec.precision): measure(evidence, _candidate(opened, spec), spec.precision)
+        (provider, spec.precision): measure(evidence, candidate(opened, spec), spec.precision)
         for spec in specs
     }
+    warn_of_calibration(documents)
     add(opened, documents)
     refuse_failed(documents, f"{storage.redact(bundle_uri)}/{bundle.CERTIFICATES}/{provider}.html")
     return documents
@@ -76,6 +84,59 @@ def add(opened: Bundle, documents: Documents) -> None:
     for provider in {provider for provider, _ in documents}:
         shown = {(c.provider, c.precision): c.content for c in held if c.provider == provider}
         storage.open_storage(opened.uri).put(page_path(provider), report.render(shown))
+
+
+def warn_of_calibration(documents: Documents) -> None:
+    """Say where int8 rests on few images, or is judged on the very ones that it was made with."""
+    for (provider, name), document in documents.items():
+        calibration = document["calibration"] or {"images": WISHED_CALIBRATION_IMAGES, "compared_too": 0}
+        if calibration["images"] < WISHED_CALIBRATION_IMAGES:
+            logger.warning(
+                "%s was calibrated on %d images; %d and more are wished for: export with more --images",
+                name,
+                calibration["images"],
+                WISHED_CALIBRATION_IMAGES,
+            )
+        if calibration["compared_too"]:
+            logger.warning(
+                "%s on %s is judged on %d images that it was calibrated on, of %d: its figures flatter it; "
+                "give more --images, or others",
+                name,
+                provider,
+                calibration["compared_too"],
+                document["images"]["compared"],
+            )
+
+
+def has_gpu(device_id: int) -> bool:
+    """Whether a CUDA device answers, and the installed ONNX Runtime was built for one."""
+    if providers.EP_NAMES["cuda"] not in ort.get_available_providers():
+        return False
+    try:
+        providers.gpu_name(device_id)
+    except providers.ProviderUnavailable:
+        return False
+    return True
+
+
+def add_gpu(
+    opened: Bundle, evidence: Evidence, precisions: Iterable[Precision], measuring: Measuring
+) -> None:
+    """Certify on cuda what runs there. The bundle stays as it is for CPU, whatever comes of this."""
+    for name in precisions:
+        if name == "int8":
+            continue
+        bundle_uri = storage.redact(opened.uri)
+        command = f"iab-vision certify {bundle_uri} --images URI --provider cuda --precisions {name}"
+        try:
+            spec = runtime_spec(measuring, "cuda", name)
+            document = measure(evidence, candidate(opened, spec), name)
+        except Exception as error:  # ORT, CUDA and cuDNN raise unrelated types; the bundle is good without
+            logger.warning("NO CERTIFICATE for %s on cuda: %s. Later: %s", name, error, command)
+            continue
+        add(opened, {("cuda", name): document})
+        if not document["passed"]:
+            logger.warning("%s. It will not run there", _explained("cuda", name, document))
 
 
 def page_path(provider: Provider) -> str:
@@ -147,9 +208,20 @@ def _explained(provider: str, name: str, document: Mapping[str, Any]) -> str:
     return f"{name} on {provider} is refused: {broken}. Kind of difference: {kinds}"
 
 
-def _candidate(opened: Bundle, spec: RuntimeSpec) -> Candidate:
-    labels = labels_of(opened.manifest, opened.class_ids, spec.provider, spec.precision)
-    return Candidate(runtime.load(opened, spec), labels, opened.image_spec)
+def candidate(opened: Bundle, spec: RuntimeSpec) -> Candidate:
+    """The bundle as a reader of it would run it."""
+    return Candidate(
+        runtime.load(opened, spec),
+        labels_of(opened.manifest, opened.class_ids, spec.provider, spec.precision),
+        opened.image_spec,
+        calibrated_on=calibrated_on(opened.manifest, spec.precision),
+    )
+
+
+def calibrated_on(manifest: Manifest, precision: Precision) -> frozenset[str]:
+    """Fingerprints of the images that the file's ranges come from; none where it is not quantised."""
+    notes = manifest.source.get("precisions", {}).get(precision, {})
+    return frozenset(notes.get("calibrated_on", ()))
 
 
 def _evidence_of_run(opened: Bundle, checkpoint_uri: str, images_uri: str, measuring: Measuring) -> Evidence:
@@ -173,7 +245,7 @@ def _evidence_of_bundle(
             "with itself. Name the run that the bundle was exported from: --checkpoint RUN"
         )
     opened.certificate_for("cpu", "fp32")
-    reference = _candidate(opened, RuntimeSpec(threads=measuring.threads))
+    reference = candidate(opened, RuntimeSpec(threads=measuring.threads))
     own = samples.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)
     sample = [*own, *samples.awkward(measuring.seed)]
 

@@ -68,6 +68,8 @@ class Candidate:
     labels: Labels
     spec: ImageSpec
     decode: Decode = samples.decode
+    calibrated_on: frozenset[str] = frozenset()
+    """Fingerprints of the images that its int8 ranges come from."""
 
 
 def gather(
@@ -118,6 +120,7 @@ def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> d
         "findings": [asdict(finding) for finding in _findings(evidence, found, limits)] if failures else [],
         "reference": evidence.description,
         "images": images_summary(evidence),
+        "calibration": calibration_summary(evidence.sample, candidate.calibrated_on),
         "limits": parity.limits_json(limits),
         "metrics": metrics,
         "batches": batches,
@@ -167,6 +170,14 @@ def images_summary(evidence: Evidence) -> dict[str, Any]:
         "undecodable": list(evidence.undecodable),
         "sha256": digest.hexdigest(),
     }
+
+
+def calibration_summary(sample: Sequence[Sample], calibrated_on: frozenset[str]) -> dict[str, int] | None:
+    """How many images int8 was calibrated on, and how many of those compared are among them."""
+    if not calibrated_on:
+        return None
+    judged = sum(one.fingerprint in calibrated_on for one in sample)
+    return {"images": len(calibrated_on), "compared_too": judged}
 
 
 def speed(model: OnnxModel, pixels_nhwc: np.ndarray) -> dict[str, float]:

@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,16 @@ def export(
         ("cpu", name): measure(evidence, _candidate(files, manifest, name, measuring), name)
         for name in graphs
     }
+    certification.warn_of_calibration(documents)
     _refuse_failed(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", documents)
     files[certification.page_path("cpu")] = report.render(documents)
     with _removed_on_failure(output_uri):
         bundle.write_bundle(output_uri, files, manifest, documents)
-    return bundle.open_bundle(output_uri)
+    made = bundle.open_bundle(output_uri)
+    if certification.has_gpu(measuring.device_id):
+        certification.add_gpu(made, evidence, graphs, measuring)
+        made = bundle.open_bundle(output_uri, verify=False)
+    return made
 
 
 @contextmanager
@@ -118,7 +124,9 @@ def _graphs(
     if "int8" in precisions:
         pixels = samples.decode([one.payload for one in further], trained.image_spec)
         readable_nhwc = np.array([one for one in pixels if one is not None])
-        yield "int8", precision.quantised(portable, readable_nhwc, around, metadata("int8"))
+        used = {one.fingerprint for one, found in zip(further, pixels, strict=True) if found is not None}
+        graph = precision.quantised(portable, readable_nhwc, around, metadata("int8"))
+        yield "int8", replace(graph, notes={**graph.notes, "calibrated_on": sorted(used)})
 
 
 def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[dict[str, bytes], Manifest]:
@@ -171,7 +179,9 @@ def _candidate(
     class_ids = bundle.read_labels(files[bundle.LABELS_FILE])["id"].to_pylist()
     spec = certification.runtime_spec(measuring, "cpu", name)
     labels = certification.labels_of(manifest, class_ids, "cpu", name)
-    return Candidate(OnnxModel(files[bundle.model_file(name)], spec), labels, manifest.image_spec)
+    model = OnnxModel(files[bundle.model_file(name)], spec)
+    calibrated_on = certification.calibrated_on(manifest, name)
+    return Candidate(model, labels, manifest.image_spec, calibrated_on=calibrated_on)
 
 
 def _refuse_failed(report_uri: str, documents: Documents) -> None:

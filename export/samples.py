@@ -45,6 +45,11 @@ class Sample:
     """As the dataset has them; none for an unlabelled or an awkward image."""
     awkward: bool = False
 
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the bytes: what tells whether two measurements used the same image."""
+        return hashlib.sha256(self.payload).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Place:

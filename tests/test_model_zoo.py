@@ -1,4 +1,4 @@
-"""Every kind of image classifier that users bring exports and passes, single- or multi-label, in every precision.
+"""Every kind of image classifier that users bring exports and passes, single- or multi-label, however small.
 
 Random weights at unequal sizes: what is tested is that nothing about an architecture is lost or transposed.
 """

@@ -14,7 +14,7 @@ import yaml
 from export import card, certification, checkpoint, measurement, release, samples
 from export.samples import NoImages
 from jobs.cli import main
-from pipelines import bundle
+from pipelines import bundle, runtime
 from pipelines.bundle import NotCertified, open_bundle
 from pipelines.runtime import load
 from pipelines.specs import Measuring, RuntimeSpec
@@ -218,6 +218,58 @@ def test_tensorrt_has_the_temperature_of_the_float32_file_that_it_runs(exported)
     manifest = open_bundle(str(exported)).manifest
     fp32_only = dataclasses.replace(manifest, temperatures={"fp32": 1.3})
     assert certification.labels_of(fp32_only, CLASS_IDS, "tensorrt", "fp16").temperature == 1.3
+
+
+def test_int8_certificate_says_what_it_was_calibrated_on(exported, copied, pictures, caplog):
+    """The same images again, with another seed, are partly those that it was made with."""
+    certificate = open_bundle(str(exported)).certificate_for("cpu", "int8")
+    assert certificate.content["calibration"] == {"images": 40, "compared_too": 0}
+    assert "Calibrated on 40 images,\nnone of them" in (exported / "certificates" / "cpu.html").read_text()
+    command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
+    assert main([*command, "--measuring.sample-images", "60"]) == 0
+    certificate = open_bundle(str(copied)).certificate_for("cpu", "int8")
+    assert certificate.content["calibration"] == {"images": 40, "compared_too": 40}
+    assert "judged on 40 images that it was calibrated on, of 76" in caplog.text
+    assert "int8 was calibrated on 40 images; 500 and more are wished for" in caplog.text
+
+
+def evidence_of(trained: Path, pictures: Path) -> measurement.Evidence:
+    own = samples.draw(str(pictures), count=5, seed=0)
+    with checkpoint.opened(str(trained)) as found:
+        return certification.evidence_of_checkpoint(found, found.network(), own, 0)
+
+
+def test_gpu_certificates_join_those_of_the_cpu(copied, trained, pictures, monkeypatch, caplog):
+    """A stand-in for the GPU runs fp32 and fails in fp16, as a driver that is too old does."""
+    faithful = runtime.load
+
+    def stand_in(opened, spec):
+        assert spec.provider == "cuda"
+        if spec.precision == "fp16":
+            raise RuntimeError("CUDA failure 35")
+        return faithful(opened, RuntimeSpec(batch_size=spec.batch_size))
+
+    monkeypatch.setattr(runtime, "load", stand_in)
+    opened, evidence = open_bundle(str(copied)), evidence_of(trained, pictures)
+    certification.add_gpu(opened, evidence, ("fp32", "fp16", "int8"), Measuring(batch_size=8))
+    after = open_bundle(str(copied))
+    names = [f"{certificate.provider}-{certificate.precision}" for certificate in after.certificates]
+    assert names == ["cpu-fp16", "cpu-fp32", "cpu-int8", "cuda-fp32"]
+    assert "in PyTorch" in after.certificate_for("cuda", "fp32").content["reference"]
+    assert (copied / "certificates" / "cuda.html").exists()
+    assert "NO CERTIFICATE for fp16 on cuda: CUDA failure 35. Later: iab-vision certify" in caplog.text
+
+
+def test_export_on_a_gpu_that_fails_keeps_the_bundle(trained, pictures, tmp_path, monkeypatch, caplog):
+    def broken(opened, spec):
+        raise RuntimeError("CUDA failure 700")
+
+    monkeypatch.setattr(certification, "has_gpu", lambda device_id: True)
+    monkeypatch.setattr(runtime, "load", broken)
+    command = ["export", "--checkpoint", str(trained), "--images", str(pictures)]
+    assert main([*command, "--output", str(tmp_path / "b"), "--measuring.sample-images", "5"]) == 0
+    assert open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32").passed
+    assert "NO CERTIFICATE for fp32 on cuda: CUDA failure 700" in caplog.text
 
 
 def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, pictures, capsys):
