@@ -12,11 +12,12 @@ from typing import Any
 CLOUD_ENDPOINTS = frozenset({"168.63.129.16"})
 """Addresses in public ranges that answer to machines of one cloud with its secrets (Azure's WireServer)."""
 
-NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
-"""IPv6 prefixes whose last 32 bits are an IPv4 address (RFC 6052, RFC 8215)."""
+NAT64 = (ip_network("64:ff9b::/96"),)
+"""The IPv6 prefix whose last 32 bits are an IPv4 address of the public internet (RFC 6052)."""
 
-SPECIAL = (ip_network("192.0.0.0/24"), ip_network("fec0::/10"))
-"""Protocol assignments (one cloud's metadata among them) and IPv6 site-local: global to Python 3.11."""
+SPECIAL = (ip_network("192.0.0.0/24"), ip_network("fec0::/10"), ip_network("64:ff9b:1::/48"))
+"""Protocol assignments (one cloud's metadata among them), IPv6 site-local, and a network's own NAT64, whose
+IPv4 address may lie anywhere (RFC 8215): global to Python 3.11."""
 
 BLOCKED_ERRNO = 700_001
 """Marks our refusal among the errors of connecting; no operating system uses it."""

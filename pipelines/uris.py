@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-SECRET_QUERY = re.compile(
-    r"([?&][^=&\s]*(?:sig|token|secret|password|credential|key|auth|x-amz-|x-goog-)[^=&\s]*=)[^&\s'\"]+", re.I
-)
-USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@?]+@", re.I)
+QUERY_VALUE = re.compile(r"([?&][^=&\s'\"]*=)[^&\s'\"]+")
+"""All of them: every service has another name for its signatures. A quote ends the URI in JSON and YAML."""
+
+USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)(?:[^/\s?'\"]*|[^/\s?:@'\"]*:(?!\d*/)[^\s?@'\"]*)@", re.I)
+"""Also where a password holds a slash, which no parser takes for a part of it; a port is none."""
 
 
 def scheme_of(uri: str) -> str:
@@ -39,5 +40,5 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def redact(text: str) -> str:
-    """The text with user names, passwords and signatures taken out of every URI in it."""
-    return SECRET_QUERY.sub(r"\1REDACTED", USERINFO.sub(r"\1", text))
+    """The text with user names, passwords and the values of queries taken out of every URI in it."""
+    return QUERY_VALUE.sub(r"\1REDACTED", USERINFO.sub(r"\1", text))

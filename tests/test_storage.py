@@ -139,11 +139,12 @@ def test_join_and_split_keep_schemes_and_relative_paths() -> None:
     assert storage.split("x") == (".", "x")
 
 
-def test_redact_takes_out_passwords_and_signatures_and_leaves_the_rest() -> None:
-    text = (
-        "GET https://me:pw@h/a.jpg?w=10&X-Amz-Signature=abc&sig=q: 403, then https://h/b?access_token=t&h=2"
-    )
+def test_redact_takes_out_passwords_and_query_values_and_leaves_the_rest() -> None:
+    """Any value may be a signature; JSON and YAML stay what they are."""
+    text = "GET https://me:pw@h/a.jpg?w=10&Sig=ab: 403, then https://u:p@ss@h/b?verify=t&h=2 or s3://h:80/a@b"
     assert storage.redact(text) == (
-        "GET https://h/a.jpg?w=10&X-Amz-Signature=REDACTED&sig=REDACTED 403, "
-        "then https://h/b?access_token=REDACTED&h=2"
+        "GET https://h/a.jpg?w=REDACTED&Sig=REDACTED 403, then https://h/b?verify=REDACTED&h=REDACTED "
+        "or s3://h:80/a@b"
     )
+    assert storage.redact("""{"a":"s3://b/x?v=1","b":"c@d"}""") == """{"a":"s3://b/x?v=REDACTED","b":"c@d"}"""
+    assert storage.redact("ftp://me:pa/ss@h/x, why? as it is") == "ftp://h/x, why? as it is"
