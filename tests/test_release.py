@@ -450,5 +450,8 @@ def test_gpu_certifies_what_a_cpu_exported(copied, pictures, provider, names):
     assert main([*command, "--measuring.batch-size", "32"]) == 0
     opened = open_bundle(str(copied))
     for name in names.split(","):
-        certificate = opened.certificate_for(provider, name)
+        certificate = opened.certificate_covering(RuntimeSpec(provider, name, batch_size=32))
+        assert len(certificate.content["environment"]["engines"]) == (2 if provider == "tensorrt" else 0)
+        with pytest.raises(NotCertified, match=r"measured batches of 4, 32 images, and 32, 256 would run"):
+            opened.certificate_covering(RuntimeSpec(provider, name))
         assert certificate.content["environment"]["providers"][0].lower().startswith(provider)

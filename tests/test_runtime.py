@@ -92,8 +92,8 @@ def test_bytes_that_are_no_model_are_a_clear_error(payload):
 def test_graph_with_other_inputs_is_refused():
     model = onnx.load_model_from_string(small_graph())
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
-    del model.graph.node[1]
-    model.graph.node[1].input[0] = "flat"
+    del model.graph.node[0]
+    model.graph.node[0].input[0] = "pixels"
     with pytest.raises(ModelUnusable, match=r"tensor\(float\).*ours map uint8"):
         OnnxModel(model.SerializeToString(), RuntimeSpec())
 
@@ -304,3 +304,13 @@ def test_gpu_answers_do_not_depend_on_padding_or_earlier_batches():
     first = model.run(pixels(8))[1]
     model.run(pixels(3))
     assert np.array_equal(model.run(pixels(8))[1], first)
+
+
+@pytest.mark.gpu
+def test_engines_are_built_once_for_each_batch_size(tmp_path):
+    spec = RuntimeSpec("tensorrt", "fp16", batch_size=16, engine_cache=str(tmp_path / "engines"))
+    built = OnnxModel(small_graph(), spec).environment()["engines"]
+    assert sorted(name.split("/")[0] for name in built) == ["batch-16", "batch-2"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.engine")}
+    assert OnnxModel(small_graph(), spec).environment()["engines"] == built
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.engine")} == written
