@@ -248,8 +248,6 @@ def room_for(plan: Plan) -> int:
     return max(1, int(min(by_cpu, by_gpu)))
 
 
-def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None:
-    """One trial: a whole training with Ray Train's workers, told to Ray Tune epoch by epoch."""
 def sharing(plan: Plan, search: Search) -> Plan:
     """The plan of a trial that shares each machine with its part of the others."""
     import ray
@@ -259,6 +257,8 @@ def sharing(plan: Plan, search: Search) -> Plan:
     return replace(plan, resources=replace(plan.resources, runs_at_once=at_once))
 
 
+def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None:
+    """One trial: a whole training with Ray Train's workers, told to Ray Tune epoch by epoch."""
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
