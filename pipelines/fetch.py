@@ -34,7 +34,7 @@ FILE_THREADS = 16
 """Threads for local files: enough to hide a network mount's latency."""
 
 OTHER_THREADS = 32
-"""Threads for name look-ups and fsspec; apart, because a thread of the files may wait for memory."""
+"""Threads for name look-ups, and as many for fsspec; apart, because a read may hang or wait for memory."""
 
 WINDOWS = 4
 """Objects under way or waiting for the caller, in multiples of the concurrency: a crowded host leaves slots
@@ -95,13 +95,18 @@ class ThreadClient:
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
+        self._threads = ThreadPoolExecutor(OTHER_THREADS, thread_name_prefix="fetch-fsspec")
 
     async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes:
         files.check_scheme(uri, self._limits.allow_private_addresses)
         loop = asyncio.get_running_loop()
-        n_bytes = span[1] if span else await loop.run_in_executor(None, files.size_of, uri)
-        await reservation.cover(0, n_bytes)
-        return await loop.run_in_executor(None, files.read_any, uri, span)
+        n_bytes = span[1] if span else await loop.run_in_executor(self._threads, files.size_of, uri)
+        max_bytes = self._limits.max_bytes
+        await reservation.cover(0, max_bytes if n_bytes is None else n_bytes)
+        return await loop.run_in_executor(self._threads, files.read_any, uri, max_bytes, span)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Fetcher:
@@ -135,6 +140,7 @@ class Fetcher:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._any.close()
         for threads in (self._file_threads, self._other_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -77,15 +77,24 @@ def check_scheme(uri: str, allow_private_addresses: bool) -> None:
         raise Failure(Status.BLOCKED_ADDRESS, f"this kind of URI can reach any host: {uri}")
 
 
-def size_of(uri: str) -> int:
-    """Bytes of an object of any fsspec scheme. Raises Failure."""
-    return int(_with_fsspec(uri, lambda filesystem, path: filesystem.size(path) or 0))
+def size_of(uri: str) -> int | None:
+    """Bytes of an object of any fsspec scheme, if its filesystem knows. Raises Failure."""
+    n_bytes = _with_fsspec(uri, lambda filesystem, path: filesystem.size(path))
+    return None if n_bytes is None else int(n_bytes)
 
 
-def read_any(uri: str, span: tuple[int, int] | None = None) -> bytes:
+def read_any(uri: str, max_bytes: int, span: tuple[int, int] | None = None) -> bytes:
     """An object of any fsspec scheme, or a span of it. Raises Failure."""
-    start, stop = (span[0], span[0] + span[1]) if span else (None, None)
-    return bytes(_with_fsspec(uri, lambda filesystem, path: filesystem.cat_file(path, start=start, end=stop)))
+
+    def read(filesystem: Any, path: str) -> bytes:
+        if span:
+            return bytes(filesystem.cat_file(path, start=span[0], end=span[0] + span[1]))
+        with filesystem.open(path, "rb") as file:
+            return bytes(file.read(max_bytes + 1))
+
+    payload = _with_fsspec(uri, read)
+    check_size(len(payload), max_bytes)
+    return payload
 
 
 def _with_fsspec(uri: str, call: Callable[[Any, str], T]) -> T:

@@ -12,9 +12,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import boto3
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -282,6 +284,43 @@ def test_uri_that_leads_nowhere_gets_a_status(fetcher: Fetcher, uri: str, status
     assert (fetched.status, fetched.payload) == (status, None)
     assert fetched.error
     assert "\n" not in fetched.error
+
+
+class Endless(fsspec.AbstractFileSystem):
+    """Objects without a size and without an end."""
+
+    protocol = "endless"
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        return {"name": path, "size": None, "type": "file"}
+
+    def open(self, path: str, mode: str = "rb", **_: object) -> BinaryIO:
+        return Path("/dev/zero").open("rb")
+
+
+class Hung(fsspec.AbstractFileSystem):
+    """A server that does not answer."""
+
+    protocol = "hung"
+    restored = threading.Event()
+
+    def info(self, path: str, **_: object) -> dict[str, object]:
+        self.restored.wait(20)
+        raise FileNotFoundError(path)
+
+
+def test_object_of_unknown_size_is_read_up_to_the_limit(fetcher: Fetcher) -> None:
+    fsspec.register_implementation("endless", Endless, clobber=True)
+    assert fetcher.fetch("endless://x/y.jpg").status is Status.TOO_LARGE
+    assert fetcher._budget._free == LIMITS.max_buffered_bytes
+
+
+def test_filesystem_that_hangs_stops_no_name_look_up(fetcher: Fetcher) -> None:
+    fsspec.register_implementation("hung", Hung, clobber=True)
+    found = outcomes(fetcher, [*(f"hung://x/{n}" for n in range(64)), "http://localhost:9/x.jpg"])
+    Hung.restored.set()
+    assert {fetched.status for fetched in found[:64]} == {Status.TIMEOUT}
+    assert found[64].status is Status.BLOCKED_ADDRESS
 
 
 URI_SEEDS = [
