@@ -123,12 +123,14 @@ def check_setting(recipe: Recipe, setting: str) -> None:
 
 
 def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with these settings; each section checks itself again."""
+    """The recipe with these settings; a section checks itself when it has all of its own."""
+    sections: dict[str, dict[str, Any]] = {}
     for setting, value in values.items():
         section, _, name = setting.rpartition(".")
-        changed = replace(getattr(recipe, section), **{name: value}) if section else value
-        recipe = replace(recipe, **{section or setting: changed})
-    return recipe
+        sections.setdefault(section, {})[name] = value
+    plain = sections.pop("", {})
+    changed = {name: replace(getattr(recipe, name), **inner) for name, inner in sections.items()}
+    return replace(recipe, **changed, **plain)
 
 
 def tune_recipe(plan: Plan, space: Mapping[str, Any], search: Search, how: Ingest) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None
 
 
 def table(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per trial: what it tried, how far it came, its best score."""
+    """One row per trial, the best first: what it tried, how far it came, its best score."""
     rows = []
     for result in results:
         scores = result.metrics_dataframe["score"].tolist() if result.metrics_dataframe is not None else []
@@ -287,7 +289,7 @@ def table(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "scores": scores,
             }
         )
-    return sorted(rows, key=lambda row: -(row["score"] if row["score"] is not None else float("inf")))
+    return sorted(rows, key=lambda row: -(row["score"] if row["score"] is not None else -float("inf")))
 
 
 def csv_of(trials: Sequence[Mapping[str, Any]]) -> bytes:
