@@ -10,7 +10,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,6 +31,11 @@ from pipelines.storage import Storage, open_storage
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
 HOSTS_KEPT = 20
 """Failing hosts that a part names: enough to find the culprit, too few to swell the ledger."""
+
+ROWS_AT_ONCE = 100_000
+"""Most rows of a part, about: an image may answer for hundreds, and a writing task has a quarter of a CPU."""
+ITEMS_AT_ONCE = 256
+"""Items whose rows are counted together."""
 
 
 class PartDamaged(ValueError):
@@ -59,11 +64,27 @@ class Written:
 
 
 def write_batch(scored: pa.Table, target: Target) -> pa.Table:
-    """One batch of `schema.SCORED` -> one part file -> one row of text columns for the driver."""
+    """One batch of `schema.SCORED` -> part files -> for each a row of text columns for the driver."""
     state, plan = opened(target.state_uri)
-    written = write_part(scored, plan, state, target)
-    part = json.dumps(asdict(written.part)) if written.part else None
-    return pa.table({"part": pa.array([part], pa.string()), "deferred": [json.dumps(written.deferred)]})
+    pieces = cut_by_rows(distinct_items(scored), plan)
+    written = [write_part(piece, plan, state, target) for piece in pieces]
+    parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
+    deferred = [json.dumps(one.deferred) for one in written]
+    return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
+
+
+def cut_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
+    """Distinct items in pieces that answer for ROWS_AT_ONCE rows, or for those of ITEMS_AT_ONCE items."""
+    start = n_rows = 0
+    for at in range(0, scored.num_rows, ITEMS_AT_ONCE):
+        row_ids = scored["row_id"].slice(at, ITEMS_AT_ONCE).to_numpy()
+        rows = plan.rows(ranges_of(row_ids), ["uri", "rows"])["rows"]
+        more = pc.sum(pc.list_value_length(rows)).as_py()
+        if at > start and n_rows + more > ROWS_AT_ONCE:
+            yield scored.slice(start, at - start)
+            start, n_rows = at, 0
+        n_rows += more
+    yield scored.slice(start)
 
 
 def read_written(row: Mapping[str, str | None]) -> Written:

@@ -232,7 +232,7 @@ class Workers:
     rows_per_chunk: int = 0
     """Images that travel together; 0 is 64 on CPU, and the batch size on GPU."""
     rows_per_part: int = 20_000
-    """Rows per part file: what a crash may cost."""
+    """Images per part file, fewer where these answer for over 100,000 rows: what a crash may cost."""
     rows_per_file: int = 1_000_000
     """Rows per published file, about 100 MB."""
 

@@ -85,6 +85,17 @@ def test_write_batch_carries_the_part_to_the_driver_as_text(run: SmallRun) -> No
     assert read_part(part, run.state).num_rows == part.rows
 
 
+def test_a_batch_whose_images_answer_for_many_rows_becomes_several_parts(
+    run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.output.ROWS_AT_ONCE", 6)
+    monkeypatch.setattr("pipelines.output.ITEMS_AT_ONCE", 2)
+    rows = write_batch(scored([*range(13), 3, 0], lambda row_id: FAILING.get(row_id, "ok")), run.target())
+    parts = [read_written(row).part for row in rows.to_pylist()]
+    assert [part.items for part in parts if part] == [((0, 4),), ((4, 8),), ((8, 12),), ((12, 13),)]
+    assert [part.rows for part in parts if part] == [6, 5, 5, 2]
+
+
 def test_the_committer_cuts_out_what_is_recorded_or_pending(run: SmallRun) -> None:
     ledger = run.ledger()
     committer = Committer(ledger, run.state, every_s=1000)
