@@ -315,12 +315,15 @@ class Trainer:
 
     def validation_batches(self) -> Iterator[MicroBatch]:
         """This worker's share of the validation images."""
-        rows, spec, n_classes = (
-            self.task.validation_rows, self.task.sidecar.image_spec, len(self.task.classes.ids)
-        )  # fmt: skip
+        rows, spec = self.task.validation_rows, self.task.sidecar.image_spec
         if self.task.streams:
             yield from ingest.evaluation_batches(
-                self.validation, spec, n_classes, batch_size=EVALUATION_BATCH, rows=rows, tally=self.tally
+                self.validation,
+                spec,
+                len(self.task.classes.ids),
+                batch_size=EVALUATION_BATCH,
+                rows=rows,
+                tally=self.tally,
             )
             return
         mine = rows[self.place.rank :: self.place.workers]

@@ -370,6 +370,24 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disk", "stream"])
+def test_workers_measure_every_validation_image_once_without_keeping_them_all(ray_cluster, tmp_path, mode):
+    plan = planned(image_folder(tmp_path / "images"), tmp_path / "run")
+    prepared = corpus.prepare(plan.data, plan.spec, Ingest(mode=mode), seed=0)
+    rows, tally = prepared.rows["validation"], ingest.Tally()
+    assert len(rows) % 2, "an even division hides what is cut off"
+    counts = np.zeros(3)
+    for shard in corpus.validation_shards(prepared, 2):
+        batches = ingest.evaluation_batches(
+            shard.iterator(), plan.spec, 3, batch_size=2, rows=rows, tally=tally
+        )
+        counts += sum(targets_nc.sum(axis=0) for _, targets_nc in batches)
+    assert counts.tolist() == np.bincount(plan.data.targets()[rows], minlength=3).tolist()
+    assert (tally.images, tally.broken) == (len(rows), 0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
     folder = image_folder(tmp_path / "images")
     recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
