@@ -10,19 +10,17 @@ trained (PyTorch, float32, CPU), with its learning curves and attention maps.
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jobs.cluster import cores
 from jobs.config import EvaluateConfig
 from jobs.errors import InputError, JobFailed, checking_input
 from jobs.settings import plain
 
 log = logging.getLogger(__name__)
-
-HEADLINES = ("accuracy", "accuracy@3", "balanced_accuracy", "map", "f1_micro", "f1_macro", "ece")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class Subject:
 
 def run(config: EvaluateConfig) -> int:
     """Measure, write `report.html` and `evaluation.json`, and say the most important numbers."""
+    from pipelines.card import HEADLINES
+
     if (config.bundle is None) == (config.checkpoint is None):
         raise InputError("give either --bundle or --checkpoint")
     with subject(config) as judged:
@@ -245,7 +245,3 @@ def history(uri: str) -> list[dict[str, Any]]:
     if not folder.exists("metrics.jsonl"):
         return []
     return [json.loads(line) for line in folder.read("metrics.jsonl").splitlines() if line.strip()]
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

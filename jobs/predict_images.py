@@ -57,16 +57,20 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     finally:
         fetcher.close()
     scored = predictor.score(loaded_table(rows, pixels_nhwc)).to_pylist()
+    model = {
+        "cattax": bundle.cattax,
+        "taxonomy": bundle.taxonomy_name,
+        "model_id": bundle.model_id,
+        "certified": certified,
+    }
     paths = bundle.taxonomy()
-    return [
-        {**present(uri, row, paths), "certified": certified}
-        for uri, row in zip(config.images, scored, strict=True)
-    ]
+    return [{**present(uri, row, paths), **model} for uri, row in zip(config.images, scored, strict=True)]
 
 
 def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:
     labels = [{**label, "path": taxonomy.path(label["id"])} for label in row["labels"] or []]
-    return {"uri": uri, **{k: v for k, v in row.items() if k != "row_id"}, "labels": labels}
+    columns = {name: value for name, value in row.items() if name != "row_id"}
+    return {"uri": uri, **columns, "labels": labels, "cat": row["cat"] or []}
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

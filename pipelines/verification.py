@@ -199,7 +199,7 @@ def check_bytes(found: Predictions) -> Check:
                 yield f"{file.name} has changed since it was published"
 
     size = sum(file.bytes for file in found.files)
-    return outcome("checksums", problems(), f"{size / 1e6:,.1f} MB unchanged")
+    return outcome("checksums", problems(), f"{size:,} bytes unchanged")
 
 
 def check_rows(found: Predictions) -> Check:
