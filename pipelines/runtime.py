@@ -1,8 +1,8 @@
 """The one place that runs a released model: classify, predict and the parity measurement all come here.
 
 An `OnnxModel` turns uint8 pixels of any number into logits and probabilities, on the provider that was
-asked for (`providers.py`) or not at all. Batches have a few fixed sizes, and smaller ones are padded; where
-memory runs out they halve. It neither opens bundles' files nor decodes images, and it never imports torch.
+asked for (`providers.py`) or not at all. Batches have a few fixed sizes, which halve where memory runs out;
+on a GPU a smaller one is padded. It neither opens bundles' files nor decodes images, nor imports torch.
 """
 
 import ctypes
@@ -94,7 +94,7 @@ class OnnxModel:
         )
         start = 0
         while start < len(pixels_nhwc):
-            batch = pixels_nhwc[start : start + self.batch_size]
+            batch = pixels_nhwc[start : start + self.spec.next_batch(len(pixels_nhwc) - start)]
             outputs = self._within_memory(partial(self._answer, batch))
             if outputs is not None:
                 stop = start + len(batch)
@@ -134,8 +134,7 @@ class OnnxModel:
     def _answer(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
         self._open()  # after a halving there are none
         bucket = next(size for size in self.spec.buckets if size >= len(batch_nhwc))
-        key = 0 if self.spec.provider == "cpu" else bucket
-        return self._sessions[key](batch_nhwc, bucket)
+        return self._sessions[0 if self.spec.provider == "cpu" else bucket](batch_nhwc)
 
     def _within_memory(self, work: Callable[[], Result]) -> Result | None:
         """What `work` gives; None when memory ran out: then no session is left, and batches are halved."""
@@ -194,20 +193,19 @@ class Session:
         self.image_shape = (int(height), int(width), int(channels))
         if bucket:
             self._bind(spec.device_id)
-        self(np.zeros((bucket or 1, *self.image_shape), np.uint8), bucket or 1)
+        self(np.zeros((bucket or 1, *self.image_shape), np.uint8))
 
-    def __call__(self, batch_nhwc: np.ndarray, size: int) -> list[np.ndarray]:
-        """Logits and probabilities of a batch that is padded to `size` images."""
+    def __call__(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
+        """Logits and probabilities of a batch, which a frozen session pads."""
+        if not self.bucket:
+            outputs: list[np.ndarray] = self.session.run(OUTPUTS, {INPUT: np.ascontiguousarray(batch_nhwc)})
+            return outputs
         n = len(batch_nhwc)
-        if self.bucket:
-            self._staging[:n] = batch_nhwc
-            self._staging[n:] = 0
-            self._device_input.update_inplace(self._staging)
-            self.session.run_with_iobinding(self._binding)
-            outputs = [value.numpy() for value in self._device_outputs]
-        else:
-            outputs = self.session.run(OUTPUTS, {INPUT: _padded(batch_nhwc, size)})
-        return [output[:n] for output in outputs]
+        self._staging[:n] = batch_nhwc
+        self._staging[n:] = 0
+        self._device_input.update_inplace(self._staging)
+        self.session.run_with_iobinding(self._binding)
+        return [value.numpy()[:n] for value in self._device_outputs]
 
     def engine_files(self) -> list[Path]:
         """TensorRT's engines that this session runs; none on other providers."""
@@ -226,15 +224,6 @@ class Session:
             value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, *device)
             self._binding.bind_ortvalue_output(output.name, value)
             self._device_outputs.append(value)
-
-
-def _padded(batch_nhwc: np.ndarray, size: int) -> np.ndarray:
-    """The batch with black images behind it, up to `size`; contiguous."""
-    if len(batch_nhwc) == size:
-        return np.ascontiguousarray(batch_nhwc)
-    padded_nhwc = np.zeros((size, *batch_nhwc.shape[1:]), np.uint8)
-    padded_nhwc[: len(batch_nhwc)] = batch_nhwc
-    return padded_nhwc
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -178,10 +178,11 @@ class RuntimeSpec:
 
     @property
     def buckets(self) -> list[int]:
-        """The batch sizes that are ever run, ascending; fewer images are padded to the next one.
+        """The batch sizes that are ever run, ascending.
 
-        On CPU the powers of two below the full one, as padding costs time there. A GPU session is frozen to
-        one size (CUDA graph, arena without growth: onnxruntime #24376), so there is one more for the tail.
+        On CPU the powers of two below the full one, which make up any number of images. A GPU session is
+        frozen to one size (CUDA graph, arena without growth: onnxruntime #24376), so there is one more, to
+        which a tail is padded.
         """
         if self.provider == "cpu":
             powers = range(self.batch_size.bit_length())
@@ -189,6 +190,14 @@ class RuntimeSpec:
         else:
             smaller = {max(1, self.batch_size // 8)}
         return sorted({*smaller, self.batch_size})
+
+    def next_batch(self, n: int) -> int:
+        """How many of `n` images run next: on CPU nothing is padded, as every image costs the same time."""
+        return (
+            max(size for size in self.buckets if size <= n)
+            if self.provider == "cpu"
+            else min(n, self.batch_size)
+        )
 
     @property
     def tf32(self) -> bool:
