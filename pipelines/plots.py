@@ -218,7 +218,7 @@ def reliability(calibration: Mapping[str, Any]) -> str:
             lower.plot(bins["confidence"], bins["count"], "o-", markersize=3, color=colour)
         upper.set(title="Reliability before and after calibration", ylabel="right (%)", ylim=(-0.02, 1.02))
         upper.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-        upper.legend(loc="upper left")
+        upper.legend(loc="lower right")
         lower.set(xlabel="confidence (%)", ylabel="answers", xlim=(-0.02, 1.02))
         lower.set_yscale("log")
         lower.set_ylim(bottom=0.8)
