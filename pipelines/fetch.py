@@ -6,6 +6,7 @@ files go through plain threads. Nothing here raises for an object, and what is i
 """
 
 import asyncio
+import atexit
 import contextlib
 import hashlib
 import threading
@@ -123,6 +124,7 @@ class Fetcher:
         self._tables = EmbeddedReader()
         self._running: set[asyncio.Task[None]] = set()
         asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        atexit.register(self.close)  # Ray tells no actor that it ends; aiohttp would complain on stderr
 
     async def _open(self) -> None:
         self._slots = asyncio.Semaphore(self._limits.concurrency)
@@ -136,6 +138,7 @@ class Fetcher:
         """End all requests and threads; the fetcher is of no use afterwards."""
         if self._loop.is_closed():
             return
+        atexit.unregister(self.close)
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

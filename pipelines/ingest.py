@@ -5,7 +5,6 @@ Ray Data fetches and decodes; `images.prepare` makes every pixel. Three ways of 
 `disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again for every pass over them).
 """
 
-import atexit
 import functools
 import math
 import shutil
@@ -104,9 +103,7 @@ def fetcher() -> Fetcher:
 
     Private addresses are allowed: whoever trains has chosen the dataset, unlike the pages of an inventory.
     """
-    found = Fetcher(FetchLimits(allow_private_addresses=True))
-    atexit.register(found.close)
-    return found
+    return Fetcher(FetchLimits(allow_private_addresses=True))
 
 
 def sources(batch: pa.Table) -> list[Source]:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -432,6 +434,14 @@ def test_close_ends_requests_that_hang(server: FaultServer) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         next(waiting)
     assert time.monotonic() - began < 1
+
+
+def test_process_that_ends_with_an_open_fetcher_says_nothing() -> None:
+    code = "from pipelines.fetch import Fetcher; print(Fetcher().fetch('/no/such').status)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=30
+    )
+    assert (done.stdout, done.stderr) == ("not_found\n", "")
 
 
 def test_member_of_a_tar_is_read_by_its_byte_range(fetcher: Fetcher, tmp_path: Path) -> None:
