@@ -18,7 +18,8 @@ from PIL import Image
 from pipelines import labelled_input, storage, tables
 from pipelines.decoder import DecoderProcess
 from pipelines.images import ORIENTATION_TAG
-from pipelines.labelled_input import IMAGE_SUFFIXES, DatasetError
+from pipelines.labelled_input import DatasetError
+from pipelines.listing import is_image_name
 from pipelines.recipe import Columns
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
@@ -101,8 +102,8 @@ def _in_table(table_uri: str) -> list[Place]:
 
 
 def _in_folder(folder_uri: str) -> list[Place]:
-    paths = [entry.path for entry in storage.open_storage(folder_uri).list()]
-    return [Place(storage.join(folder_uri, path)) for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    paths = (entry.path for entry in storage.open_storage(folder_uri).list())
+    return [Place(storage.join(folder_uri, path)) for path in filter(is_image_name, paths)]
 
 
 def targets(samples: Sequence[Sample], class_ids: Sequence[str], taxonomy: Taxonomy) -> np.ndarray:

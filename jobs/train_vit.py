@@ -4,7 +4,7 @@
         --patch-size 8 --num-workers 2 --epochs 20
 
 On 2 CPU cores with bf16 instructions the photos of the project's benchmark (5,164 in 18 classes) take
-about 15 minutes (BENCHMARKS.md has the accuracy). Exit code 0 for a finished run, then and ever after.
+some 15 minutes (BENCHMARKS.md has time and accuracy). Exit code 0 for a finished run, then and ever after.
 """
 
 import logging

@@ -143,6 +143,9 @@ def resolved(
     """The taxonomy, and each row's labels as its ids; every label that is refused is listed at once."""
     distinct = sorted({name for names in labels for name in names})
     known = taxonomy.flat(distinct) if taxonomy_name == "labels" else taxonomy.load(taxonomy_name)
+    deepest = max((node.tier for node in known.nodes), default=1)
+    if tier and tier > deepest:
+        raise DatasetError(f"tier is {tier}; taxonomy {taxonomy_name} has tiers 1 to {deepest}")
     ids: dict[str, str] = {}
     refused: list[str] = []
     for name in distinct:

@@ -17,11 +17,9 @@ import pyarrow.parquet as pq
 
 from pipelines import splits
 from pipelines.embedded import is_payload
+from pipelines.listing import is_image_name
 from pipelines.recipe import Columns
 
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif",
-)  # fmt: skip
 TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
 IMAGE_COLUMN = "image"
 """Column of Hugging Face image Parquet that holds the bytes."""
@@ -70,14 +68,12 @@ def read_all(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
 
 def read_folder(fs: Any, root: str, names: Sequence[str]) -> pa.Table:
     """`root/<label>/…`, or `root/<split>/<label>/…`; folders that begin with `.` or `_` are skipped."""
-    paths = [(name, posixpath.relpath(name, root).split("/")) for name in names]
-    paths = [
-        (name, parts)
-        for name, parts in paths
-        if len(parts) > 1 and parts[0][0] not in "._" and name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+    images = filter(is_image_name, names)
+    paths = [(name, posixpath.relpath(name, root).split("/")) for name in images]
+    paths = [(name, parts) for name, parts in paths if len(parts) > 1 and parts[0][0] not in "._"]
     has_splits = bool(paths) and all(len(p) > 2 and p[0].lower() in splits.ALIASES for _, p in paths)
     level = int(has_splits)
+    paths = [(name, parts) for name, parts in paths if parts[level][0] not in "._"]
     if not paths:
         raise DatasetError(
             f"{root} holds no images in folders named by their label; "

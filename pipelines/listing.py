@@ -140,6 +140,11 @@ def _writable(uri: str) -> str:
     return uri
 
 
+def is_image_name(path: str) -> bool:
+    """Whether a file's name makes it an image."""
+    return path.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES
+
+
 def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
@@ -151,7 +156,7 @@ def _form_of_name(name: str, options: InventoryOptions) -> Form | None:
         return "table"
     if name.lower().endswith(".tar"):
         return "tars"
-    return "images" if name.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES else None
+    return "images" if is_image_name(name) else None
 
 
 def _choose(

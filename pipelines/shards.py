@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from pipelines.listing import IMAGE_SUFFIXES, InventoryError
+from pipelines.listing import InventoryError, is_image_name
 from pipelines.tables import open_input
 from pipelines.uris import redact
 
@@ -108,7 +108,7 @@ def _after_end_mark(file: io.BufferedReader, offset: int) -> int | None:
 
 def _is_image(name: str) -> bool:
     last = name.rpartition("/")[2]
-    return not last.startswith(".") and last.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    return not last.startswith(".") and is_image_name(last)
 
 
 def _key(name: str) -> str:

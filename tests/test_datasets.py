@@ -54,6 +54,30 @@ def test_a_folder_may_have_a_level_of_splits(tmp_path):
     assert Counter(data.splits.tolist()) == {"train": 6, "validation": 6, "test": 6}
 
 
+def test_a_folder_counts_every_name_of_an_image_and_no_folder_set_aside(tmp_path):
+    image_folder(tmp_path / "test", per_class=2)
+    (tmp_path / "test" / "1" / "0.png").rename(tmp_path / "test" / "1" / "0.JPE")
+    (tmp_path / "test" / "1" / "notes.txt").write_text("no image")
+    (tmp_path / "test" / "1").rename(tmp_path / "test" / "483" / "inner")
+    (tmp_path / "test" / "v9i3On").rename(tmp_path / "test" / "_none")
+    data = load(tmp_path)
+    assert data.classes == ("483",)
+    assert sorted(Path(uri).name for uri in data.rows["uri"].to_pylist()) == [
+        "0.JPE",
+        "0.png",
+        "1.png",
+        "1.png",
+    ]
+
+
+def test_a_tier_that_the_taxonomy_does_not_have_is_refused(tmp_path):
+    folder = image_folder(tmp_path / "images", per_class=2)
+    with pytest.raises(DatasetError, match=r"tier is 9; taxonomy 3.1 has tiers 1 to 4"):
+        load(folder, tier=9)
+    with pytest.raises(DatasetError, match=r"tier is 2; taxonomy labels has tiers 1 to 1"):
+        load(folder, taxonomy="labels", tier=2)
+
+
 def test_a_table_keeps_ids_as_text_and_carves_validation_out_of_train(tmp_path):
     lines = [f"{i}.jpg,{'001' if i % 2 else '1e3'},{'test' if i < 4 else 'train'}" for i in range(44)]
     table = csv(tmp_path, "\n".join(["file,label,split", *lines]))
