@@ -344,11 +344,10 @@ def contest(
     private: Callable[[str, str], bool] = own_affair,
 ) -> Callable[[], tuple[World, Callable[[Hook], None], Callable[[tuple[str, str]], None]]]:
     """Fresh folders for two drivers, and the check that a third finds or makes the table whole."""
-    made = iter(range(10**9))
     whole: list[list[dict[str, Any]]] = []
 
     def new_world() -> tuple[World, Callable[[Hook], None], Callable[[tuple[str, str]], None]]:
-        folder = fast / f"{wrapped.__name__}-{next(made)}"
+        folder = Path(tempfile.mkdtemp(dir=fast)) / "run"
         shutil.copytree(begun.uri, folder)
         run = SmallRun(str(folder), begun.plan)
 
@@ -364,7 +363,7 @@ def contest(
             drive(run, run.state, run.table)
             whole.append(published(run))
             assert whole[-1] == whole[0]
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.parent)
 
         return World(private=private), work, check
 
