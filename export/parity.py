@@ -42,7 +42,8 @@ class Limits:
     max_accuracy_loss: float
     """Accuracy lost, as a share; a single image is always granted, being the least that can be lost."""
     max_calibration_change: float
-    """Largest change of the expected calibration error; what a single image can cause is granted."""
+    """Largest change of the expected calibration error. What answers that turned right or wrong can cause,
+    each an image's share, is granted: top-1 agreement judges them, and a better model would be refused."""
     max_batch_change: float
     """Largest |Δ probability| of one image between batch sizes, paddings and batch-mates."""
 
@@ -241,7 +242,8 @@ def _labelled_failures(measured: dict[str, Any] | None, limits: Limits) -> list[
         found.append(Failure("accuracy loss", loss, granted))
     error = measured["calibration_error"]
     change = abs(error["candidate"] - error["reference"])
-    granted = max(limits.max_calibration_change, 1 / measured["images"])
+    turned = max(1, measured["lost"] + measured["gained"])
+    granted = max(limits.max_calibration_change, turned / measured["images"])
     if change > granted:
         found.append(Failure("calibration change", change, granted))
     return found

@@ -305,13 +305,23 @@ def test_unlabelled_images_say_nothing_of_accuracy():
     assert parity.labelled(np.eye(3), np.eye(3), np.full((3, 3), -1), multi_label=False) is None
 
 
-def _labelled_failures(*, lost: int, limits: Limits) -> list[str]:
+def test_what_turned_answers_do_to_calibration_is_granted_and_no_more() -> None:
+    limits = parity.LIMITS["int8"]
+    assert not _labelled_failures(lost=0, limits=limits, gained=1, calibration_change=0.019)
+    assert _labelled_failures(lost=0, limits=limits, gained=1, calibration_change=0.021)
+    assert not _labelled_failures(lost=1, limits=limits, gained=2, calibration_change=0.059)
+    assert _labelled_failures(lost=0, limits=limits, calibration_change=0.03)
+
+
+def _labelled_failures(
+    *, lost: int, limits: Limits, gained: int = 0, calibration_change: float = 0.0
+) -> list[str]:
     measured = {
         "images": 50,
         "accuracy": {},
-        "calibration_error": {"reference": 0.1, "candidate": 0.1},
+        "calibration_error": {"reference": 0.1, "candidate": 0.1 + calibration_change},
         "lost": lost,
-        "gained": 0,
+        "gained": gained,
     }
     return [str(failure) for failure in parity._labelled_failures(measured, limits)]
 
