@@ -45,7 +45,7 @@ def members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
     """The images of each shard, shard by shard in the order given.
 
     Raises:
-        InventoryError: a shard is no plain tar, is damaged, or was cut anywhere.
+        InventoryError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
     """
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
         yield from _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
@@ -68,8 +68,14 @@ def _members_of(uri: str, all_files: bool) -> pa.Table:
             for member in _walk(file):
                 name = member.name
                 place = f"at or after the member {name}"
-                if member.isreg() and not member.issparse() and (all_files or _is_image(name)):
-                    rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
+                if member.isdir() or not (all_files or _is_image(name)):
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise InventoryError(
+                        f"{redact(uri)} holds {name} as a link, a sparse file or a device, not as bytes in "
+                        "one place: pack it with tar --dereference --hard-dereference and without --sparse"
+                    )
+                rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
     except tarfile.TarError as error:
         raise InventoryError(
             f"{redact(uri)} cannot be read as a tar {place}: {error}. Shards must be whole and not "

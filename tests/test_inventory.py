@@ -238,6 +238,19 @@ def test_shard_without_images_is_a_plan_without_items(tmp_path: Path, state: Sto
     assert plan(str(tmp_path / "shard.tar"), state).n_items == 0
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE])
+def test_image_without_bytes_of_its_own_in_a_shard_is_refused(
+    tmp_path: Path, state: Storage, kind: bytes
+) -> None:
+    path = shard(tmp_path / "shard.tar", ["a.jpg"])
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("b.jpg")
+        member.type, member.linkname = kind, "a.jpg"
+        tar.addfile(member)
+    with pytest.raises(InventoryError, match=r"shard\.tar holds b\.jpg as a link.*--hard-dereference"):
+        plan(str(path), state)
+
+
 def shard(path: Path, names: Iterable[str]) -> Path:
     """A tar of files of 700 bytes, so that header n is at byte 1536 * n."""
     with tarfile.open(path, "w") as tar:
