@@ -30,6 +30,7 @@ def run(config: TuneConfig) -> int:
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's own tables; ours is the log and trials.csv
     with checking_input():
+        space = tuning.read_space(config.space)
         resources = Resources(num_workers=config.num_workers, cpus_per_worker=config.cpus_per_worker)
         plan = fitting.plan(labelled(config), recipe_of(config), config.output, resources)
         search = tuning.Search(
@@ -39,7 +40,6 @@ def run(config: TuneConfig) -> int:
             max_concurrent=config.max_concurrent or fitting_here(config),
             seed=config.seed,
         )
-        space = tuning.read_space(config.space)
         tuning.distributions(space, plan.recipe)
         done = tuning.refuse_another(plan, space, search)
     if done is None:
