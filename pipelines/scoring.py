@@ -79,7 +79,9 @@ def network(files: Mapping[str, bytes]) -> Any:
     """The model in these files, in float32 and evaluation mode."""
     import torch
     from transformers import AutoModelForImageClassification
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         for name, payload in files.items():
             Path(folder, name).write_bytes(payload)

@@ -130,7 +130,9 @@ def sine_positions(side: int, width: int) -> torch.Tensor:
 def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
     """A model from a local folder or the hub, with a new head unless its classes are the very same."""
     from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(recipe.model, trust_remote_code=False)
         same = list(config.id2label.values()) == list(labels["id2label"].values())
