@@ -25,7 +25,7 @@ check: lint  ## the same, and the fast tests
 	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not s3"
 
 test: install  ## every test that this machine can run
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q
 
 demo: install  ## the whole story on images that the project draws itself
 	$(BIN)/iab-vision demo

@@ -17,6 +17,17 @@ def shared_folder(name: str) -> Path:
     return folder
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where ONNX Runtime finds none."""
+    if item.get_closest_marker("gpu"):
+        from pipelines import providers
+
+        try:
+            providers.gpu_name(0)
+        except providers.ProviderUnavailable as error:
+            pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """5,611 real photographs in folders named by IAB id, with labels.csv."""
