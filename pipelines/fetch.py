@@ -157,10 +157,6 @@ class Fetcher:
         """One object."""
         return next(fetched for _, fetched in self.fetch_many([Source(uri)]))
 
-    def fetch_items(self, items: pa.Table) -> Iterator[tuple[int, Fetched]]:
-        """`fetch_many` over items of a plan (`plan.LOCATION`)."""
-        return chain.from_iterable(self.fetch_batches(sources_of(items)))
-
     def fetch_many(self, sources: Sequence[Source]) -> Iterator[tuple[int, Fetched]]:
         """Each source's index and outcome, as they arrive; requests go on while the caller works."""
         return chain.from_iterable(self.fetch_batches(sources))

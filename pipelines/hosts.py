@@ -12,7 +12,10 @@ from pipelines.specs import FetchLimits
 from pipelines.status import Status
 
 MAX_HOSTS = 10_000
-"""Hosts remembered before the idle ones are forgotten."""
+"""Hosts remembered before those are forgotten that are not in use; half as many that failed are kept."""
+
+GRACE_S = 15.0
+"""How long a host must have failed to be given up, seconds: less is outlasted by an object's own attempts."""
 
 PROBE_EVERY_S = 30.0
 """How often a host that failed too often is asked again, seconds."""
@@ -27,6 +30,7 @@ class Host:
         self._users = 0
         self._resume_at = 0.0
         self._failures = 0
+        self._failing_since = 0.0
         self._last: Failure | None = None
         self._probe_at = 0.0
 
@@ -62,10 +66,13 @@ class Host:
         else:
             self._failures = 0
 
-    def is_worth_keeping(self) -> bool:
-        """Whether anything is known of it that a new one would not know."""
-        resting = self._resume_at > asyncio.get_running_loop().time()
-        return resting or self._users > 0 or self._failures > 0
+    def is_busy(self) -> bool:
+        """Whether it is being asked right now, or may not be."""
+        return self._users > 0 or self._resume_at > asyncio.get_running_loop().time()
+
+    def has_failed(self) -> bool:
+        """Whether its last request did."""
+        return self._failures > 0
 
     def _learn(self, failure: Failure) -> None:
         now = asyncio.get_running_loop().time()
@@ -74,15 +81,17 @@ class Host:
         if failure.status not in (Status.CONNECTION_FAILED, Status.TIMEOUT):
             self._failures = 0
             return
+        if not self._failures:
+            self._failing_since = now
         self._failures += 1
         self._last = failure
-        if self._failures == self._limits.host_failures:
-            self._probe_at = now + PROBE_EVERY_S
 
     def _refuse_dead(self) -> None:
         if self._failures < self._limits.host_failures or self._last is None:
             return
         now = asyncio.get_running_loop().time()
+        if now < self._failing_since + GRACE_S:
+            return
         if now >= self._probe_at:
             self._probe_at = now + PROBE_EVERY_S
             return
@@ -113,6 +122,12 @@ class Hosts:
         key = (name.lower().rstrip("."), port)
         if key not in self._known:
             if len(self._known) >= MAX_HOSTS:
-                self._known = {key: host for key, host in self._known.items() if host.is_worth_keeping()}
+                self._forget()
             self._known[key] = Host(self._limits)
         return self._known[key]
+
+    def _forget(self) -> None:
+        """Keep the hosts in use, and of the others those that failed last."""
+        busy = {key: host for key, host in self._known.items() if host.is_busy()}
+        failed = [key for key, host in self._known.items() if key not in busy and host.has_failed()]
+        self._known = {key: self._known[key] for key in failed[-MAX_HOSTS // 2 :]} | busy

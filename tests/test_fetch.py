@@ -29,7 +29,8 @@ from obstore.exceptions import GenericError
 from pipelines.addresses import refusal
 from pipelines.attempts import Failure, backoff_s, retry_after_s
 from pipelines.embedded import EmbeddedReader, Place, read_embedded
-from pipelines.fetch import Fetched, Fetcher, Source
+from pipelines.fetch import Fetched, Fetcher, Source, sources_of
+from pipelines.hosts import Hosts
 from pipelines.inventory import plan
 from pipelines.listing import InventoryError
 from pipelines.specs import FetchLimits
@@ -189,6 +190,7 @@ def test_retry_after_of_a_missing_page_stops_nothing(server: FaultServer, fetche
 def test_dead_host_is_given_up_and_asked_again_later(
     server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipelines.hosts.GRACE_S", 0)
     monkeypatch.setattr("pipelines.hosts.PROBE_EVERY_S", 0.5)
     limits = FetchLimits(host_failures=10, per_host=4, backoff_s=0.01, allow_private_addresses=True)
     fetcher, forwarder = Fetcher(limits), Forwarder(server.port, ADDRESS)
@@ -206,6 +208,37 @@ def test_dead_host_is_given_up_and_asked_again_later(
     assert fetcher.fetch(f"{url}/ok").status is Status.OK
     fetcher.close()
     forwarder.close()
+
+
+def test_hiccup_of_a_host_costs_no_image(server: FaultServer) -> None:
+    """With more images under way than failures are allowed in a row."""
+    limits = FetchLimits(host_failures=10, per_host=4, backoff_s=0.2, allow_private_addresses=True)
+    fetcher, forwarder = Fetcher(limits), Forwarder(server.port, ADDRESS)
+    forwarder.down = True
+    back = threading.Timer(0.5, lambda: setattr(forwarder, "down", False))
+    back.start()
+    found = outcomes(fetcher, [f"http://127.0.0.1:{forwarder.port}/ok?{n}" for n in range(200)])
+    assert {fetched.status for fetched in found} == {Status.OK}
+    assert max(fetched.attempts for fetched in found) > 1
+    fetcher.close()
+    forwarder.close()
+
+
+def test_hosts_in_use_and_those_that_failed_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.hosts.MAX_HOSTS", 4)
+
+    async def ask() -> None:
+        hosts = Hosts(LIMITS)
+        async with hosts.of("used", 80).place():
+            for n in range(20):
+                timeout = asyncio.timeout(None)
+                with contextlib.suppress(Failure), hosts.of(f"dead-{n}", 80).watched(timeout):
+                    raise Failure(Status.TIMEOUT, "late")
+            assert hosts.of("used", 80).is_busy()
+            assert hosts.of("dead-19", 80).has_failed()
+            assert not hosts.of("dead-0", 80).has_failed()
+
+    asyncio.run(ask())
 
 
 def test_load_actors_share_what_a_host_may_be_asked_at_once() -> None:
@@ -454,11 +487,11 @@ def test_member_of_a_tar_is_read_by_its_byte_range(fetcher: Fetcher, tmp_path: P
     frozen = plan(str(tmp_path / "shard-000.tar"), open_storage(str(tmp_path / "state")))
     items = frozen.read(0, frozen.n_items)
     assert [row[0]["key"] for row in items["rows"].to_pylist()] == ["d/0", "d/1", "d/2"]
-    payloads = dict(fetcher.fetch_items(items))
+    payloads = dict(fetcher.fetch_many(sources_of(items)))
     assert [payloads[n].payload for n in range(3)] == [BODY[n:] for n in range(3)]
     with (tmp_path / "shard-000.tar").open("r+b") as file:
         file.truncate(items["offset"][2].as_py() + 10)
-    cut = dict(fetcher.fetch_items(items))
+    cut = dict(fetcher.fetch_many(sources_of(items)))
     assert [cut[n].status for n in range(3)] == [Status.OK, Status.OK, Status.TRUNCATED]
 
 
@@ -477,15 +510,17 @@ def test_images_inside_parquet_are_read_in_place(
     rows = [row for rows in items["rows"].to_pylist() for row in rows]
     assert [row["label"] for row in rows] == list(range(61))
     assert rows[3].get("image_path") == ("3.jpg" if hugging_face else None)
-    found = dict(fetcher.fetch_items(items))
+    found = dict(fetcher.fetch_many(sources_of(items)))
     assert [found[n].payload for n in range(59)] == payloads[:59]
     assert [found[59].status, found[60].status] == [Status.EMPTY, Status.TOO_LARGE]
     backwards = items.take(list(range(58, -1, -1)))
-    assert {index: one.payload for index, one in fetcher.fetch_items(backwards)} == {
+    assert {index: one.payload for index, one in fetcher.fetch_many(sources_of(backwards))} == {
         58 - n: payloads[n] for n in range(59)
     }
     (tmp_path / "train.parquet").unlink()
-    assert {one.status for _, one in fetcher.fetch_items(frozen.read(30, 40))} == {Status.NOT_FOUND}
+    assert {one.status for _, one in fetcher.fetch_many(sources_of(frozen.read(30, 40)))} == {
+        Status.NOT_FOUND
+    }
 
 
 def test_table_that_its_bucket_refuses_is_a_passing_failure(
@@ -631,7 +666,7 @@ def test_prefix_of_a_bucket_is_an_inventory(s3: Forwarder, fetcher: Fetcher, tmp
     state = open_storage(str(tmp_path / "state"))
     frozen = plan("s3://fetch-test/listed/", state)
     items = frozen.read(0, frozen.n_items)
-    found = {items["uri"][index].as_py(): one.payload for index, one in fetcher.fetch_items(items)}
+    found = {items["uri"][index].as_py(): one.payload for index, one in fetcher.fetch_many(sources_of(items))}
     assert found == {f"s3://fetch-test/{key}": key.encode() for key in S3_KEYS if "listed" in key}
     assert plan("s3://fetch-test/listed/", state) == frozen
     with pytest.raises(InventoryError, match=r"x//y\.jpg.*table"):

@@ -18,7 +18,7 @@ import pytest
 
 from pipelines import duplicates, tables
 from pipelines import plan as frozen_plan
-from pipelines.fetch import Fetcher
+from pipelines.fetch import Fetcher, sources_of
 from pipelines.inventory import plan
 from pipelines.listing import InventoryError
 from pipelines.plan import PlanMismatch, open_plan
@@ -295,7 +295,7 @@ def test_tars_put_together_into_one_file_are_read_to_the_end(tmp_path: Path, sta
     frozen = plan(str(whole), state)
     assert [row["key"] for row in rows_of(state)] == ["a0", "a1", "a2", "b0", "b1", "b2"]
     fetcher = Fetcher()
-    fetched = dict(fetcher.fetch_items(frozen.rows([(0, 6)])))
+    fetched = dict(fetcher.fetch_many(sources_of(frozen.rows([(0, 6)]))))
     fetcher.close()
     assert [(fetched[n].payload or b"")[:6] for n in (2, 5)] == [b"a2.jpg", b"b2.jpg"]
 
@@ -313,7 +313,7 @@ def test_carried_columns_may_be_called_what_the_plan_calls_its_own(tmp_path: Pat
     frozen = plan(str(tmp_path / "inventory.parquet"), state)
     assert sorted(rows_of(state), key=lambda row: row["image_id"]) == given
     fetcher = Fetcher()
-    fetched = dict(fetcher.fetch_items(frozen.rows([(0, 2)])))
+    fetched = dict(fetcher.fetch_many(sources_of(frozen.rows([(0, 2)]))))
     fetcher.close()
     assert [fetched[n].payload for n in range(2)] == [b"a" * 9, b"b" * 9]
 
@@ -326,7 +326,7 @@ def test_images_in_a_table_keep_columns_called_what_the_plan_calls_its_own(
     frozen = plan(str(tmp_path / "inventory.parquet"), state)
     assert [{name: row[name] for name in given} for row in rows_of(state)] == pa.table(given).to_pylist()
     fetcher = Fetcher()
-    fetched = dict(fetcher.fetch_items(frozen.rows([(0, 2)])))
+    fetched = dict(fetcher.fetch_many(sources_of(frozen.rows([(0, 2)]))))
     fetcher.close()
     assert [fetched[n].payload for n in range(2)] == [b"one", b"two"]
 
