@@ -23,6 +23,7 @@ from export.checkpoint import Checkpoint
 from pipelines.manifest import MAX_FILE_BYTES
 from pipelines.runtime import INPUT, OUTPUTS
 from pipelines.specs import ImageSpec
+from pipelines.traces import first_line
 
 OPSET = 23
 """First with `Attention`, last that torch 2.13 writes; ONNX Runtime 1.31 serves it on CPU and CUDA."""
@@ -104,7 +105,7 @@ def trace(network: nn.Module, around: Surroundings, *, opset: int) -> onnx_ir.Mo
             )
     except torch.onnx.OnnxExporterError as error:
         name = type(network).__name__
-        raise NotConvertible(f"torch.onnx cannot convert {name}: {str(error).splitlines()[0]}") from error
+        raise NotConvertible(f"torch.onnx cannot convert {name}: {first_line(error)}") from error
     return program.model
 
 

@@ -37,7 +37,8 @@ from pipelines.publishing import TableDamaged
 from pipelines.runs import git_revision
 from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage import Storage, is_local, join, open_storage, redact
-from pipelines.traces import root_cause
+from pipelines.traces import first_line, root_cause
+from pipelines.uris import redacted
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def run(config: ClassifyConfig) -> int:
     except RayError as error:
         raise JobFailed(f"{root_cause(str(error))}; {kept}") from error
     except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
-        raise JobFailed(f"{str(error).splitlines()[0]}; {kept}") from error
+        raise JobFailed(f"{first_line(error)}; {kept}") from error
     except Stopped as stop:
         raise JobFailed(f"stopped by {stop}; {kept}") from None
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
@@ -170,15 +171,6 @@ def identity(bundle: Bundle, plan: Plan, config: ClassifyConfig) -> dict[str, An
 def resolved(config: ClassifyConfig) -> Any:
     """The config as it is kept beside the run, without what a URI may hold of credentials."""
     return redacted(config.model_dump(mode="json", exclude={"debug", "config"}))
-
-
-def redacted(value: Any) -> Any:
-    """The same with every string redacted, at any depth."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: redacted(inner) for key, inner in value.items()}
-    return [redacted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def carry_out(run: Run) -> int:

@@ -4,6 +4,7 @@ Only the leading worker writes. Storages cannot append, so files are written who
 history is the checkpoint's, and each epoch stands in it once.
 """
 
+import hashlib
 import importlib.util
 import json
 import tempfile
@@ -75,8 +76,12 @@ def mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
     """MLflow at MLFLOW_TRACKING_URI; a continued run goes on in the same MLflow run."""
     import mlflow
 
-    found = mlflow.search_runs(filter_string=f"tags.run_uri = '{run_uri}'", output_format="list")
-    mlflow.start_run(run_id=found[0].info.run_id if found else None, tags={"run_uri": run_uri})
+    run_uri = storage.redact(run_uri)
+    named = hashlib.sha256(run_uri.encode()).hexdigest()  # a filter has no way to say a quote in a path
+    found = mlflow.search_runs(filter_string=f"tags.run_uri_sha256 = '{named}'", output_format="list")
+    mlflow.start_run(
+        run_id=found[0].info.run_id if found else None, tags={"run_uri": run_uri, "run_uri_sha256": named}
+    )
     if not found:
         mlflow.log_params(settings)
     return lambda values, step: mlflow.log_metrics(
@@ -86,10 +91,9 @@ def mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
 
 def wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
     """Weights & Biases as its environment says; a continued run goes on under the same id."""
-    import hashlib
-
     import wandb
 
+    run_uri = storage.redact(run_uri)
     name = hashlib.sha256(run_uri.encode()).hexdigest()[:16]
     run = wandb.init(id=name, name=run_uri.rstrip("/").rsplit("/", 1)[-1], config=settings, resume="allow")
     return lambda values, step: run.log(values, step=step)

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipelines import splits, storage
 from pipelines.datasets import LabelledData
 from pipelines.recipe import Recipe
+from pipelines.uris import redacted
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
 CHECKPOINTS, HISTORY, SPLITS = "checkpoints", "metrics.jsonl", "splits.parquet"
@@ -140,8 +141,8 @@ def history(output: str) -> list[dict[str, Any]]:
 
 def as_json(content: Any) -> bytes:
     """Readable JSON without the credentials of the URIs in it."""
-    text = json.dumps(content, indent=2, default=str, ensure_ascii=False)
-    return (storage.redact(text) + "\n").encode()
+    plain = redacted(json.loads(json.dumps(content, default=str)))
+    return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def ray_storage(output: str) -> tuple[pafs.FileSystem, str]:

@@ -1,9 +1,14 @@
-"""Ray's report of a failure, a page of traces, becomes the words of the error that began it."""
+"""An error -> one line for a person; of Ray's report, a page of traces, the error that began it."""
 
 import re
 
 CAUSE = re.compile(r"^[ \t]+\S.*\n(?P<kind>[\w.]+)(?P<words>:[^\n]*(?:\n\S[^\n]*)*)?$", re.MULTILINE)
 """What stands below the first trace: Ray gives the error's text alone, not the error."""
+
+
+def first_line(error: Exception) -> str:
+    """What the error says first; its type where it says nothing, as time-outs do."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def root_cause(report: str) -> str:

@@ -22,6 +22,7 @@ from pipelines.fitting import Plan
 from pipelines.recipe import Ingest, Recipe
 from pipelines.specs import at_least
 from pipelines.traces import root_cause
+from pipelines.uris import redacted
 
 log = logging.getLogger(__name__)
 
@@ -314,15 +315,14 @@ def recipe_yaml(recipe: Recipe, plan: Plan, how: Ingest, best: Mapping[str, Any]
         "num_workers": plan.resources.num_workers,
         "cpus_per_worker": plan.resources.cpus_per_worker,
     }
-    whole = yaml.safe_dump(content, sort_keys=False)
-    text = storage.redact(whole)
+    kept = redacted(content)
     head = (
         f"# Best of the trials: {recipe.select_by} score {best['score']:.4f} on validation"
         f" after {best['epochs']} epochs.\n# iab-vision train --config best.yaml --output RUN\n"
     )
-    if text != whole:
+    if kept != content:
         head += "# The credentials in its addresses were left out: give those settings on the command line.\n"
-    return (head + text).encode()
+    return (head + yaml.safe_dump(kept, sort_keys=False)).encode()
 
 
 def plot(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], metric: str) -> bytes:

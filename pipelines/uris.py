@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-QUERY_VALUE = re.compile(r"([?&][^=&\s'\"]*=)[^&\s'\"]+")
-"""All of them: every service has another name for its signatures. A quote ends the URI in JSON and YAML."""
+QUERY_VALUE = re.compile(r"([?&][^=&?\s]*=)[^&\s]+")
+"""All of them: every service has another name for its signatures."""
 
-USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)(?:[^/\s?'\"]*|[^/\s?:@'\"]*:(?!\d*/)[^\s?@'\"]*)@", re.I)
-"""Also where a password holds a slash, which no parser takes for a part of it; a port is none."""
+USERINFO = re.compile(
+    r"(\b[a-z][a-z0-9+.-]{0,20}://)(?:[^/\s?]{0,2000}|[^/\s?:@]{0,200}:(?!\d*/)[^\s?@]{0,2000})@", re.I
+)
+"""Also where a password holds a slash, which no parser takes for a part of it; a port is none. Bounded, or
+a long text made for it would take time quadratic in its length."""
 
 
 def scheme_of(uri: str) -> str:
@@ -42,3 +46,12 @@ def split(uri: str) -> tuple[str, str]:
 def redact(text: str) -> str:
     """The text with user names, passwords and the values of queries taken out of every URI in it."""
     return QUERY_VALUE.sub(r"\1REDACTED", USERINFO.sub(r"\1", text))
+
+
+def redacted(value: Any) -> Any:
+    """`redact` for every string in plain data, keys included, before it is written as JSON or YAML."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redacted(key): redacted(inner) for key, inner in value.items()}
+    return [redacted(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -26,6 +26,7 @@ from pipelines.publishing import SUCCESS, row_groups
 from pipelines.rerun import item_batches
 from pipelines.rowset import RowSet, repeated
 from pipelines.storage import Storage, join, open_storage, sha256_of
+from pipelines.traces import first_line
 
 REPORT_JSON = "report.json"
 KEYS = schema.PREDICTIONS_HEAD
@@ -228,7 +229,7 @@ def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
         if statuses != Counter(file.statuses):
             yield f"counts {dict(statuses)}, the ledger says {dict(file.statuses)}"
     except (OSError, pa.ArrowException) as error:
-        yield f"cannot be read: {str(error).splitlines()[0]}"
+        yield f"cannot be read: {first_line(error)}"
 
 
 def planned_rows(file: TableFile, plan: Plan) -> Iterator[pa.Table]:

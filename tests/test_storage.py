@@ -1,6 +1,7 @@
 """The same promises on every back end: local, fsspec's memory, and S3 (in test_s3.py)."""
 
 import io
+import json
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.storage import AlreadyExists, Storage, open_storage
+from pipelines.uris import redacted
 
 
 @pytest.fixture(params=["local", "memory", "fsspec-local"])
@@ -140,11 +142,19 @@ def test_join_and_split_keep_schemes_and_relative_paths() -> None:
 
 
 def test_redact_takes_out_passwords_and_query_values_and_leaves_the_rest() -> None:
-    """Any value may be a signature; JSON and YAML stay what they are."""
+    """Any value may be a signature."""
     text = "GET https://me:pw@h/a.jpg?w=10&Sig=ab: 403, then https://u:p@ss@h/b?verify=t&h=2 or s3://h:80/a@b"
     assert storage.redact(text) == (
         "GET https://h/a.jpg?w=REDACTED&Sig=REDACTED 403, then https://h/b?verify=REDACTED&h=REDACTED "
         "or s3://h:80/a@b"
     )
-    assert storage.redact("""{"a":"s3://b/x?v=1","b":"c@d"}""") == """{"a":"s3://b/x?v=REDACTED","b":"c@d"}"""
     assert storage.redact("ftp://me:pa/ss@h/x, why? as it is") == "ftp://h/x, why? as it is"
+    assert storage.redact("http://me:it's@h/x?token=ab'cd") == "http://h/x?token=REDACTED"
+
+
+def test_redact_of_plain_data_keeps_it_what_it_was() -> None:
+    data = {"a": "s3://b/x?v=1", "why": 'GET "https://h/a?sig=abc" failed', "n": [1, None, ("c@d",)]}
+    assert json.loads(json.dumps(redacted(data))) == {
+        "a": "s3://b/x?v=REDACTED", "why": 'GET "https://h/a?sig=REDACTED failed', "n": [1, None, ["c@d"]],
+    }  # fmt: skip
+    assert redacted({"k://u:p@h": 1}) == {"k://h": 1}
