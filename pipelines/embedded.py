@@ -27,7 +27,7 @@ IDLE_CURSORS = 2
 """Readers kept open for the rows that follow: one for each thread that loads."""
 
 
-UNREADABLE = (OSError, BaseError, pa.ArrowException, IndexError)
+UNREADABLE = (OSError, BaseError, pa.ArrowException, LookupError)
 """What reading a table raises; BaseError is obstore's, from below pyarrow's reader."""
 
 
@@ -58,7 +58,8 @@ def is_payload(kind: pa.DataType) -> bool:
 
 def has_paths(schema: pa.Schema, column: str) -> bool:
     """Whether the images come with their original file names, as Hugging Face keeps them."""
-    kind = schema.field(column).type
+    index = schema.get_field_index(column)
+    kind = schema.field(index).type if index >= 0 else pa.null()
     return bool(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
 
 
@@ -73,7 +74,8 @@ def rows_beside(
     """
     file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20)
     names = [name for name in described.names if name in file.schema_arrow.names and name != column]
-    leaves = [f"{column}.path"] if path in described.names and path not in names else []
+    named = path in described.names and path not in names and has_paths(file.schema_arrow, column)
+    leaves = [f"{column}.path"] if named else []
     if not names and not leaves:
         yield 0, file.metadata.num_rows, {}
         return
@@ -196,7 +198,7 @@ def _outcome(payload: pa.Scalar, max_bytes: int) -> bytes | Failure:
 def _failure_of(error: Exception) -> Failure:
     if isinstance(error, FileNotFoundError):
         return Failure(Status.NOT_FOUND, "the table is not there any more")
-    if isinstance(error, IndexError):
+    if isinstance(error, LookupError):
         return Failure(Status.NOT_FOUND, str(error))
     if isinstance(error, PermissionError):
         return Failure(Status.DENIED, "no permission to read the table")
