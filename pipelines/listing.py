@@ -94,6 +94,11 @@ def _list(uri: str) -> list[Entry]:
             f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (such as a//b) "
             "can still be fetched: name them in a table with a column uri"
         ) from error
+    except NotADirectoryError as error:
+        raise InventoryError(
+            f"{redact(uri)} is a file whose name does not say what it holds: end it in .parquet, .csv, "
+            ".jsonl or .tar, or say --form images or tars"
+        ) from error
     except PermissionError as error:
         raise InventoryError(
             f"{redact(uri)} cannot be listed whole: {error}. Make that folder readable, or name the images "
