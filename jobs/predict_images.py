@@ -86,6 +86,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             )
         for rank, label in enumerate(row["labels"]):
             table.add_row(
-                row["uri"] if rank == 0 else "", f"{label['score']:.3f}", label["id"], label["path"]
+                escape(row["uri"]) if rank == 0 else "",
+                f"{label['score']:.3f}",
+                escape(label["id"]),
+                escape(label["path"]),
             )
     Console().print(table)

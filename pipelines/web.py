@@ -1,7 +1,8 @@
 """http(s) -> bytes, one request at a time: one hop at a time, every connection's address judged first.
 
 Bodies are streamed against the byte limit, also while they are unpacked; what a server claims about its
-body is believed only when it makes the limit stricter. No cookies, no proxies, no authentication.
+body is believed only when it makes the limit stricter. No cookies, no proxies, no
+authentication but what the URL itself holds, which no redirect takes along.
 """
 
 import re
