@@ -80,12 +80,12 @@ def requested(spec: RuntimeSpec, engines: Path | None) -> list[tuple[str, dict[s
         return [(EP_NAMES["cuda"], {**cuda, "enable_cuda_graph": "1"})]
     tensorrt = {
         "device_id": str(spec.device_id),
-        "trt_fp16_enable": "1",
-        "trt_layer_norm_fp32_fallback": "1",
-        "trt_cuda_graph_enable": "1",
-        "trt_engine_cache_enable": "1",
+        "trt_fp16_enable": "True",  # this parser knows True and False alone, CUDA's 1 and 0 too
+        "trt_layer_norm_fp32_fallback": "True",
+        "trt_cuda_graph_enable": "True",
+        "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(engines),
-        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(engines.parent),  # what one batch size has timed helps the next
     }
     return [(EP_NAMES["tensorrt"], tensorrt), (EP_NAMES["cuda"], cuda)]

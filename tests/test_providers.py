@@ -1,11 +1,14 @@
 """What is asked of each execution provider exists, and TensorRT's engines lie where nobody else can write."""
 
+import contextlib
 import fcntl
 import mmap
 from pathlib import Path
 
 import onnxruntime as ort
 import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as C
+from small_models import small_graph
 
 from pipelines import providers
 from pipelines.providers import ProviderUnavailable, private_engine_folder
@@ -87,6 +90,16 @@ def test_every_setting_is_one_that_this_runtime_knows(spec):
         library = {"TensorrtExecutionProvider": "*_tensorrt.so", "CUDAExecutionProvider": "*_cuda.so"}
         for option in options:
             assert knows(library[name], option), option
+
+
+@pytest.mark.parametrize("wrong", [{}, {"trt_fp16_enable": "1"}])
+def test_tensorrts_settings_have_values_that_it_takes(wrong):
+    """The binding reads them before it looks for a GPU, whose absence is then no more than a warning."""
+    (name, options), _ = providers.requested(RuntimeSpec("tensorrt", "fp16"), Path("/cache/model/batch-32"))
+    session = C.InferenceSession(ort.SessionOptions(), small_graph(), False, False)
+    refused = pytest.raises(RuntimeError, match="'True' or 'False'") if wrong else contextlib.nullcontext()
+    with refused:
+        session.initialize_session([name], [{**options, **wrong}], set())
 
 
 def test_tensorrt_shares_what_it_timed_between_batch_sizes_but_no_engine():
