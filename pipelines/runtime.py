@@ -185,15 +185,17 @@ class Session:
                     providers=providers.requested(spec, self._engines),
                     enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
                 )
+            _check_signature(self.session)
+            providers.check_placement(self.session, spec)
+            height, width, channels = self.session.get_inputs()[0].shape[1:]
+            self.image_shape = (int(height), int(width), int(channels))
+            if bucket:
+                self._bind(spec.device_id)
+            self(np.zeros((bucket or 1, *self.image_shape), np.uint8))  # captures the CUDA graph
+        except (ModelUnusable, ProviderUnavailable, MemoryError):
+            raise
         except Exception as error:  # ORT has an unrelated type per reason; all mean no
             raise _refusal(spec, error) from error
-        _check_signature(self.session)
-        providers.check_placement(self.session, spec)
-        height, width, channels = self.session.get_inputs()[0].shape[1:]
-        self.image_shape = (int(height), int(width), int(channels))
-        if bucket:
-            self._bind(spec.device_id)
-        self(np.zeros((bucket or 1, *self.image_shape), np.uint8))
 
     def __call__(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
         """Logits and probabilities of a batch, which a frozen session pads."""
