@@ -101,11 +101,11 @@ def _removed_on_failure(output_uri: str) -> Iterator[None]:
 
 
 def _drawn(images_uri: str, measuring: Measuring, *, calibrating: bool) -> tuple[list[Sample], list[Sample]]:
-    """The images to compare, and further ones to calibrate on (the same ones where there are no others)."""
+    """The images to compare, and further ones to calibrate on: all of them where too few are left."""
     count = measuring.sample_images + (measuring.calibration_images if calibrating else 0)
     drawn = samples.draw(images_uri, count=count, seed=measuring.seed)
     own, further = drawn[: measuring.sample_images], drawn[measuring.sample_images :]
-    return own, further or own
+    return own, further if len(further) >= precision.MIN_CALIBRATION_IMAGES else drawn
 
 
 def _graphs(

@@ -220,6 +220,15 @@ def test_tensorrt_has_the_temperature_of_the_float32_file_that_it_runs(exported)
     assert certification.labels_of(fp32_only, CLASS_IDS, "tensorrt", "fp16").temperature == 1.3
 
 
+@pytest.mark.parametrize(("compared", "calibrated"), [(20, 40), (27, 33), (40, 60), (60, 60)])
+def test_images_that_are_compared_calibrate_too_where_too_few_are_left(pictures, compared, calibrated):
+    measuring = Measuring(sample_images=compared, calibration_images=60)
+    own, further = release._drawn(str(pictures), measuring, calibrating=True)
+    assert (len(own), len(further)) == (compared, calibrated)
+    alone = {one.fingerprint for one in own}.isdisjoint(one.fingerprint for one in further)
+    assert alone == (calibrated < 60)
+
+
 def test_int8_certificate_says_what_it_was_calibrated_on(exported, copied, pictures, caplog):
     """The same images again, with another seed, are partly those that it was made with."""
     certificate = open_bundle(str(exported)).certificate_for("cpu", "int8")
