@@ -277,7 +277,16 @@ class Recipe:
         return self.model.startswith(SCRATCH)
 
     def resolved(self, *, multi_label: bool) -> "Recipe":
-        """The recipe with every None and `auto` but the precision replaced by what will be used."""
+        """The recipe with every None and `auto` but the precision replaced by what will be used.
+
+        Raises:
+            ValueError: a loss that the dataset's labels cannot have.
+        """
+        if self.loss.multi_label == "asymmetric" and not multi_label:
+            raise ValueError(
+                "loss.multi_label is asymmetric, and the dataset has one label for each image: leave it at "
+                "bce, or put the labels into a column `labels`"
+            )
         scratch = self.is_scratch
         optimizer = with_defaults(
             self.optimizer,

@@ -140,6 +140,11 @@ def test_what_sampling_evened_out_is_not_corrected_again(tmp_path):
     assert even.log_prior.tolist() == pytest.approx([np.log(0.5)] * 2)
 
 
+def test_asymmetric_loss_of_one_label_for_each_image_is_refused():
+    with pytest.raises(ValueError, match="one label for each image"):
+        Recipe(loss=Loss(multi_label="asymmetric")).resolved(multi_label=False)
+
+
 def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
     settings = Loss(label_smoothing=0, multi_label="asymmetric")
     loss = criterion(settings, Balance(), COUNTS, 100, multi_label=True)
