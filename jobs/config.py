@@ -190,7 +190,7 @@ class CertifyConfig(JobConfig):
     checkpoint: str | None = None
     """What the bundle was exported from, to compare with; without it the bundle's own fp32 model on cpu."""
     measuring: Measuring = Measuring()
-    """How parity is measured."""
+    """How parity is measured; nothing is calibrated, so calibration_images is for `export` alone."""
 
 
 class ClassifyConfig(RayConfig):

@@ -22,6 +22,9 @@ from jobs.settings import plain
 
 log = logging.getLogger(__name__)
 
+OF_A_BUNDLE = {"precision", "provider", "batch_size", "engine_cache", "allow_uncertified"}
+"""Settings without a meaning for a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -51,6 +54,11 @@ def run(config: EvaluateConfig) -> int:
 
     if (config.bundle is None) == (config.checkpoint is None):
         raise InputError("give either --bundle or --checkpoint")
+    if config.checkpoint is not None and (given := sorted(OF_A_BUNDLE & config.model_fields_set)):
+        raise InputError(
+            f"{', '.join(given)}: a checkpoint is judged in PyTorch, float32, on the CPU; these settings "
+            "are a bundle's (--bundle)"
+        )
     with subject(config) as judged:
         evaluation = examine(config, judged)
     numbers = [f"{name} {evaluation.overall[name]:.4f}" for name in HEADLINES if name in evaluation.overall]

@@ -344,3 +344,10 @@ def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
 def test_a_bundle_and_a_checkpoint_cannot_be_judged_at_once() -> None:
     with pytest.raises(InputError, match="either --bundle or --checkpoint"):
         evaluate("--dataset", "x", "--output", "y")
+
+
+def test_settings_of_a_bundle_are_refused_for_a_checkpoint() -> None:
+    """Or float32's numbers would be taken for int8's."""
+    settings = ("--checkpoint", "run", "--dataset", "x", "--output", "y", "--precision", "int8")
+    with pytest.raises(InputError, match="precision: a checkpoint is judged in PyTorch"):
+        evaluate(*settings)
