@@ -101,23 +101,19 @@ def opened(state_uri: str) -> tuple[Storage, Plan]:
 
 
 def write_part(scored: pa.Table, plan: Plan, state: Storage, target: Target) -> Written:
-    """Join scored items with the plan's rows and write them as one Parquet file.
-
-    Items may come in any order and more than once (a retried task): the first of each is kept.
-    """
-    kept = distinct_items(scored)
+    """Join distinct scored items, ascending, with the plan's rows and write them as one Parquet file."""
     deferred: tuple[Range, ...] = ()
     if not target.final:
-        passing = pc.is_in(kept["status"], pa.array([status.value for status in TRANSIENT]))
-        deferred = tuple(ranges_of(kept.filter(passing)["row_id"].to_numpy()))
-        kept = kept.filter(pc.invert(passing))
-    if not kept.num_rows:
+        passing = pc.is_in(scored["status"], pa.array([status.value for status in TRANSIENT]))
+        deferred = tuple(ranges_of(scored.filter(passing)["row_id"].to_numpy()))
+        scored = scored.filter(pc.invert(passing))
+    if not scored.num_rows:
         return Written(None, deferred)
-    return Written(store_part(joined(kept, plan, target), state, target.generation), deferred)
+    return Written(store_part(joined(scored, plan, target), state, target.generation), deferred)
 
 
 def distinct_items(scored: pa.Table) -> pa.Table:
-    """One row per item, ascending by row id."""
+    """One row per item, ascending by row id: the first where a retried task brought several."""
     _, first = np.unique(scored["row_id"].to_numpy(), return_index=True)
     return scored.cast(schema.SCORED).take(first)
 

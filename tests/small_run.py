@@ -10,7 +10,7 @@ from hooked_storage import HookedStorage
 
 from pipelines import schema
 from pipelines.ledger import Ledger, Part
-from pipelines.output import Target, write_part
+from pipelines.output import Target, distinct_items, write_part
 from pipelines.plan import Plan, item_schema, write_plan
 from pipelines.publishing import failed_items, publish
 from pipelines.storage import Storage, join, open_storage
@@ -59,7 +59,7 @@ class SmallRun:
         generation: int = 1,
         state: Storage | None = None,
     ) -> Part:
-        scores = scored(row_ids, status)
+        scores = distinct_items(scored(row_ids, status))
         written = write_part(scores, self.plan, state or self.state, self.target(generation=generation))
         assert written.part is not None
         return written.part
