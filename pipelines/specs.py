@@ -103,8 +103,8 @@ class FetchLimits:
     per_host: int = 16
     """http(s) requests in flight per host (name and port), shared out among the load actors, one at least."""
     host_failures: int = 20
-    """Failed connections or time-outs of one http(s) host in a row after which its further images are not
-    tried in this pass, but for one every 30 s."""
+    """Failed connections or time-outs of one http(s) host in a row, over 15 s and more, after which its
+    further images are not tried in this pass, but for one every 30 s."""
     connect_timeout_s: float = 5.0
     """Time to connect, seconds."""
     read_timeout_s: float = 15.0
