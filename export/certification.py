@@ -83,7 +83,7 @@ def add(opened: Bundle, documents: Documents) -> None:
     held = bundle.open_bundle(opened.uri, verify=False).certificates
     for provider in {provider for provider, _ in documents}:
         shown = {(c.provider, c.precision): c.content for c in held if c.provider == provider}
-        storage.open_storage(opened.uri).put(page_path(provider), report.render(shown))
+        storage.open_storage(opened.uri).put(page_path(provider), report.render(shown, opened.labels))
 
 
 def warn_of_calibration(documents: Documents) -> None:

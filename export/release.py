@@ -78,8 +78,9 @@ def export(
         for name in graphs
     }
     certification.warn_of_calibration(documents)
-    _refuse_failed(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", documents)
-    files[certification.page_path("cpu")] = report.render(documents)
+    labels = bundle.read_labels(files[bundle.LABELS_FILE])
+    _refuse_failed(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", documents, labels)
+    files[certification.page_path("cpu")] = report.render(documents, labels)
     with _removed_on_failure(output_uri):
         bundle.write_bundle(output_uri, files, manifest, documents)
     made = bundle.open_bundle(output_uri)
@@ -184,14 +185,14 @@ def _candidate(
     return Candidate(model, labels, manifest.image_spec, calibrated_on=calibrated_on)
 
 
-def _refuse_failed(report_uri: str, documents: Documents) -> None:
+def _refuse_failed(report_uri: str, documents: Documents, labels: pa.Table) -> None:
     """Keep the report of a bundle that is not made, and raise what says why; nothing when all passed."""
     if all(document["passed"] for document in documents.values()):
         return
     folder = storage.open_storage(report_uri)
     for (provider, name), document in documents.items():
         folder.put(f"{provider}-{name}.json", report.as_json(document))
-    folder.put("report.html", report.render(documents))
+    folder.put("report.html", report.render(documents, labels))
     certification.refuse_failed(documents, f"{storage.redact(report_uri)}/report.html")
 
 

@@ -6,14 +6,15 @@ from importlib import resources
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 
 from export.parity import TOP_K
 from pipelines.bundle import MODEL_FILES
 from pipelines.specs import Precision, Provider
 
 
-def render(documents: Mapping[tuple[Provider, Precision], Mapping[str, Any]]) -> bytes:
-    """The page over certificates; they hold all that it shows, so it can be made anew at any time."""
+def render(documents: Mapping[tuple[Provider, Precision], Mapping[str, Any]], labels: pa.Table) -> bytes:
+    """The page over certificates, which can be made anew at any time; `labels` has the ids' names."""
     template = (resources.files("export") / "templates" / "certificate.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["g"] = number
@@ -22,6 +23,7 @@ def render(documents: Mapping[tuple[Provider, Precision], Mapping[str, Any]]) ->
             (provider, name, documents[provider, name])
             for provider, name in sorted(documents, key=lambda key: (key[0], list(MODEL_FILES).index(key[1])))
         ],
+        names=dict(zip(labels["id"].to_pylist(), labels["name"].to_pylist(), strict=True)),
         top_k=TOP_K,
     )
     return page.encode()
