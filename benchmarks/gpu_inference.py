@@ -1,6 +1,6 @@
 """On a GPU machine: certify a ViT-B/16-224 on CUDA and TensorRT, and measure it beside PyTorch and the floor.
 
-    python benchmarks/gpu_inference.py --images ../shared/photos [--checkpoint RUN] [--providers cuda]
+    python benchmarks/gpu_inference.py --images photos [--checkpoint RUN] [--providers cuda]
 
 One NVIDIA GPU, planned for under ten minutes on an H100: what would begin after `--minutes` is left out and
 named, and what fails is printed. Pixels start in host memory for every variant. The floor is arithmetic: 35.1
