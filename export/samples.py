@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import labelled_input, storage, tables
+from pipelines.data_settings import Columns
 from pipelines.decoder import DecoderProcess
 from pipelines.images import ORIENTATION_TAG
 from pipelines.labelled_input import DatasetError
 from pipelines.listing import is_image_name
-from pipelines.recipe import Columns
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
 from pipelines.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel

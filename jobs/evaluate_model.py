@@ -118,7 +118,7 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
 def labelled(config: EvaluateConfig, judged: Subject) -> Any:
     """The dataset, in the model's taxonomy; asked about as a whole, its split column means nothing."""
     from pipelines import datasets
-    from pipelines.recipe import DataSettings
+    from pipelines.data_settings import DataSettings
 
     columns = plain(config.columns)
     return datasets.load(

@@ -109,7 +109,7 @@ def push_to_hub(output: str, repository: str) -> None:
 def labelled(config: RecipeConfig) -> Any:
     """The dataset that the settings name."""
     from pipelines import datasets
-    from pipelines.recipe import DataSettings
+    from pipelines.data_settings import DataSettings
 
     return datasets.load(
         DataSettings(

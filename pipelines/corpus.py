@@ -13,8 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import ingest, sampling, splits
+from pipelines.data_settings import Ingest
 from pipelines.datasets import LabelledData
-from pipelines.recipe import Balance, Ingest
+from pipelines.recipe import Balance
 from pipelines.specs import ImageSpec
 
 log = logging.getLogger(__name__)

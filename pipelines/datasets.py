@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import splits, storage, taxonomy
+from pipelines.data_settings import DataSettings, Splits
 from pipelines.labelled_input import DatasetError, open_table, read
-from pipelines.recipe import DataSettings, Splits
 from pipelines.taxonomy import Taxonomy
 
 

@@ -28,9 +28,10 @@ from pipelines import (
 from pipelines.card import model_card
 from pipelines.checkpoints import Sidecar
 from pipelines.corpus import Corpus
+from pipelines.data_settings import Ingest
 from pipelines.datasets import LabelledData, refuse_untrainable
 from pipelines.journal import Listener, Messages, refuse_missing
-from pipelines.recipe import Ingest, Recipe
+from pipelines.recipe import Recipe
 from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
 from pipelines.task import Task, validation_name

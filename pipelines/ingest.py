@@ -18,10 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import images
+from pipelines.data_settings import Ingest
 from pipelines.fetch import Fetcher, Source
 from pipelines.images import Prepared
 from pipelines.labelled_input import IMAGE_COLUMN
-from pipelines.recipe import Ingest
 from pipelines.schema import LOADED, pixels_type
 from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
 from pipelines.status import Status

@@ -16,9 +16,9 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipelines import splits
+from pipelines.data_settings import Columns
 from pipelines.embedded import is_payload
 from pipelines.listing import is_image_name
-from pipelines.recipe import Columns
 
 TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
 IMAGE_COLUMN = "image"

@@ -21,6 +21,12 @@ def at_least(name: str, value: float, minimum: float) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {minimum}")
 
 
+def share(name: str, value: float) -> None:
+    """Raise ValueError naming the setting when `value` is not within [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+
+
 @dataclass(frozen=True)
 class ImageSpec:
     """How encoded bytes become the model's pixels; part of the model, carried in its bundle."""

@@ -18,8 +18,9 @@ import yaml
 
 from pipelines import corpus, fitting, runs, storage
 from pipelines.corpus import Corpus
+from pipelines.data_settings import Ingest
 from pipelines.fitting import Plan
-from pipelines.recipe import Ingest, Recipe
+from pipelines.recipe import Recipe
 from pipelines.specs import at_least
 from pipelines.traces import root_cause
 from pipelines.uris import redacted

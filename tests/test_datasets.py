@@ -11,8 +11,9 @@ import pytest
 from small_training import image_folder
 
 from pipelines import appraisal, corpus, datasets, fitting, ingest, runs, splits
+from pipelines.data_settings import Columns, DataSettings, Ingest, Splits
 from pipelines.labelled_input import DatasetError
-from pipelines.recipe import Balance, Columns, DataSettings, Ingest, Loss, Recipe, Splits
+from pipelines.recipe import Balance, Loss, Recipe
 from pipelines.resources import Resources
 from pipelines.specs import ImageSpec
 

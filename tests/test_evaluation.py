@@ -19,8 +19,9 @@ from jobs import evaluate_model
 from jobs.config import EvaluateConfig
 from jobs.errors import InputError
 from pipelines import attention, datasets, evaluation, examination, hierarchy, metrics, report, runs, taxonomy
+from pipelines.data_settings import DataSettings, Splits
 from pipelines.evaluation import Scored
-from pipelines.recipe import DataSettings, Recipe, Splits
+from pipelines.recipe import Recipe
 
 IDS = ("483", "484", "1", "2", "v9i3On")
 """Sports, Sports > American Football, Automotive, Automotive > Auto Body Styles, Sensitive Topics."""

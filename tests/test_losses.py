@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from pipelines import corpus, datasets, fitting
+from pipelines.data_settings import DataSettings, Ingest, Splits
 from pipelines.losses import class_weights, criterion, positive_weights
-from pipelines.recipe import Balance, DataSettings, Ingest, Loss, Recipe, Splits
+from pipelines.recipe import Balance, Loss, Recipe
 from pipelines.resources import Resources
 
 COUNTS = np.array([90, 9, 1])

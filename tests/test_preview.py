@@ -9,7 +9,8 @@ from small_training import RECIPE, image_folder
 
 from pipelines import datasets, ingest, preview
 from pipelines.corpus import Corpus
-from pipelines.recipe import Augment, DataSettings, Ingest
+from pipelines.data_settings import DataSettings, Ingest
+from pipelines.recipe import Augment
 from pipelines.specs import ImageSpec
 
 SPEC = ImageSpec(height=16, width=20)

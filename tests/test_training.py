@@ -32,17 +32,8 @@ from pipelines import (
     storage,
     training,
 )
-from pipelines.recipe import (
-    Augment,
-    Balance,
-    DataSettings,
-    Ingest,
-    Loss,
-    Network,
-    Optimizer,
-    Splits,
-    Stopping,
-)
+from pipelines.data_settings import DataSettings, Ingest, Splits
+from pipelines.recipe import Augment, Balance, Loss, Network, Optimizer, Stopping
 from pipelines.resources import Resources
 from pipelines.sampling import epoch_order
 from pipelines.task import Place

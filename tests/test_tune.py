@@ -20,7 +20,7 @@ from jobs.config import TrainConfig
 from jobs.settings import plain
 from jobs.train_vit import labelled, recipe_of
 from pipelines import datasets, fitting, runs, tuning
-from pipelines.recipe import Columns, DataSettings, Ingest, Splits
+from pipelines.data_settings import Columns, DataSettings, Ingest, Splits
 from pipelines.resources import Resources
 
 SPACE = {
