@@ -88,10 +88,10 @@ def depths(model: Any) -> dict[str, int]:
 
 def first_trained_depth(network: Network, n_blocks: int, epoch: int) -> int:
     """The lowest depth that learns in this epoch (0-based): everything from there up to the head."""
-    if network.freeze == "none":
-        return network.freeze_blocks + 1 if network.freeze_blocks else 0
-    thawed = epoch // network.unfreeze_every_epochs if network.unfreeze_every_epochs else 0
     lowest = network.freeze_blocks + 1 if network.freeze_blocks else 0
+    if network.freeze == "none":
+        return lowest
+    thawed = epoch // network.unfreeze_every_epochs if network.unfreeze_every_epochs else 0
     return max(lowest, n_blocks + 1 - thawed)
 
 

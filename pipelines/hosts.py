@@ -127,7 +127,7 @@ class Hosts:
         return self._known[key]
 
     def _forget(self) -> None:
-        """Keep the hosts in use, and of the others those that failed last."""
+        """Keep the hosts in use, and of the others the newest whose last request failed."""
         busy = {key: host for key, host in self._known.items() if host.is_busy()}
         failed = [key for key, host in self._known.items() if key not in busy and host.has_failed()]
         self._known = {key: self._known[key] for key in failed[-MAX_HOSTS // 2 :]} | busy

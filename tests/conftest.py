@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+MOTO_SECRET = "testing-secret"
+"""Secret key for moto's server, by which tests know that nothing checks signatures."""
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -65,7 +68,7 @@ def s3_server() -> Iterator[str]:
     settings = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_SECRET_ACCESS_KEY": MOTO_SECRET,
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ALLOW_HTTP": "true",
@@ -78,10 +81,16 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_server: str) -> str:
-    """URI of a fresh, empty bucket."""
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URI of a bucket: a fresh one that is gone afterwards, or the one that IAB_VISION_TEST_BUCKET names."""
+    if given := os.environ.get("IAB_VISION_TEST_BUCKET"):
+        yield given
+        return
     import boto3
 
-    name = f"iab-vision-{uuid.uuid4().hex[:12]}"
-    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
-    return f"s3://{name}"
+    endpoint = request.getfixturevalue("s3_server")
+    name = f"iab-vision-test-{uuid.uuid4().hex[:12]}"
+    made = boto3.resource("s3", endpoint_url=endpoint).create_bucket(Bucket=name)
+    yield f"s3://{name}"
+    made.objects.all().delete()
+    made.delete()

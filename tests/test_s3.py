@@ -1,7 +1,7 @@
 """Storage, ledger and publishing against a real object store.
 
 Talks to the S3 that AWS_ENDPOINT_URL and the other usual variables name, and otherwise to moto's server in
-a thread. Makes a bucket of its own and empties it afterwards. IAB_VISION_TEST_BUCKET names an empty bucket of
+a thread, and removes the buckets that it made. IAB_VISION_TEST_BUCKET names an empty bucket of
 any object store instead, such as az://container; what is S3's own is then left out.
 """
 
@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from conftest import MOTO_SECRET
 from flaky_proxy import FlakyProxy
 from hooked_storage import HookedStorage, Unfenced
 from small_run import SmallRun, paused_in_the_put, small_run
@@ -30,50 +31,9 @@ from pipelines.verification import verify
 
 pytestmark = pytest.mark.s3
 
-GIVEN_BUCKET = os.environ.get("IAB_VISION_TEST_BUCKET")
-
-only_s3 = pytest.mark.skipif(bool(GIVEN_BUCKET), reason="is about S3's own settings")
+only_s3 = pytest.mark.skipif("IAB_VISION_TEST_BUCKET" in os.environ, reason="is about S3's own settings")
 
 OUTAGE_S = float(os.environ.get("IAB_VISION_TEST_OUTAGE_S", "3"))
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """Where S3 is; the environment says how to sign in."""
-    given = os.environ.get("AWS_ENDPOINT_URL")
-    if given:
-        yield given
-        return
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patched.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
-        patched.setenv("AWS_REGION", "us-east-1")
-        patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patched.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URI of an empty bucket."""
-    if GIVEN_BUCKET:
-        yield GIVEN_BUCKET
-        return
-    import boto3
-
-    endpoint = request.getfixturevalue("endpoint")
-
-    name = f"iab-vision-test-{uuid.uuid4().hex[:12]}"
-    made = boto3.resource("s3", endpoint_url=endpoint).create_bucket(Bucket=name)
-    yield f"s3://{name}"
-    made.objects.all().delete()
-    made.delete()
 
 
 @pytest.fixture
@@ -186,7 +146,7 @@ def test_a_missing_object_is_file_not_found_and_a_missing_bucket_is_not(folder: 
 def test_a_wrong_key_is_one_sentence_without_the_key(
     folder: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if os.environ["AWS_SECRET_ACCESS_KEY"] == "testing-secret":
+    if os.environ["AWS_SECRET_ACCESS_KEY"] == MOTO_SECRET:
         pytest.skip("moto does not check signatures")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     with pytest.raises(StorageError, match="403") as refusal:
@@ -317,9 +277,9 @@ def test_a_driver_killed_in_the_middle_is_continued(bucket: str, survives: int) 
 
 @only_s3
 def test_an_outage_in_mid_run_is_ridden_out(
-    bucket: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with FlakyProxy(endpoint) as proxy:
+    with FlakyProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         run = small_run_on(bucket, 6)
         state = run.state
