@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # read as a module, to
 from inputs import VIT_TINY, drawn_files, image_files, inventory, random_bundle
 from process_tree import ProcessTree
 
-from jobs.cluster import cores
 from pipelines import runtime
 from pipelines.bundle import open_bundle
 from pipelines.images import prepare
+from pipelines.resources import cores
 from pipelines.specs import RuntimeSpec
 
 BATCH = 16

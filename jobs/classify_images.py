@@ -19,7 +19,7 @@ from obstore.exceptions import BaseError
 from ray.exceptions import RayError
 
 from jobs import run_report
-from jobs.cluster import cores, joins_cluster, nodes_without, ray_cluster
+from jobs.cluster import joins_cluster, nodes_without, ray_cluster
 from jobs.commit_loop import Passes, classify_missing
 from jobs.config import ClassifyConfig
 from jobs.errors import InputError, JobFailed, Refused, checking_input
@@ -34,6 +34,7 @@ from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, Sta
 from pipelines.output import Committer, PartDamaged
 from pipelines.plan import Plan
 from pipelines.publishing import TableDamaged
+from pipelines.resources import cores
 from pipelines.runs import git_revision
 from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage import Storage, is_local, join, open_storage, redact

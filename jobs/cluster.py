@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jobs.signals import handlers_kept
+from pipelines.resources import cores
 
 LOGICAL_CPUS_PER_CORE = 4
 QUIET = {
@@ -19,11 +20,6 @@ QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one error-like line per actor pool (ray #53727)
 }
 """Environment of the driver, unless the user set it: what Ray says of a healthy run is not for its user."""
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quieten() -> None:

@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jobs.cluster import cores
 from jobs.config import EvaluateConfig
 from jobs.errors import InputError, JobFailed, checking_input
 from jobs.settings import plain
+from pipelines.resources import cores
 
 log = logging.getLogger(__name__)
 

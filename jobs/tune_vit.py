@@ -18,6 +18,7 @@ from jobs.config import TuneConfig
 from jobs.errors import JobFailed, checking_input
 from jobs.settings import plain
 from jobs.train_vit import labelled, recipe_of
+from pipelines.resources import cores
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def fitting_here(config: TuneConfig) -> int:
     """Trials at once on a cluster of this machine, which has more logical CPUs than cores; 0 on another."""
     if cluster.joins_cluster(config.ray_address):
         return 0
-    return max(1, cluster.cores() // config.num_workers)
+    return max(1, cores() // config.num_workers)
 
 
 def tell(content: dict[str, Any], output: str) -> None:

@@ -1,5 +1,6 @@
-"""Where a training run happens: workers, devices, checkpoints kept. None of it changes what is learned."""
+"""Where a training run happens: cores, workers, devices, checkpoints. None of it changes what is learned."""
 
+import os
 from dataclasses import dataclass, replace
 
 from pipelines.specs import at_least
@@ -47,3 +48,13 @@ class Resources:
                 "lower --num-workers or leave --use-gpu out"
             )
         return replace(self, use_gpu=gpus >= self.num_workers if wanted is None else wanted)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of(workers: int) -> int:
+    """Threads for each of so many workers that compute on this machine at once."""
+    return max(1, cores() // workers)

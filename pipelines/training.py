@@ -9,7 +9,6 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ from pipelines.checkpoints import STATE_FILE
 from pipelines.ingest import Pixels, PixelStore
 from pipelines.journal import Journal
 from pipelines.losses import criterion
+from pipelines.resources import threads_of
 from pipelines.sampling import epoch_order, images_per_pass
 from pipelines.task import Place, Position, Task, step_seed, validation_name
 
@@ -66,12 +66,6 @@ def train_worker(config: dict[str, Any]) -> None:
         with checkpoint.as_directory() as folder:
             trainer.restore(checkpoints.parse_state(Path(folder, STATE_FILE).read_bytes(), place.device))
     trainer.run()
-
-
-def threads_of(workers: int) -> int:
-    """Threads for each of so many workers that compute on this machine at once."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
 
 
 class Trainer:

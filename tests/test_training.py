@@ -30,11 +30,10 @@ from pipelines import (
     runs,
     snapshot,
     storage,
-    training,
 )
 from pipelines.data_settings import DataSettings, Ingest, Splits
 from pipelines.recipe import Augment, Balance, Loss, Network, Optimizer, Stopping
-from pipelines.resources import Resources
+from pipelines.resources import Resources, threads_of
 from pipelines.sampling import epoch_order
 from pipelines.task import Place
 from pipelines.training import Diverged
@@ -297,7 +296,7 @@ def test_a_selection_metric_that_validation_does_not_give_is_refused_with_those_
 
 def test_cores_are_shared_by_all_workers_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert [training.threads_of(workers) for workers in (1, 2 * 2, 16)] == [8, 2, 1]
+    assert [threads_of(workers) for workers in (1, 2 * 2, 16)] == [8, 2, 1]
 
 
 @pytest.mark.slow
