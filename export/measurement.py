@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from export import diagnosis, parity, samples
-from export.parity import Limits, Scores
+from export.parity import LIMITS, Limits, Scores
 from export.reference import Network, activation, named
 from export.samples import Sample
 from pipelines.images import ORIENTATION_TAG
@@ -109,7 +109,7 @@ def gather(
 def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> dict[str, Any]:
     """The certificate's document: numbers, limits, verdict, and what explains a refusal."""
     started = time.monotonic()
-    limits = parity.limits_of(candidate.model.spec.provider, precision)
+    limits = LIMITS[precision]
     found = score(evidence.sample, candidate)
     metrics = parity.compare(evidence.scores, found, limits, evidence.targets_nc)
     batches = parity.batch_invariance(candidate.model, found.pixels_nhwc)

@@ -6,7 +6,7 @@ is `diagnosis.py`'s question.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from export.reference import activation, top
 from pipelines import metrics
 from pipelines.runtime import OnnxModel
-from pipelines.specs import Precision, Provider
+from pipelines.specs import Precision
 
 TOP_K = 5
 
@@ -59,19 +59,6 @@ LIMITS: dict[Precision, Limits] = {
     # 1.2e-7 of a probability (BEiT, DINOv2), where a dynamically quantised model changes by 1e-2.
     "int8": Limits(None, 0.25, None, 1e-6, 0.98, None, 0.0, 0.005, 0.01, 1e-6),
 }
-
-
-TENSORRT_ACTIVATION_ERROR = 2e-3
-"""TensorRT rounds the portable graph's tail to fp16 too, where CUDA's fp16 graph keeps it in float32: half of
-2^-11 of a scaled logit of about 8, times a quarter at most. Not measured yet; a lost temperature is over."""
-
-
-def limits_of(provider: Provider, precision: Precision) -> Limits:
-    """What a precision may differ by where it runs."""
-    limits = LIMITS[precision]
-    if provider == "tensorrt":
-        return replace(limits, max_activation_error=TENSORRT_ACTIVATION_ERROR)
-    return limits
 
 
 @dataclass(frozen=True)
