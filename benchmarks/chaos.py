@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from jobs import drawings
+from jobs import demo_images
 
 ATTEMPTS = 5
 TIMEOUT_S = 300
@@ -211,9 +211,11 @@ def draw_inventory(folder: Path, images: int) -> Path:
     rng = np.random.default_rng(0)
     sources = []
     for _ in range(500):
-        payload, extension = drawings.encode(drawings.draw(rng.choice(list(drawings.SUBJECTS)), rng), rng)
+        payload, extension = demo_images.encode(
+            demo_images.draw(rng.choice(list(demo_images.SUBJECTS)), rng), rng
+        )
         sources.append((payload, extension))
-    sources += [(payload, name.rsplit(".", 1)[1]) for name, payload in drawings.broken_files(1)]
+    sources += [(payload, name.rsplit(".", 1)[1]) for name, payload in demo_images.broken_files(1)]
     uris = []
     (folder / "images").mkdir(parents=True)
     for number in range(images):
@@ -233,7 +235,7 @@ def make_bundle(folder: Path, images: Path) -> Path:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
-    names = dict(enumerate(drawings.SUBJECTS))
+    names = dict(enumerate(demo_images.SUBJECTS))
     config = ViTConfig(
         image_size=32, patch_size=8, id2label=names, label2id={v: k for k, v in names.items()}, **sizes
     )

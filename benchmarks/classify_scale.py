@@ -29,10 +29,10 @@ from process_tree import ProcessTree
 
 from jobs import classify_images
 from jobs.config import ClassifyConfig
-from jobs.pools import CPU_CHUNK
-from pipelines.inference import work_list
-from pipelines.ledger import Part
-from pipelines.rowset import Range
+from pipelines.classify.on_ray import work_list
+from pipelines.classify.sizing import CPU_CHUNK
+from pipelines.ledger.item_set import Range
+from pipelines.ledger.ledger import Part
 
 ROWS_OF_A_PART = 78 * 256
 """What one part of the finished share held, in whole gaps."""

@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # read as a module, to
 from inputs import VIT_TINY, drawn_files, image_files, inventory, random_bundle
 from process_tree import ProcessTree
 
-from pipelines import runtime
-from pipelines.bundle import open_bundle
-from pipelines.images import prepare
-from pipelines.resources import cores
+from pipelines.bundle import session
+from pipelines.bundle.bundle import open_bundle
+from pipelines.images.prepare import prepare
 from pipelines.specs import RuntimeSpec
+from pipelines.training.resources import cores
 
 BATCH = 16
 IMAGES_AT_ONCE = 32
@@ -145,7 +145,7 @@ def bare_worker(paths: Sequence[str], bundle: Path, taken: Any, ready: Any, resu
     import numpy as np
 
     opened = open_bundle(str(bundle), verify=False)
-    model = runtime.load(opened, RuntimeSpec(batch_size=BATCH, threads=1))
+    model = session.load(opened, RuntimeSpec(batch_size=BATCH, threads=1))
     work = Work()
     ready.wait()
     began = time.process_time()

@@ -26,14 +26,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from mutations import mutations
-
-from pipelines import images
-from pipelines.decoder import DecoderProcess
-from pipelines.decoder_worker import FAULTS_VARIABLE
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pipelines.images import prepare
+from pipelines.images.decoder import DecoderProcess
+from pipelines.images.decoder_worker import FAULTS_VARIABLE
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
+from tests.builders.mutations import mutations
 
 SPEC = ImageSpec()
 BATCH = 64
@@ -78,7 +77,7 @@ def costs(payloads: Sequence[bytes], rounds: int, title: str) -> Table:
     with DecoderProcess(SPEC) as process:
         ways: dict[str, Callable[[Sequence[bytes]], object]] = {
             "Pillow, full decode": lambda batch: [full_decode(payload) for payload in batch],
-            "images.prepare": lambda batch: [images.prepare(payload, SPEC) for payload in batch],
+            "images.prepare": lambda batch: [prepare.prepare(payload, SPEC) for payload in batch],
             "DecoderProcess": process.prepare_batch,
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -96,7 +95,7 @@ def cost_table(seconds: dict[str, float], payloads: Sequence[bytes], title: str)
     for way, value in seconds.items():
         table.add_row(way, f"{value * 1000:.3f}", f"{value / seconds['images.prepare'] - 1:+.1%}")
     differences = [
-        np.abs(full_decode(payload).astype(int) - images.prepare(payload, SPEC).pixels_hwc).mean()
+        np.abs(full_decode(payload).astype(int) - prepare.prepare(payload, SPEC).pixels_hwc).mean()
         for payload in payloads
     ]
     table.caption = f"mean |full decode - prepare|: {np.mean(differences):.2f} of 255"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.fetch import Fetcher, Source
+from pipelines.fetch.fetch import Fetcher, Source
 from pipelines.specs import FetchLimits
 
 BUCKET = "fetch-benchmark"

@@ -21,9 +21,9 @@ import torch
 
 from export import certification, convert, release
 from export.checkpoint import opened
-from pipelines.bundle import Bundle, open_bundle
-from pipelines.providers import gpu_name
-from pipelines.runtime import load
+from pipelines.bundle.bundle import Bundle, open_bundle
+from pipelines.bundle.providers import gpu_name
+from pipelines.bundle.session import load
 from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
 
 FLOP_PER_IMAGE = 35.1e9

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs import drawings
+from jobs import demo_images
 from pipelines.specs import ImageSpec, Measuring
 
 CLASS_IDS = ("1", "27", "483", "530", "avbNf2", "672", "243", "275")
@@ -84,12 +84,12 @@ def drawn_files(folder: Path, *, count: int, size: tuple[int, int] | None) -> li
     """JPEGs of drawn scenes, quality 85, all of `size` (width, height) or each of its own."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    subjects = sorted(drawings.SUBJECTS)
+    subjects = sorted(demo_images.SUBJECTS)
     paths = []
     for number in range(count):
-        scene = drawings.draw(subjects[number % len(subjects)], rng)
+        scene = demo_images.draw(subjects[number % len(subjects)], rng)
         if size:
-            scene = drawings.noisy(scene.resize(size, Image.Resampling.BICUBIC), rng)
+            scene = demo_images.noisy(scene.resize(size, Image.Resampling.BICUBIC), rng)
         paths.append(folder / f"{number:04d}.jpg")
         scene.save(paths[-1], quality=85)
     return paths

@@ -18,10 +18,10 @@ import onnxruntime as ort
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from export import convert, precision
+from export import convert, quantize
 from export.convert import Surroundings
-from pipelines.providers import cpu_name
-from pipelines.runtime import OUTPUTS, OnnxModel
+from pipelines.bundle.providers import cpu_name
+from pipelines.bundle.session import OUTPUTS, OnnxModel
 from pipelines.specs import ImageSpec, RuntimeSpec
 
 MODELS = {
@@ -83,8 +83,8 @@ def variants(name: str) -> dict[str, Run]:
     network = ViTForImageClassification(config).eval()
     ours = convert.convert(network, AROUND, {})
     calibration_nhwc = np.random.default_rng(1).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
-    with mock.patch.multiple(precision, WISHED_AGREEMENT=0.0, WISHED_RELATIVE=1.0):
-        int8 = precision.quantised(ours, calibration_nhwc, AROUND, {}).payload
+    with mock.patch.multiple(quantize, WISHED_AGREEMENT=0.0, WISHED_RELATIVE=1.0):
+        int8 = quantize.quantised(ours, calibration_nhwc, AROUND, {}).payload
     return {
         "PyTorch, sdpa": pytorch(network),
         "fp32, opset 20 as torch writes it, ORT basic": naive(network, 20, "sdpa"),

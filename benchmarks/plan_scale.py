@@ -89,9 +89,9 @@ def inventory_rows(numbers: np.ndarray, start: int) -> pa.Table:
 
 def measure(inventory: str, state: str) -> None:
     """Plan in this process and report on it."""
-    from pipelines.inventory import plan
-    from pipelines.plan import open_plan
-    from pipelines.storage import open_storage
+    from pipelines.inventory.inventory import plan
+    from pipelines.inventory.plan import open_plan
+    from pipelines.storage.storage import open_storage
 
     began = time.perf_counter()
     frozen = plan(inventory, open_storage(state))

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import small_training
-
-from pipelines import vit
-from pipelines.recipe import Loss, Optimizer, Recipe
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pipelines.training import model as vit
+from pipelines.training.recipe import Loss, Optimizer, Recipe
+from tests.builders import training as small_training
 
 CLASSES, IMAGES, BATCH, STEPS, ROUNDS = 17, 1024, 32, 24, 3
 RECIPE = Recipe(

@@ -32,12 +32,11 @@ from process_tree import ProcessTree
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from flaky_proxy import FlakyProxy
-from mutations import mutations
-
-from pipelines.decoder_worker import FAULTS_VARIABLE
-from pipelines.storage import Storage, open_storage
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pipelines.images.decoder_worker import FAULTS_VARIABLE
+from pipelines.storage.storage import Storage, open_storage
+from tests.builders.flaky_proxy import FlakyProxy
+from tests.builders.mutations import mutations
 
 PHOTOS, MUTATIONS, OUTAGE_S = 5_000, 2_000, 30
 PROVOKED = {"segv": "decoder_crashed", "abort": "decoder_crashed", "hang": "decode_timeout"}

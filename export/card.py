@@ -8,7 +8,7 @@ import jinja2
 import yaml
 
 from export.checkpoint import NOT_STATED, Checkpoint
-from pipelines.bundle import MODEL_FILES
+from pipelines.bundle.bundle import MODEL_FILES
 from pipelines.specs import Precision
 
 FILE = "README.md"

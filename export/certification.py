@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from export import checkpoint, report, samples
+from export import checkpoint, images, report
 from export.checkpoint import Checkpoint
+from export.images import Sample
 from export.measurement import Candidate, Evidence, Labels, gather, measure
 from export.reference import torch_reference
-from export.samples import Sample
-from pipelines import bundle, providers, runtime, storage
-from pipelines.bundle import Bundle, Manifest
+from pipelines.bundle import bundle, providers, session
+from pipelines.bundle.bundle import Bundle, Manifest
 from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
+from pipelines.storage import storage
 
 WISHED_CALIBRATION_IMAGES = 500
 """Fewer leave int8 ranges to chance: what NVIDIA's Model Optimizer asks for with vision transformers."""
@@ -146,10 +147,10 @@ def page_path(provider: Provider) -> str:
 
 def evidence_of_checkpoint(trained: Checkpoint, network: Any, own: Sequence[Sample], seed: int) -> Evidence:
     """The user's images and the awkward ones as the checkpoint sees them in PyTorch."""
-    sample = [*own, *samples.awkward(seed)]
+    sample = [*own, *images.awkward(seed)]
     return gather(
         sample,
-        samples.targets(sample, trained.class_ids, trained.taxonomy),
+        images.targets(sample, trained.class_ids, trained.taxonomy),
         network=torch_reference(network),
         labels=Labels(trained.class_ids, trained.multi_label, trained.temperature),
         spec=trained.image_spec,
@@ -211,7 +212,7 @@ def _explained(provider: str, name: str, document: Mapping[str, Any]) -> str:
 def candidate(opened: Bundle, spec: RuntimeSpec) -> Candidate:
     """The bundle as a reader of it would run it."""
     return Candidate(
-        runtime.load(opened, spec),
+        session.load(opened, spec),
         labels_of(opened.manifest, opened.class_ids, spec.provider, spec.precision),
         opened.image_spec,
         calibrated_on=calibrated_on(opened.manifest, spec.precision),
@@ -232,7 +233,7 @@ def _evidence_of_run(opened: Bundle, checkpoint_uri: str, images_uri: str, measu
                 f"{trained.source} has sha256 {trained.sha256}, but {storage.redact(opened.uri)} was "
                 f"exported from sha256 {stated}; give that one with --checkpoint, or export this one"
             )
-        own = samples.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)
+        own = images.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)
         return evidence_of_checkpoint(trained, trained.network(), own, measuring.seed)
 
 
@@ -246,15 +247,15 @@ def _evidence_of_bundle(
         )
     opened.certificate_for("cpu", "fp32")
     reference = candidate(opened, RuntimeSpec(threads=measuring.threads))
-    own = samples.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)
-    sample = [*own, *samples.awkward(measuring.seed)]
+    own = images.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)
+    sample = [*own, *images.awkward(measuring.seed)]
 
     def network(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
         return reference.model.run(np.ascontiguousarray(pixels_nhwc))[0]
 
     return gather(
         sample,
-        samples.targets(sample, opened.class_ids, opened.taxonomy()),
+        images.targets(sample, opened.class_ids, opened.taxonomy()),
         network=network,
         labels=reference.labels,
         spec=opened.image_spec,

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import storage, taxonomy
-from pipelines.bundle import FLAT
+from pipelines.bundle.bundle import FLAT
 from pipelines.specs import ImageSpec
-from pipelines.taxonomy import Taxonomy
+from pipelines.storage import storage
+from pipelines.taxonomy import taxonomy
+from pipelines.taxonomy.taxonomy import Taxonomy
 
 NOT_STATED = "not stated"
 """Licence of a checkpoint that names none."""

@@ -20,10 +20,10 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from export.checkpoint import Checkpoint
-from pipelines.manifest import MAX_FILE_BYTES
-from pipelines.runtime import INPUT, OUTPUTS
+from pipelines.bundle.manifest import MAX_FILE_BYTES
+from pipelines.bundle.session import INPUT, OUTPUTS
+from pipelines.messages import first_line
 from pipelines.specs import ImageSpec
-from pipelines.traces import first_line
 
 OPSET = 23
 """First with `Attention`, last that torch 2.13 writes; ONNX Runtime 1.31 serves it on CPU and CUDA."""

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from export import diagnosis, parity, samples
+from export import diagnosis, images, parity
+from export.images import Sample
 from export.parity import LIMITS, Limits, Scores
 from export.reference import Network, activation, named
-from export.samples import Sample
-from pipelines.images import ORIENTATION_TAG
-from pipelines.runtime import OnnxModel
+from pipelines.bundle.session import OnnxModel
+from pipelines.images.prepare import ORIENTATION_TAG
 from pipelines.specs import ImageSpec, Precision
 
 WORST_IMAGES = 8
@@ -67,7 +67,7 @@ class Candidate:
     model: OnnxModel
     labels: Labels
     spec: ImageSpec
-    decode: Decode = samples.decode
+    decode: Decode = images.decode
     calibrated_on: frozenset[str] = frozenset()
     """Fingerprints of the images that its int8 ranges come from."""
 
@@ -86,7 +86,7 @@ def gather(
     Raises:
         NothingToCompare: none decodes.
     """
-    decoded = samples.decode([one.payload for one in sample], spec)
+    decoded = images.decode([one.payload for one in sample], spec)
     kept = [index for index, pixels in enumerate(decoded) if pixels is not None]
     if not kept:
         raise NothingToCompare(f"none of the {len(sample)} images could be decoded")

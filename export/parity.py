@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from export.reference import activation, top
-from pipelines import metrics
-from pipelines.runtime import OnnxModel
+from pipelines.bundle.session import OnnxModel
+from pipelines.evaluation import metrics
 from pipelines.specs import Precision
 
 TOP_K = 5

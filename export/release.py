@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from export import card, certification, checkpoint, convert, precision, report, samples
+from export import card, certification, checkpoint, convert, images, quantize, report
 from export.certification import Documents
 from export.checkpoint import Checkpoint
 from export.convert import Surroundings
+from export.images import Sample
 from export.measurement import Candidate, measure
-from export.precision import Graph
-from export.samples import Sample
-from pipelines import bundle, storage
-from pipelines.bundle import Bundle, Manifest
-from pipelines.runtime import OnnxModel
+from export.quantize import Graph
+from pipelines.bundle import bundle
+from pipelines.bundle.bundle import Bundle, Manifest
+from pipelines.bundle.session import OnnxModel
 from pipelines.specs import Measuring, Precision
+from pipelines.storage import storage
 
 REFUSED_SUFFIX = "-refused"
 """The report of a refusal lies in a folder of the output's name with this behind it."""
@@ -104,9 +105,9 @@ def _removed_on_failure(output_uri: str) -> Iterator[None]:
 def _drawn(images_uri: str, measuring: Measuring, *, calibrating: bool) -> tuple[list[Sample], list[Sample]]:
     """The images to compare, and further ones to calibrate on: all of them where too few are left."""
     count = measuring.sample_images + (measuring.calibration_images if calibrating else 0)
-    drawn = samples.draw(images_uri, count=count, seed=measuring.seed)
+    drawn = images.draw(images_uri, count=count, seed=measuring.seed)
     own, further = drawn[: measuring.sample_images], drawn[measuring.sample_images :]
-    return own, further if len(further) >= precision.MIN_CALIBRATION_IMAGES else drawn
+    return own, further if len(further) >= quantize.MIN_CALIBRATION_IMAGES else drawn
 
 
 def _graphs(
@@ -121,12 +122,12 @@ def _graphs(
     portable = convert.convert(network, around, metadata("fp32"))
     yield "fp32", Graph(portable, trained.temperature, {})
     if "fp16" in precisions:
-        yield "fp16", precision.half(network, around, metadata("fp16"))
+        yield "fp16", quantize.half(network, around, metadata("fp16"))
     if "int8" in precisions:
-        pixels = samples.decode([one.payload for one in further], trained.image_spec)
+        pixels = images.decode([one.payload for one in further], trained.image_spec)
         readable_nhwc = np.array([one for one in pixels if one is not None])
         used = {one.fingerprint for one, found in zip(further, pixels, strict=True) if found is not None}
-        graph = precision.quantised(portable, readable_nhwc, around, metadata("int8"))
+        graph = quantize.quantised(portable, readable_nhwc, around, metadata("int8"))
         yield "int8", replace(graph, notes={**graph.notes, "calibrated_on": sorted(used)})
 
 

@@ -9,7 +9,7 @@ import jinja2
 import pyarrow as pa
 
 from export.parity import TOP_K
-from pipelines.bundle import MODEL_FILES
+from pipelines.bundle.bundle import MODEL_FILES
 from pipelines.specs import Precision, Provider
 
 

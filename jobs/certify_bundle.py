@@ -8,13 +8,14 @@ float32 model on CPU; that one itself is certified anew only against its run: `-
 """
 
 from jobs.config import CertifyConfig
-from jobs.errors import JobFailed, Refused, checking_input
+from jobs.errors import checking_input
 from jobs.settings import plain
+from pipelines.messages import JobFailed, Refused
 
 
 def run(config: CertifyConfig) -> int:
     from export import certification
-    from pipelines.providers import ProviderUnavailable
+    from pipelines.bundle.providers import ProviderUnavailable
 
     with checking_input():
         try:

@@ -18,28 +18,29 @@ import ray
 from obstore.exceptions import BaseError
 from ray.exceptions import RayError
 
-from jobs import run_report
+from jobs.certificate_gate import require_certificate
 from jobs.cluster import joins_cluster, nodes_without, ray_cluster
-from jobs.commit_loop import Passes, classify_missing
 from jobs.config import ClassifyConfig
-from jobs.errors import InputError, JobFailed, Refused, checking_input
-from jobs.pools import size_pools
-from jobs.proof import require_certificate
+from jobs.errors import checking_input
+from jobs.progress import ProgressReport
 from jobs.settings import plain
-from jobs.signals import Stopped
-from pipelines import inventory, output, publishing
-from pipelines.bundle import Bundle, open_bundle
-from pipelines.inference import Model, Source, classify, work_list
-from pipelines.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, State
-from pipelines.output import Committer, PartDamaged
-from pipelines.plan import Plan
-from pipelines.publishing import TableDamaged
-from pipelines.resources import cores
-from pipelines.runs import git_revision
+from pipelines.bundle.bundle import Bundle, open_bundle
+from pipelines.classify import report as run_report
+from pipelines.classify.on_ray import Model, Source, classify, work_list
+from pipelines.classify.passes import Passes, classify_missing
+from pipelines.classify.sizing import size_pools
+from pipelines.inventory import inventory
+from pipelines.inventory.plan import Plan
+from pipelines.ledger import parts, publish
+from pipelines.ledger.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, State
+from pipelines.ledger.parts import Committer, PartDamaged
+from pipelines.ledger.publish import TableDamaged
+from pipelines.messages import InputError, JobFailed, Refused, Stopped, first_line, root_cause
 from pipelines.specs import InventoryOptions, RuntimeSpec
-from pipelines.storage import Storage, is_local, join, open_storage, redact
-from pipelines.traces import first_line, root_cause
-from pipelines.uris import redacted
+from pipelines.storage.storage import Storage, is_local, join, open_storage, redact
+from pipelines.storage.uris import redacted
+from pipelines.training.resources import cores
+from pipelines.training.runs import git_revision
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def prepare(config: ClassifyConfig) -> Run:
         plan = inventory.plan(config.inventory, state, options=inventory_options(config))
     ledger = open_ledger(state, plan, bundle, config, certified=certified)
     with checking_input():
-        publishing.refuse_foreign_files(ledger, table)
+        publish.refuse_foreign_files(ledger, table)
     if not state.fenced:
         log.warning(
             "%s has no conditional put: two drivers started on it at once might both go on", redact(state.uri)
@@ -110,7 +111,7 @@ def prepare(config: ClassifyConfig) -> Run:
 def refuse_strangers(state: Storage, table: Storage) -> None:
     """A table without a ledger is not ours; said before anything is written beside it."""
     if not state.list("ledger"):
-        found = [entry.path for entry in table.list() if publishing.readers_see(entry.path)]
+        found = [entry.path for entry in table.list() if publish.readers_see(entry.path)]
         if found:
             raise InputError(
                 f"{table.uri} holds files that are not of this run and that readers would count too "
@@ -177,7 +178,7 @@ def resolved(config: ClassifyConfig) -> Any:
 def carry_out(run: Run) -> int:
     """Classify what is missing, check the error budget, publish, report."""
     if run.ledger.view.state is State.PUBLISHED:
-        publishing.finish(run.ledger, run.state, run.table)
+        publish.finish(run.ledger, run.state, run.table)
         if not reopen_failed(run):
             if not run_report.is_current(run.state, run.ledger):  # the driver died before it could report
                 report(run)
@@ -192,7 +193,7 @@ def carry_out(run: Run) -> int:
         check_budget(run)
     started = time.monotonic()
     rows_per_file = run.config.workers.rows_per_file
-    publishing.publish(run.ledger, run.plan, run.state, run.table, rows_per_file=rows_per_file)
+    publish.publish(run.ledger, run.plan, run.state, run.table, rows_per_file=rows_per_file)
     run.seconds["publish"] = time.monotonic() - started
     report(run)
     print(run_report.one_line(run.ledger, run.plan, run.table))
@@ -208,7 +209,7 @@ def reopen_failed(run: Run) -> bool:
     """With `--retry-failed`, open a generation for rows that failed in passing; whether there are any."""
     if not run.config.retry_failed:
         return False
-    failed = publishing.failed_items(run.ledger, run.plan, run.table)
+    failed = publish.failed_items(run.ledger, run.plan, run.table)
     if failed:
         run.ledger.reopen(failed, session(run))
     return bool(failed)
@@ -227,6 +228,7 @@ def classify_on_cluster(run: Run) -> None:
             committer,
             passes,
             lambda final: dataflow(run, final=final),
+            progress=ProgressReport(run.ledger.done.n_rows, before),
             every_s=config.commit_every_s,
         )
     finally:
@@ -260,7 +262,7 @@ def dataflow(run: Run, *, final: bool) -> Any:
         raise JobFailed(str(error)) from error
     fetch = plain(config.fetch).shared_by(pools.load_actors)
     source = Source(run.state.uri, bundle.image_spec, plain(config.decode), fetch)
-    target = output.Target(
+    target = parts.Target(
         state_uri=run.state.uri,
         generation=run.ledger.view.generation,
         model_id=bundle.model_id,
@@ -276,7 +278,7 @@ def check_budget(run: Run) -> None:
     """Refuse to publish too many rows without a label; a rerun of failed rows can only mend a table."""
     if run.ledger.view.generation > 1:
         return
-    over = output.over_budget(
+    over = parts.over_budget(
         run.ledger.statuses(),
         run.ledger.hosts(),
         max_error_rate=run.config.max_error_rate,

@@ -16,9 +16,10 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cluster import quieten
-from jobs.errors import CommandError, InputError, JobFailed
-from jobs.signals import Stopped, stoppable
-from pipelines.uris import redact
+from jobs.errors import EXIT_CODES
+from jobs.signals import stoppable
+from pipelines.messages import CommandError, InputError, JobFailed, Stopped
+from pipelines.storage.uris import redact
 
 if TYPE_CHECKING:
     from jobs.settings import JobConfig
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"iab-vision {name}: {redact(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return EXIT_CODES[type(error)]
     except KeyboardInterrupt:
         print(f"iab-vision {name}: interrupted", file=sys.stderr)
         return 1

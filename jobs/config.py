@@ -10,8 +10,11 @@ from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from jobs.settings import JobConfig, suggestion, typed
-from pipelines import data_settings, recipe, specs, uris
+from pipelines import specs
+from pipelines.datasets import settings
 from pipelines.status import Status
+from pipelines.storage import uris
+from pipelines.training import recipe
 
 if TYPE_CHECKING:  # the twins have the fields of what they validate
     Fetch = specs.FetchLimits
@@ -24,9 +27,9 @@ if TYPE_CHECKING:  # the twins have the fields of what they validate
     Balance = recipe.Balance
     Augment = recipe.Augment
     Stopping = recipe.Stopping
-    Splits = data_settings.Splits
-    Ingest = data_settings.Ingest
-    Columns = data_settings.Columns
+    Splits = settings.Splits
+    Ingest = settings.Ingest
+    Columns = settings.Columns
 else:
     Fetch = typed(specs.FetchLimits)
     Decode = typed(specs.DecodeLimits)
@@ -38,9 +41,9 @@ else:
     Balance = typed(recipe.Balance)
     Augment = typed(recipe.Augment)
     Stopping = typed(recipe.Stopping)
-    Splits = typed(data_settings.Splits)
-    Ingest = typed(data_settings.Ingest)
-    Columns = typed(data_settings.Columns)
+    Splits = typed(settings.Splits)
+    Ingest = typed(settings.Ingest)
+    Columns = typed(settings.Columns)
 
 
 def located(uri: str) -> str:
@@ -70,7 +73,7 @@ class DatasetConfig(RayConfig):
 
     dataset: Location
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
-    taxonomy: str = data_settings.DataSettings.taxonomy
+    taxonomy: str = settings.DataSettings.taxonomy
     """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
     label_map: Location | None = None
     """Table whose first two columns rename labels; an empty target drops the image."""

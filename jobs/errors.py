@@ -1,4 +1,4 @@
-"""The three ways a command can end badly, and their exit codes.
+"""Exit codes of the errors that end a command, and what wrong input becomes.
 
 Everything a user can mend reaches them as one paragraph: the value, the limit, what to do.
 """
@@ -6,27 +6,9 @@ Everything a user can mend reaches them as one paragraph: the value, the limit, 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipelines.messages import CommandError, InputError, JobFailed, Refused
 
-class CommandError(Exception):
-    """A failure that is explained to the user without a traceback."""
-
-    exit_code = 1
-
-
-class JobFailed(CommandError):
-    """The job ran and failed; what it committed is kept, and the same command continues it."""
-
-
-class InputError(CommandError):
-    """The input or the config is wrong; nothing was started and nothing was written."""
-
-    exit_code = 2
-
-
-class Refused(CommandError):
-    """A quality gate said no: parity, or the error budget."""
-
-    exit_code = 3
+EXIT_CODES: dict[type[CommandError], int] = {JobFailed: 1, InputError: 2, Refused: 3}
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.config import EvaluateConfig
-from jobs.errors import InputError, JobFailed, checking_input
+from jobs.errors import checking_input
 from jobs.settings import plain
-from pipelines.resources import cores
+from pipelines.messages import InputError, JobFailed
+from pipelines.training.resources import cores
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Subject:
 
 def run(config: EvaluateConfig) -> int:
     """Measure, write `report.html` and `evaluation.json`, and say the most important numbers."""
-    from pipelines.card import HEADLINES
+    from pipelines.training.model_card import HEADLINES
 
     if (config.bundle is None) == (config.checkpoint is None):
         raise InputError("give either --bundle or --checkpoint")
@@ -69,18 +70,18 @@ def run(config: EvaluateConfig) -> int:
 
 def examine(config: EvaluateConfig, judged: Subject) -> Any:
     """Ask, measure, illustrate, write; returns the `Evaluation`."""
-    from pipelines import examination
-    from pipelines.evaluation import evaluate
-    from pipelines.gallery import gallery
-    from pipelines.report import write_report
+    from pipelines.evaluation import score
+    from pipelines.evaluation.evaluation import evaluate
+    from pipelines.evaluation.gallery import gallery
+    from pipelines.evaluation.report import write_report
 
     with checking_input():
         known = splits_of_run(config)
         data = labelled(config, judged).divided_as(known or {})
-        asked = examination.questions(
+        asked = score.questions(
             data, config.split, judged.class_ids, judged.taxonomy, multi_label=judged.multi_label
         )
-    seen = examination.seen_in_training(data, config.split, known)
+    seen = score.seen_in_training(data, config.split, known)
     if seen.suspect:
         log.warning(
             "the model may be flattered; training images among those asked about: %s. Give --run RUN, which "
@@ -90,10 +91,10 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
     for label, images in asked.uncovered.items():
         log.warning("no class of the model covers %s (%d images)", label, images)
     try:
-        answers = examination.answered(
+        answers = score.answered(
             asked, judged.run, judged.class_ids, judged.image_spec, threads=config.threads or cores()
         )
-    except examination.NothingToExamine as error:
+    except score.NothingToExamine as error:
         raise JobFailed(str(error)) from error
     for image in answers.broken[:20]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
@@ -117,11 +118,11 @@ def examine(config: EvaluateConfig, judged: Subject) -> Any:
 
 def labelled(config: EvaluateConfig, judged: Subject) -> Any:
     """The dataset, in the model's taxonomy; asked about as a whole, its split column means nothing."""
-    from pipelines import datasets
-    from pipelines.data_settings import DataSettings
+    from pipelines.datasets import dataset
+    from pipelines.datasets.settings import DataSettings
 
     columns = plain(config.columns)
-    return datasets.load(
+    return dataset.load(
         DataSettings(
             config.dataset,
             judged.taxonomy_reference,
@@ -135,7 +136,7 @@ def labelled(config: EvaluateConfig, judged: Subject) -> Any:
 
 def splits_of_run(config: EvaluateConfig) -> dict[str, str] | None:
     """Recorded URI -> split, where the run that made the model is known and recorded them."""
-    from pipelines import runs
+    from pipelines.training import runs
 
     if config.run is None:
         return None if config.checkpoint is None else runs.recorded_splits(run_folder(config.checkpoint))
@@ -176,10 +177,11 @@ def subject(config: EvaluateConfig) -> Iterator[Subject]:
 
 def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
     """The bundle's ONNX model, in the session that classify would use."""
-    from jobs.proof import require_certificate
-    from pipelines import bundle as bundles
-    from pipelines import runtime, storage
+    from jobs.certificate_gate import require_certificate
+    from pipelines.bundle import bundle as bundles
+    from pipelines.bundle import session
     from pipelines.specs import RuntimeSpec
+    from pipelines.storage import storage
 
     bundle = bundles.open_bundle(uri)
     spec = RuntimeSpec(
@@ -201,7 +203,7 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
         image_spec=bundle.image_spec,
         thresholds=bundle.thresholds,
         multi_label=bundle.multi_label,
-        run=runtime.load(bundle, spec).run,
+        run=session.load(bundle, spec).run,
         proof="covers it" if certified else "NONE (--allow-uncertified)",
     )
 
@@ -210,8 +212,8 @@ def checkpoint_subject(found: Any, uri: str) -> Subject:
     """The checkpoint's PyTorch model, with the run that it came from where there is one."""
     import torch
 
-    from pipelines import metrics
-    from pipelines.attention import normalised
+    from pipelines.evaluation import metrics
+    from pipelines.evaluation.attention import normalised
 
     network = found.network("sdpa")
 
@@ -247,7 +249,7 @@ def taxonomy_reference(found: Any) -> str:
 
 def history(uri: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none where the folder is not a run's."""
-    from pipelines import storage
+    from pipelines.storage import storage
 
     folder = storage.open_storage(uri)
     if not folder.exists("metrics.jsonl"):

@@ -8,8 +8,9 @@ differs too much from the checkpoint; the report then lies at OUTPUT-refused.
 """
 
 from jobs.config import ExportConfig
-from jobs.errors import Refused, checking_input
+from jobs.errors import checking_input
 from jobs.settings import plain
+from pipelines.messages import Refused
 
 
 def run(config: ExportConfig) -> int:

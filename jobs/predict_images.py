@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.config import PredictConfig
-from jobs.errors import InputError, checking_input
+from jobs.errors import checking_input
 from jobs.settings import plain
+from pipelines.messages import InputError
 
 
 def run(config: PredictConfig) -> int:
@@ -30,11 +31,11 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
     Each row says whether the model that gave it is `certified`.
     """
-    from jobs.proof import require_certificate
-    from pipelines import bundle as bundles
-    from pipelines.fetch import Fetcher
-    from pipelines.images import prepare
-    from pipelines.prediction import black, loaded_row, loaded_table, open_predictor
+    from jobs.certificate_gate import require_certificate
+    from pipelines.bundle import bundle as bundles
+    from pipelines.bundle.predictor import black, loaded_row, loaded_table, open_predictor
+    from pipelines.fetch.fetch import Fetcher
+    from pipelines.images.prepare import prepare
     from pipelines.specs import RuntimeSpec
 
     if not config.images:

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jobs import drawings
+from jobs import demo_images
 from jobs.cluster import ray_cluster
 from jobs.config import (
     Augment,
@@ -28,7 +28,7 @@ from jobs.config import (
     TrainConfig,
     VerifyConfig,
 )
-from jobs.errors import InputError, JobFailed
+from pipelines.messages import InputError, JobFailed
 
 PICTURES_PER_CLASS = 100
 NEW_PICTURES = 120
@@ -47,8 +47,8 @@ def run(config: DemoConfig) -> int:
     root = Path(config.output).absolute()
     start_afresh(root)
     with ray_cluster():
-        tell("draw", f"{PICTURES_PER_CLASS} pictures of each of {len(drawings.SUBJECTS)} IAB categories")
-        drawings.draw_dataset(root / "dataset", per_class=PICTURES_PER_CLASS, seed=SEED)
+        tell("draw", f"{PICTURES_PER_CLASS} pictures of each of {len(demo_images.SUBJECTS)} IAB categories")
+        demo_images.draw_dataset(root / "dataset", per_class=PICTURES_PER_CLASS, seed=SEED)
         train(root)
         export(root)
         truth = write_inventory(root)
@@ -120,12 +120,12 @@ def write_inventory(root: Path) -> dict[str, str]:
     folder.mkdir()
     truth = {}
     for number in range(NEW_PICTURES):
-        subject = str(rng.choice(list(drawings.SUBJECTS)))
-        payload, extension = drawings.encode(drawings.draw(subject, rng), rng)
+        subject = str(rng.choice(list(demo_images.SUBJECTS)))
+        payload, extension = demo_images.encode(demo_images.draw(subject, rng), rng)
         path = folder / f"{number:04d}.{extension}"
         path.write_bytes(payload)
         truth[str(path)] = subject
-    for name, payload in drawings.broken_files(SEED):
+    for name, payload in demo_images.broken_files(SEED):
         (folder / name).write_bytes(payload)
     uris = sorted(str(path) for path in folder.iterdir())
     uris += [str(folder / "gone.jpg"), *uris[:10]]
@@ -176,7 +176,7 @@ def show(root: Path, truth: dict[str, str]) -> None:
     share = right / max(1, len(known))
     say(
         f"\n{right} of {len(known)} new pictures are labelled as drawn: {share:.0%}, where "
-        f"chance is {1 / len(drawings.SUBJECTS):.0%}. They are drawings: the figure says that the stages "
+        f"chance is {1 / len(demo_images.SUBJECTS):.0%}. They are drawings: the figure says that the stages "
         "fit together, and nothing about photographs.\n"
     )
     statuses = Counter(row["status"] for row in rows)
@@ -188,7 +188,7 @@ def show(root: Path, truth: dict[str, str]) -> None:
 
 
 def show_rows(rows: Sequence[dict[str, Any]], truth: dict[str, str]) -> None:
-    from pipelines import taxonomy
+    from pipelines.taxonomy import taxonomy
 
     paths = taxonomy.load("3.1")
     table = Table("picture", "score", "category, or why there is none", "drawn as")

@@ -31,9 +31,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from jobs.errors import InputError
 from jobs.help_text import HelpText
-from pipelines.uris import is_local
+from pipelines.messages import InputError
+from pipelines.storage.uris import is_local
 
 ENVIRONMENT = "IAB_VISION_"
 Spec = TypeVar("Spec")
@@ -181,7 +181,7 @@ def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
 def read_file(path: str) -> str:
     if is_local(path):
         return Path(path).read_text(encoding="utf-8")
-    from pipelines.storage import read_uri  # heavy, and needed here alone
+    from pipelines.storage.storage import read_uri  # heavy, and needed here alone
 
     return read_uri(path).decode()
 

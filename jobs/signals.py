@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pipelines.messages import Stopped
+
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived; its text is the signal's name."""
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from typing import Any
 
 from jobs import cluster
 from jobs.config import RecipeConfig, TrainConfig
-from jobs.errors import JobFailed, checking_input
+from jobs.errors import checking_input
 from jobs.settings import plain
 from jobs.training_progress import TrainingProgress
+from pipelines.messages import JobFailed
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ def run(config: TrainConfig) -> int:
     """Train, or say that it is done; upload the model where that is asked for, also of a finished run."""
     from huggingface_hub.utils import validate_repo_id
 
-    from pipelines import fitting, runs
+    from pipelines.training import fit, runs
 
     with checking_input():
         if config.push_to_hub:
             validate_repo_id(config.push_to_hub)
-        plan = fitting.plan(labelled(config), recipe_of(config), config.output, resources_of(config))
+        plan = fit.plan(labelled(config), recipe_of(config), config.output, resources_of(config))
         done = runs.finished(config.output, plan.recipe, plan.data)
     if done is None:
         done = trained(config, plan)
@@ -50,22 +51,22 @@ def run(config: TrainConfig) -> int:
 
 def trained(config: TrainConfig, plan: Any) -> Any:
     """The run, finished on a cluster."""
-    from pipelines import fitting
-    from pipelines.ingest import IngestError
+    from pipelines.datasets.pixels import IngestError
+    from pipelines.training import fit
 
     with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
         with checking_input():
             plan = replace(plan, resources=plan.resources.on_cluster(config.use_gpu))
         with TrainingProgress(plan.recipe.select_by) as progress:
             try:
-                return fitting.fit(plan, plain(config.ingest), progress)
-            except (fitting.TrainingFailed, IngestError) as error:
+                return fit.fit(plan, plain(config.ingest), progress)
+            except (fit.TrainingFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
 
 
 def resources_of(config: TrainConfig) -> Any:
     """Where the run happens, within the settings."""
-    from pipelines.resources import Resources
+    from pipelines.training.resources import Resources
 
     return Resources(
         num_workers=config.num_workers,
@@ -88,7 +89,8 @@ def push_to_hub(output: str, repository: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
-    from pipelines import runs, storage
+    from pipelines.storage import storage
+    from pipelines.training import runs
 
     folder = storage.open_storage(storage.join(output, runs.BEST))
     with tempfile.TemporaryDirectory() as local:
@@ -108,10 +110,10 @@ def push_to_hub(output: str, repository: str) -> None:
 
 def labelled(config: RecipeConfig) -> Any:
     """The dataset that the settings name."""
-    from pipelines import datasets
-    from pipelines.data_settings import DataSettings
+    from pipelines.datasets import dataset
+    from pipelines.datasets.settings import DataSettings
 
-    return datasets.load(
+    return dataset.load(
         DataSettings(
             config.dataset,
             config.taxonomy,
@@ -125,7 +127,7 @@ def labelled(config: RecipeConfig) -> Any:
 
 def recipe_of(config: RecipeConfig) -> Any:
     """The recipe within the settings."""
-    from pipelines.recipe import Recipe
+    from pipelines.training.recipe import Recipe
 
     return Recipe(
         **{name: getattr(config, name) for name in SCALARS},
@@ -135,7 +137,7 @@ def recipe_of(config: RecipeConfig) -> Any:
 
 def tell(content: Any) -> None:
     """The result in a few lines."""
-    from pipelines.card import HEADLINES
+    from pipelines.training.model_card import HEADLINES
 
     split = "test" if content["test"] else "validation"
     shown = {name: content[split][name] for name in HEADLINES if name in content[split]}

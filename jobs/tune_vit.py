@@ -15,41 +15,42 @@ from typing import Any
 
 from jobs import cluster
 from jobs.config import TuneConfig
-from jobs.errors import JobFailed, checking_input
+from jobs.errors import checking_input
 from jobs.settings import plain
 from jobs.train_vit import labelled, recipe_of
-from pipelines.resources import cores
+from pipelines.messages import JobFailed
+from pipelines.training.resources import cores
 
 log = logging.getLogger(__name__)
 
 
 def run(config: TuneConfig) -> int:
     """Search, or say that it is done."""
-    from pipelines import fitting, tuning
-    from pipelines.ingest import IngestError
-    from pipelines.resources import Resources
+    from pipelines.datasets.pixels import IngestError
+    from pipelines.training import fit, tune
+    from pipelines.training.resources import Resources
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's own tables; ours is the log and trials.csv
     with checking_input():
-        space = tuning.read_space(config.space)
+        space = tune.read_space(config.space)
         resources = Resources(num_workers=config.num_workers, cpus_per_worker=config.cpus_per_worker)
-        plan = fitting.plan(labelled(config), recipe_of(config), config.output, resources)
-        search = tuning.Search(
+        plan = fit.plan(labelled(config), recipe_of(config), config.output, resources)
+        search = tune.Search(
             trials=config.trials,
             grace_epochs=config.grace_epochs,
             reduction=config.reduction,
             max_concurrent=config.max_concurrent or fitting_here(config),
             seed=config.seed,
         )
-        tuning.distributions(space, plan.recipe)
-        done = tuning.refuse_another(plan, space, search)
+        tune.distributions(space, plan.recipe)
+        done = tune.refuse_another(plan, space, search)
     if done is None:
         with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
             with checking_input():
                 plan = replace(plan, resources=plan.resources.on_cluster(config.use_gpu))
             try:
-                done = tuning.tune_recipe(plan, space, search, plain(config.ingest))
-            except (tuning.TuningFailed, IngestError) as error:
+                done = tune.tune_recipe(plan, space, search, plain(config.ingest))
+            except (tune.TuningFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
     tell(done, config.output)
     return 0

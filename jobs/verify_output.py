@@ -4,11 +4,13 @@ Exit code 0 when every check passes, 1 when one fails, 2 when the path is neithe
 """
 
 from jobs.config import VerifyConfig
-from jobs.errors import InputError, checking_input
+from jobs.errors import checking_input
+from pipelines.messages import InputError
 
 
 def run(config: VerifyConfig) -> int:
-    from pipelines import bundle, storage
+    from pipelines.bundle import bundle
+    from pipelines.storage import storage
 
     with checking_input():
         folder = storage.open_storage(config.path)
@@ -23,7 +25,7 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
 
     The one of fp32 on cpu is written last and must be there: without it the bundle is only half exported.
     """
-    from pipelines import bundle as bundles
+    from pipelines.bundle import bundle as bundles
 
     try:
         bundle = bundles.open_bundle(uri)
@@ -44,7 +46,7 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
 
 
 def predictions_checks(uri: str) -> list[tuple[str, bool, str]]:
-    from pipelines.verification import NotPredictions, verify
+    from pipelines.ledger.verify import NotPredictions, verify
 
     try:
         report = verify(uri)

@@ -23,7 +23,7 @@ def shared_folder(name: str) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where ONNX Runtime finds none."""
     if item.get_closest_marker("gpu"):
-        from pipelines import providers
+        from pipelines.bundle import providers
 
         try:
             providers.gpu_name(0)

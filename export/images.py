@@ -1,0 +1,218 @@
+"""The images that parity is measured on: a seeded sample of the user's own, and awkward ones made here.
+
+Both as encoded bytes, since what is certified begins with bytes. The user's images come from a labelled
+dataset (its validation and test splits where it has them), a table of URIs, or any folder of images.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.datasets import readers
+from pipelines.datasets.readers import DatasetError
+from pipelines.datasets.settings import Columns
+from pipelines.images.decoder import DecoderProcess
+from pipelines.images.prepare import ORIENTATION_TAG
+from pipelines.inventory import tables
+from pipelines.inventory.listing import is_image_name
+from pipelines.specs import ImageSpec
+from pipelines.status import Status
+from pipelines.storage import storage
+from pipelines.taxonomy.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
+
+HELD_OUT = ("validation", "test")
+"""Splits that training never saw, so accuracy on them means something."""
+DATASET_TABLE = "labels.csv"
+"""A folder that holds this file is a labelled dataset, and the file says which image is what."""
+DECODE_BATCH = 64
+
+
+class NoImages(ValueError):
+    """The place named by `--images` holds nothing to measure on."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image."""
+
+    image_id: str
+    payload: bytes
+    labels: tuple[str, ...] = ()
+    """As the dataset has them; none for an unlabelled or an awkward image."""
+    awkward: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the bytes: what tells whether two measurements used the same image."""
+        return hashlib.sha256(self.payload).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one image of the user lies."""
+
+    uri: str
+    labels: tuple[str, ...] = ()
+    container: str | None = None
+    position: int | None = None
+
+
+def draw(images_uri: str, *, count: int, seed: int) -> list[Sample]:
+    """`count` of the images at a URI: the same ones for the same seed, however storage orders them."""
+    places = find(images_uri)
+    if not places:
+        raise NoImages(f"{storage.redact(images_uri)} holds no image; give a folder, a table or a dataset")
+    ranked = sorted(places, key=lambda place: hashlib.sha256(f"{seed}:{place.uri}".encode()).digest())
+    return list(_read(ranked[:count]))
+
+
+def find(images_uri: str) -> list[Place]:
+    """Every image that may be drawn: the held-out ones of a labelled dataset, or all of them."""
+    is_table = tables.format_of(images_uri) is not None
+    if not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
+        return find(storage.join(images_uri, DATASET_TABLE))
+    try:
+        rows, _ = readers.read(images_uri, Columns())
+    except DatasetError:  # no labels: the images alone will do
+        return _in_table(images_uri) if is_table else _in_folder(images_uri)
+    held_out = rows.filter(pa.compute.is_in(rows["split"], pa.array(HELD_OUT)))
+    rows = held_out if held_out.num_rows else rows
+    return [
+        Place(row["uri"], tuple(row["labels"]), row["container"], row["position"]) for row in rows.to_pylist()
+    ]
+
+
+def _in_table(table_uri: str) -> list[Place]:
+    schema = tables.schema_of([table_uri])
+    column = next((name for name in ("uri", "file") if name in schema.names), None)
+    if column is None:
+        raise NoImages(f"{storage.redact(table_uri)} has neither a column uri nor file among {schema.names}")
+    folder, _ = storage.split(table_uri)
+    names = [
+        name for batch in tables.batches([table_uri], schema, [column]) for name in batch[column].to_pylist()
+    ]
+    return [
+        Place(name if "://" in name or name.startswith("/") else storage.join(folder, name)) for name in names
+    ]
+
+
+def _in_folder(folder_uri: str) -> list[Place]:
+    paths = (entry.path for entry in storage.open_storage(folder_uri).list())
+    return [Place(storage.join(folder_uri, path)) for path in filter(is_image_name, paths)]
+
+
+def targets(samples: Sequence[Sample], class_ids: Sequence[str], taxonomy: Taxonomy) -> np.ndarray:
+    """0/1 matrix [samples, classes] of the labels; a row of -1 where a label is missing or no class."""
+    index = {class_id: column for column, class_id in enumerate(class_ids)}
+    targets_nc = np.zeros((len(samples), len(class_ids)), np.int8)
+    for row, sample in enumerate(samples):
+        columns = [index.get(_resolved(label, taxonomy), -1) for label in sample.labels]
+        if not columns or -1 in columns:
+            targets_nc[row] = -1
+        else:
+            targets_nc[row, columns] = 1
+    return targets_nc
+
+
+def _resolved(label: str, taxonomy: Taxonomy) -> str:
+    try:
+        return taxonomy.resolve(label)
+    except (UnknownLabel, AmbiguousLabel):
+        return ""
+
+
+def _read(places: Sequence[Place]) -> Iterator[Sample]:
+    for place in places:
+        if place.container is None or place.position is None:
+            payload = storage.read_uri(place.uri)
+        else:
+            payload = _embedded(place.container, place.position)
+        yield Sample(place.uri, payload, place.labels)
+
+
+def _embedded(container: str, position: int) -> bytes:
+    folder, name = container.rsplit("/", 1)
+    with storage.open_storage(folder).open_input(name) as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if position < rows:
+                image = parquet.read_row_group(group, columns=["image"])["image"][position].as_py()
+                return bytes(image["bytes"] if isinstance(image, dict) else image)
+            position -= rows
+    raise NoImages(f"{container} has no row {position}")
+
+
+def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None]:
+    """uint8 [height, width, 3] of each, or None; by classify's decoding processes, which survive a crash."""
+    found: list[np.ndarray | None] = []
+    with DecoderProcess(spec) as decoder:
+        for start in range(0, len(payloads), DECODE_BATCH):
+            prepared, pixels_nhwc = decoder.prepare_batch(payloads[start : start + DECODE_BATCH])
+            pairs = zip(prepared, pixels_nhwc, strict=True)
+            found += [pixels.copy() if image.status is Status.OK else None for image, pixels in pairs]
+    return found
+
+
+@cache
+def awkward(seed: int = 0) -> tuple[Sample, ...]:
+    """Pictures that have broken pipelines: tiny, huge, long, grey, CMYK, 16-bit, transparent, rotated."""
+    picture = _picture(seed)
+    grey, cmyk = picture.convert("L"), picture.convert("CMYK")
+    made = {
+        "tiny-1x1.png": _png(picture.resize((1, 1))),
+        "tiny-3x2.jpg": _jpeg(picture.resize((3, 2))),
+        "huge-4800x3600.jpg": _jpeg(picture.resize((4800, 3600), Image.Resampling.BICUBIC)),
+        "long-2000x11.jpg": _jpeg(picture.resize((2000, 11))),
+        "grey.jpg": _jpeg(grey),
+        "cmyk.jpg": _jpeg(cmyk),
+        "palette.png": _png(picture.quantize(64)),
+        "grey-16-bit.png": _png(Image.fromarray(np.asarray(grey, np.uint16) * 257)),
+        "transparent.png": _png(_transparent(picture)),
+        "one-bit.png": _png(picture.convert("1")),
+        "first-frame.gif": _gif(picture),
+        **{f"rotated-{value}.jpg": _jpeg(picture, orientation=value) for value in (3, 6, 8)},
+        **{f"mirrored-{value}.jpg": _jpeg(picture, orientation=value) for value in (2, 5)},
+    }
+    return tuple(Sample(f"awkward/{name}", payload, awkward=True) for name, payload in made.items())
+
+
+def _picture(seed: int) -> Image.Image:
+    """Smooth colours with a bright corner: neither mirrored nor rotated does it look the same."""
+    coarse_hwc = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    coarse_hwc[:2, :3] = (250, 40, 10)
+    return Image.fromarray(coarse_hwc).resize((320, 240), Image.Resampling.BICUBIC)
+
+
+def _transparent(picture: Image.Image) -> Image.Image:
+    picture = picture.convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    return picture
+
+
+def _jpeg(picture: Image.Image, *, orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    return _saved(picture, "JPEG", quality=90, exif=exif)
+
+
+def _png(picture: Image.Image) -> bytes:
+    return _saved(picture, "PNG")
+
+
+def _gif(picture: Image.Image) -> bytes:
+    second = picture.transpose(Image.Transpose.ROTATE_180)
+    return _saved(picture, "GIF", save_all=True, append_images=[second], duration=100)
+
+
+def _saved(picture: Image.Image, name: str, **settings: object) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, name, **settings)
+    return sink.getvalue()

@@ -1,0 +1,29 @@
+"""Whether a bundle may run as asked: the one answer of every command that runs a model."""
+
+import logging
+
+from pipelines.bundle.bundle import Bundle, NotCertified
+from pipelines.messages import Refused
+from pipelines.specs import RuntimeSpec
+
+log = logging.getLogger(__name__)
+
+
+def require_certificate(bundle: Bundle, spec: RuntimeSpec, *, allow_uncertified: bool) -> bool:
+    """Whether a passing certificate covers the session; False only where the user allows that, loudly.
+
+    Raises:
+        Refused: the bundle lacks the file, or nothing covers it; the message has the command that helps.
+    """
+    try:
+        bundle.model_record(spec.precision, spec.provider)
+    except NotCertified as error:
+        raise Refused(str(error)) from error
+    try:
+        bundle.certificate_covering(spec)
+    except NotCertified as error:
+        if not allow_uncertified:
+            raise Refused(str(error)) from error
+        log.warning("RUNNING WITHOUT PROOF (--allow-uncertified): %s", error)
+        return False
+    return True

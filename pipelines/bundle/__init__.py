@@ -1,0 +1,1 @@
+"""A released model: open, verify, run, label."""

@@ -1,0 +1,102 @@
+"""Class probabilities become the label columns of the predictions: top k, Tier 1, OpenRTB `cat`.
+
+Whole batches at a time, numpy in and Arrow out. It runs no model and reads no file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines import schema
+from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
+
+DEFAULT_THRESHOLD = 0.5
+"""Score from which an id enters `cat` when the bundle carries no threshold for it: more likely than not."""
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """What turns one model's probabilities into label columns; `labeller` builds it."""
+
+    class_ids: pa.Array
+    rollup: Rollup
+    tier1_positions: npt.NDArray[np.int64]
+    thresholds: Floats
+    top_k: int
+    multi_label: bool
+
+    def label(self, probabilities_nc: Floats) -> pa.Table:
+        """The label columns of `schema.SCORED`, one row per image.
+
+        Args:
+            probabilities_nc: float32 [images, classes] in the graph's class order.
+        """
+        top_nk = top_positions(probabilities_nc, self.top_k)
+        scores_nk = np.take_along_axis(probabilities_nc, top_nk, axis=1)
+        rolled_nr = self.rollup.apply(probabilities_nc, multi_label=self.multi_label)
+        ids = pa.array(self.rollup.ids, pa.string())
+        tier1 = self.tier1_positions[rolled_nr[:, self.tier1_positions].argmax(axis=1)]
+        return pa.table(
+            {
+                "top_id": self.class_ids.take(pa.array(top_nk[:, 0])),
+                "top_score": pa.array(scores_nk[:, 0], pa.float32()),
+                "labels": label_lists(self.class_ids, top_nk, scores_nk),
+                "tier1_id": ids.take(pa.array(tier1)),
+                "tier1_score": pa.array(rolled_nr[np.arange(len(tier1)), tier1], pa.float32()),
+                "cat": passing_ids(ids, rolled_nr, self.thresholds),
+            }
+        )
+
+
+def labeller(
+    class_ids: list[str],
+    taxonomy: Taxonomy,
+    *,
+    thresholds: Mapping[str, float],
+    top_k: int,
+    multi_label: bool = False,
+) -> Labeller:
+    """The labeller of a model with these classes.
+
+    Args:
+        class_ids: taxonomy ids in the graph's class order.
+        thresholds: score from which an id, class or ancestor, enters `cat`; `DEFAULT_THRESHOLD` elsewhere.
+    """
+    rollup = taxonomy.rollup(class_ids)
+    roots = {taxonomy.tier1(class_id) for class_id in class_ids}
+    return Labeller(
+        class_ids=pa.array(class_ids, pa.string()),
+        rollup=rollup,
+        tier1_positions=np.array([i for i, id_ in enumerate(rollup.ids) if id_ in roots], np.int64),
+        thresholds=np.array([thresholds.get(id_, DEFAULT_THRESHOLD) for id_ in rollup.ids], np.float32),
+        top_k=min(top_k, len(class_ids)),
+        multi_label=multi_label,
+    )
+
+
+def top_positions(scores_nc: Floats, k: int) -> npt.NDArray[np.int64]:
+    """Positions of the k largest scores of each row, best first; equal scores in class order."""
+    order_nc: npt.NDArray[np.int64] = np.argsort(-scores_nc, axis=1, kind="stable")
+    return order_nc[:, :k]
+
+
+def label_lists(class_ids: pa.Array, top_nk: npt.NDArray[np.int64], scores_nk: Floats) -> pa.Array:
+    n, k = top_nk.shape
+    fields = list(schema.LABELS_TYPE.value_type)
+    flat = pa.StructArray.from_arrays(
+        [class_ids.take(pa.array(top_nk.ravel())), pa.array(scores_nk.ravel(), pa.float32())], fields=fields
+    )
+    return pa.ListArray.from_arrays(pa.array(np.arange(n + 1) * k, pa.int32()), flat)
+
+
+def passing_ids(ids: pa.Array, rolled_nr: Floats, thresholds: Floats) -> pa.Array:
+    """The ids of each row at or above their threshold, best first."""
+    order_nr = np.argsort(-rolled_nr, axis=1, kind="stable")
+    passes_nr = np.take_along_axis(rolled_nr >= thresholds, order_nr, axis=1)
+    offsets = np.concatenate([[0], passes_nr.sum(axis=1).cumsum()])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), ids.take(pa.array(order_nr[passes_nr])))

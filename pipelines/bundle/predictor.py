@@ -1,0 +1,134 @@
+"""Fetched bytes and decoded pixels -> rows of `schema.LOADED`; through the model -> rows of `schema.SCORED`.
+
+What the workers of a cluster and the one process of `predict` have in common. It fetches and decodes
+nothing itself.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import schema
+from pipelines.bundle import session
+from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.labelling import Floats, Labeller, labeller
+from pipelines.bundle.session import OnnxModel
+from pipelines.fetch.fetch import Fetched
+from pipelines.images.prepare import Pixels, Prepared
+from pipelines.specs import ImageSpec, RuntimeSpec
+from pipelines.status import Status
+
+Row = dict[str, object]
+"""One image by the columns of `schema.LOADED`."""
+
+
+def black(n: int, spec: ImageSpec) -> Pixels:
+    """uint8 [n, height, width, 3] of zeros, which a row without pixels keeps."""
+    return np.zeros((n, spec.height, spec.width, 3), np.uint8)
+
+
+def loaded_row(row_id: int, fetched: Fetched, image: Prepared | None) -> Row:
+    """What became of one image, whether or not bytes or pixels came of it.
+
+    Args:
+        image: what decoding made of the payload, if there is one.
+    """
+    row: Row = {"row_id": row_id, "status": fetched.status.value, "error": fetched.error}
+    return row | image_columns(image) | {"sha256": fetched.sha256} if image else row
+
+
+def loaded_table(rows: Sequence[Row], pixels_nhwc: Pixels) -> pa.Table:
+    """Rows of `schema.LOADED` with their column `pixels`, which shows the array."""
+    table = pa.Table.from_pylist(rows, schema=schema.LOADED)
+    return table.append_column("pixels", pixels_column(pixels_nhwc))
+
+
+def image_columns(image: Prepared) -> Row:
+    return {
+        "status": image.status.value,
+        "error": image.error,
+        "width_px": image.width_px,
+        "height_px": image.height_px,
+        "format": image.format,
+    }
+
+
+def pixels_column(pixels_nhwc: Pixels) -> pa.Array:
+    """uint8 [n, height, width, 3] as fixed-size binary, without a copy."""
+    n, height, width, _ = pixels_nhwc.shape
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(pixels_nhwc))]
+    return pa.FixedSizeBinaryArray.from_buffers(schema.pixels_type(height, width), n, buffers)
+
+
+def pixels_of(column: pa.ChunkedArray, spec: ImageSpec) -> Pixels:
+    """The inverse of `pixels_column`: uint8 [n, height, width, 3], without a copy for a single chunk."""
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    size = spec.height * spec.width * 3
+    flat = np.frombuffer(array.buffers()[1], np.uint8)[
+        array.offset * size : (array.offset + len(array)) * size
+    ]
+    return flat.reshape(len(array), spec.height, spec.width, 3)
+
+
+class Predictor:
+    """A loaded model and what its probabilities mean."""
+
+    def __init__(self, model: OnnxModel, labels: Labeller, spec: ImageSpec) -> None:
+        self._model, self._labels, self._spec = model, labels, spec
+
+    def score(self, loaded: pa.Table) -> pa.Table:
+        """Rows of `schema.SCORED`, in the order they came; rows without pixels pass through unlabelled."""
+        ok = pc.equal(loaded["status"], Status.OK.value).to_numpy()
+        head = loaded.drop_columns(["pixels"])
+        if not ok.any():
+            return spread(head, None, ok)
+        pixels_nhwc = pixels_of(loaded["pixels"], self._spec)
+        _, probabilities_nc = self._model.run(pixels_nhwc if ok.all() else pixels_nhwc[ok])
+        finite = np.isfinite(probabilities_nc).all(axis=1)
+        if not finite.all():
+            head = with_model_errors(head, np.flatnonzero(ok)[~finite])
+            ok[ok] = finite
+        return spread(head, self.labels(probabilities_nc[finite]), ok)
+
+    def labels(self, probabilities_nc: Floats) -> pa.Table | None:
+        return self._labels.label(probabilities_nc) if len(probabilities_nc) else None
+
+
+def with_model_errors(head: pa.Table, positions: npt.NDArray[np.int64]) -> pa.Table:
+    """Rows whose probabilities are not numbers say so; such a label would sort above every real one."""
+    failed = np.zeros(head.num_rows, bool)
+    failed[positions] = True
+    mask = pa.array(failed)
+    status = pc.if_else(mask, Status.MODEL_ERROR.value, head["status"])
+    error = pc.if_else(mask, "the model's probabilities are not finite", head["error"])
+    head = head.set_column(head.schema.get_field_index("status"), "status", status)
+    return head.set_column(head.schema.get_field_index("error"), "error", error)
+
+
+def spread(head: pa.Table, labels: pa.Table | None, ok: npt.NDArray[np.bool_]) -> pa.Table:
+    """Give the labels of the `ok` rows to them; the others hold nulls."""
+    columns = {name: head[name] for name in schema.LOADED.names}
+    positions = pa.array(np.cumsum(ok) - 1, pa.int64(), mask=~ok)
+    for field in schema.SCORED:
+        if field.name in columns:
+            continue
+        if labels is None:
+            columns[field.name] = pa.nulls(len(ok), field.type)
+        else:
+            columns[field.name] = labels[field.name].combine_chunks().take(positions)
+    return pa.table(columns).cast(schema.SCORED)
+
+
+def open_predictor(bundle: Bundle, spec: RuntimeSpec, top_k: int) -> Predictor:
+    """The predictor of an opened bundle; whether it is certified is for the caller to have checked."""
+    labels = labeller(
+        bundle.class_ids,
+        bundle.taxonomy(),
+        thresholds=bundle.thresholds,
+        top_k=top_k,
+        multi_label=bundle.multi_label,
+    )
+    return Predictor(session.load(bundle, spec), labels, bundle.image_spec)

@@ -1,0 +1,1 @@
+"""The dataflow: plan -> load -> infer -> write part."""

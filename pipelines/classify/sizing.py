@@ -1,0 +1,71 @@
+"""Sizes classify's two pools from what the cluster has, unless the user did.
+
+On GPU nodes one session per GPU, and the CPUs fetch and decode. On CPU the model is the cost: a session
+per core, and one load actor for every eight, since decoding a photo costs a fraction of running a ViT.
+"""
+
+from collections.abc import Mapping
+
+from pipelines.classify.on_ray import Pools
+from pipelines.specs import RuntimeSpec, Workers
+
+CORES_PER_LOAD_ACTOR = 8
+CPUS_TO_WRITE = 0.25
+"""For the tasks that write parts: actors hold their CPUs for the whole run, and would leave none."""
+CPU_CHUNK = 64
+"""Images that travel together on CPU: small, so that every session has work to the end."""
+PARTS_PER_RUN = 20
+"""A run is written in at least so many parts, so that a crash costs a small share even of a short one."""
+SMALLEST_PART = 500
+
+
+def size_pools(
+    workers: Workers,
+    resources: Mapping[str, float],
+    runtime: RuntimeSpec,
+    *,
+    n_items: int,
+    local_cores: int | None,
+) -> Pools:
+    """The pools for a cluster with these Ray resources.
+
+    Args:
+        local_cores: this machine's cores when the cluster was started on it: logical CPUs outnumber them.
+
+    Raises:
+        ValueError: the cluster cannot run the pools at once, so that the run would wait for ever.
+    """
+    on_cpu = runtime.provider == "cpu"
+    cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
+    rows_per_chunk = workers.rows_per_chunk or (CPU_CHUNK if on_cpu else runtime.batch_size)
+    chunks = max(1, -(-n_items // rows_per_chunk))
+    cpus_per_infer = float(runtime.threads) if on_cpu else 1.0
+    if on_cpu:
+        cores = local_cores or cpus - CPUS_TO_WRITE
+        load = workers.load_actors or max(1, int(cores) // CORES_PER_LOAD_ACTOR)
+        infer = workers.infer_actors or max(1, int((cores - (0 if local_cores else load)) // cpus_per_infer))
+    else:
+        if not gpus and not workers.infer_actors:
+            raise ValueError(
+                f"provider {runtime.provider} needs a GPU and the cluster shows none; use provider cpu, or "
+                "say with --workers.infer-actors how many GPUs it will have once it has grown"
+            )
+        infer = workers.infer_actors or gpus
+        load = workers.load_actors or max(1, int(local_cores or cpus - CPUS_TO_WRITE) - infer)
+    load, infer = min(load, chunks), min(infer, chunks)
+    needed = load + infer * cpus_per_infer + CPUS_TO_WRITE
+    if (on_cpu or gpus) and needed > cpus:
+        raise ValueError(
+            f"{load} load actors, {infer} sessions of {cpus_per_infer:g} CPUs, and the writing of parts need "
+            f"{needed:g} CPUs at once; the cluster has {cpus:g}. Give it more (--num-cpus on this machine), "
+            "or lower --workers.load-actors, --workers.infer-actors or --threads-per-session"
+        )
+    return Pools(
+        load_actors=load,
+        infer_actors=infer,
+        cpus_per_load=1,
+        cpus_per_infer=cpus_per_infer,
+        gpus_per_infer=0 if on_cpu else min(1.0, gpus / infer) if gpus else 1,
+        rows_per_chunk=rows_per_chunk,
+        rows_per_part=min(workers.rows_per_part, max(SMALLEST_PART, n_items // PARTS_PER_RUN)),
+    )

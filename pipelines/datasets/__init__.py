@@ -1,0 +1,1 @@
+"""Labelled input -> classes, splits, decoded pixels."""

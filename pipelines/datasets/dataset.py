@@ -1,0 +1,237 @@
+"""Labels as a dataset has them become classes of a taxonomy, and its images are divided into splits.
+
+What goes out names each image, its class indices and its split. Reading the dataset is `labelled_input.py`'s
+part, opening an image `ingest.py`'s.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.datasets import splits
+from pipelines.datasets.readers import DatasetError, open_table, read
+from pipelines.datasets.settings import DataSettings, Splits
+from pipelines.storage import storage
+from pipelines.taxonomy import taxonomy
+from pipelines.taxonomy.taxonomy import Taxonomy
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Images with their classes, divided into splits."""
+
+    rows: pa.Table
+    """uri, container, position, classes list<int32>, split; row number = row id."""
+    classes: tuple[str, ...]
+    """Class ids in the model's order."""
+    taxonomy: Taxonomy
+    settings: DataSettings
+    """What it was read by; an own table of categories by its absolute path."""
+    multi_label: bool
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows left out while reading, by reason."""
+    divided_here: frozenset[str] = frozenset()
+    """Splits that the dataset does not name itself: with other settings, other images would be in them."""
+
+    @property
+    def splits(self) -> npt.NDArray[np.str_]:
+        return np.array(self.rows["split"].to_pylist(), dtype="<U10")
+
+    def indices(self, split: str) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(self.splits == split)
+
+    def divided_as(self, known: Mapping[str, str]) -> Self:
+        """The same images, each in the split that its recorded URI is known by, if it is known."""
+        own = self.rows["split"].to_pylist()
+        chosen = [known.get(uri, split) for uri, split in zip(self.recorded_uris(), own, strict=True)]
+        column = self.rows.schema.get_field_index("split")
+        return replace(self, rows=self.rows.set_column(column, "split", pa.array(chosen, pa.string())))
+
+    def recorded_uris(self) -> list[str]:
+        """Every image's URI as it may be written down: without user names and signatures, which change."""
+        return [storage.redact(uri) for uri in self.rows["uri"].to_pylist()]
+
+    def targets(self) -> npt.NDArray[Any]:
+        """Class indices int64[N]; multi-label: uint8[N, C]."""
+        classes = self.rows["classes"].combine_chunks()
+        if not self.multi_label:
+            return np.asarray(classes.flatten().to_numpy(), np.int64)
+        targets_nc = np.zeros((self.rows.num_rows, len(self.classes)), np.uint8)
+        parents = pa.compute.list_parent_indices(classes).to_numpy()
+        targets_nc[parents, classes.flatten().to_numpy()] = 1
+        return targets_nc
+
+    def class_counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Images of each class among these row numbers."""
+        targets = self.targets()[rows]
+        if self.multi_label:
+            return np.asarray(targets.sum(axis=0, dtype=np.int64))
+        return np.bincount(targets, minlength=len(self.classes))
+
+
+def load(settings: DataSettings) -> LabelledData:
+    """Read the dataset, resolve its labels and divide it.
+
+    Raises:
+        DatasetError: nothing there, a label that the taxonomy does not know.
+        SplitError: the dataset's own division cannot be used.
+    """
+    found, multi_label = read(settings.uri, settings.columns)
+    labels, dropped = renamed(found["labels"].to_pylist(), settings.label_map)
+    keep = np.array([bool(names) or multi_label for names in labels])
+    if not keep.any():
+        raise DatasetError(f"{settings.uri} holds no labelled image")
+    found = found.filter(pa.array(keep))
+    labels = [names for names, kept in zip(labels, keep, strict=True) if kept]
+    if not multi_label and any(len(names) != 1 for names in labels):
+        raise DatasetError(
+            "some rows have several labels; put them in a column `labels` for a multi-label model"
+        )
+    known, ids = resolved(labels, settings.taxonomy, settings.tier)
+    classes = tuple(in_order(known, {name for names in ids for name in names}))
+    rows, divided_here = divided(found, ids, classes, settings.splits)
+    return LabelledData(
+        rows, classes, known, with_absolute_taxonomy(settings), multi_label, dropped, divided_here
+    )
+
+
+def refuse_untrainable(data: LabelledData) -> None:
+    """Raise DatasetError for a dataset that a model can be measured on but cannot learn from."""
+    uri, classes = data.settings.uri, data.classes
+    if len(classes) < 2:
+        raise DatasetError(
+            f"{uri} holds {len(classes)} class ({', '.join(classes)}); a classifier needs at least 2"
+        )
+    for name in (splits.TRAIN, splits.VALIDATION):
+        if not len(data.indices(name)):
+            raise DatasetError(
+                f"{uri} has no {name} images; give more images, other --splits.*, or a split column that "
+                f"names some `{name}`"
+            )
+
+
+def with_absolute_taxonomy(settings: DataSettings) -> DataSettings:
+    """The settings as a process with another working folder needs them."""
+    name = settings.taxonomy
+    is_local_table = name.endswith(".csv") and "://" not in name
+    return replace(settings, taxonomy=str(Path(name).absolute())) if is_local_table else settings
+
+
+def renamed(labels: list[list[str]], label_map: str | None) -> tuple[list[list[str]], dict[str, int]]:
+    """Labels through the map, and how many rows it left without one."""
+    if label_map is None:
+        return labels, {"without a label": sum(not names for names in labels)}
+    fs, path = fsspec.core.url_to_fs(label_map)
+    table = open_table(fs, path)
+    if table.num_columns < 2:
+        raise DatasetError(
+            f"{label_map} has {table.num_columns} column; a label map needs two: label and target"
+        )
+    mapping = dict(zip(table[0].to_pylist(), table[1].to_pylist(), strict=True))
+    mapped = [[mapping.get(name, name) for name in names] for names in labels]
+    mapped = [[name for name in names if name] for names in mapped]
+    return mapped, {"without a label": sum(not names for names in mapped)}
+
+
+def resolved(
+    labels: Sequence[Sequence[str]], taxonomy_name: str, tier: int | None
+) -> tuple[Taxonomy, list[list[str]]]:
+    """The taxonomy, and each row's labels as its ids; every label that is refused is listed at once."""
+    distinct = sorted({name for names in labels for name in names})
+    known = taxonomy.flat(distinct) if taxonomy_name == "labels" else taxonomy.load(taxonomy_name)
+    deepest = max((node.tier for node in known.nodes), default=1)
+    if tier and tier > deepest:
+        raise DatasetError(f"tier is {tier}; taxonomy {taxonomy_name} has tiers 1 to {deepest}")
+    ids: dict[str, str] = {}
+    refused: list[str] = []
+    for name in distinct:
+        try:
+            ids[name] = at_tier(known, known.resolve(name), tier)
+        except ValueError as error:
+            refused.append(str(error))
+    if refused:
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise DatasetError(
+            f"{len(refused)} of {len(distinct)} labels are not in taxonomy {taxonomy_name}: "
+            f"{'; '.join(refused[:5])}{more}. Use --label-map, or --taxonomy labels to take them as they are"
+        )
+    return known, [sorted({ids[name] for name in names}) for names in labels]
+
+
+def at_tier(known: Taxonomy, node_id: str, tier: int | None) -> str:
+    """The node itself, or its ancestor of that tier when it lies deeper."""
+    if tier is None or known.node(node_id).tier <= tier:
+        return node_id
+    return next(ancestor for ancestor in known.ancestors(node_id) if known.node(ancestor).tier == tier)
+
+
+def in_order(known: Taxonomy, ids: set[str]) -> list[str]:
+    """The classes in the taxonomy's own order, so that siblings stand together in every report."""
+    return [node.id for node in known.nodes if node.id in ids]
+
+
+def divided(
+    found: pa.Table, ids: list[list[str]], classes: Sequence[str], split: Splits
+) -> tuple[pa.Table, frozenset[str]]:
+    """The rows with class indices and a split each, reduced to `split.limit`; and the splits made here."""
+    index = {node_id: i for i, node_id in enumerate(classes)}
+    indices = [sorted(index[node_id] for node_id in names) for names in ids]
+    table = found.append_column("classes", pa.array(indices, pa.list_(pa.int32()))).drop_columns(["labels"])
+    strata = rarest(indices, len(classes))
+    names, groups = grouped(table)
+    if split.limit and split.limit < len(strata):
+        whole = table["split"].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy() + 1
+        kept = splits.sample(strata * (whole.max() + 1) + whole, split.limit, seed=split.seed)
+        table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
+    chosen, divided_here = chosen_splits(table, strata, groups, names, split)
+    rows = table.drop_columns(["split", "group"])
+    return rows.append_column("split", pa.array(chosen.tolist(), pa.string())), divided_here
+
+
+def chosen_splits(
+    table: pa.Table,
+    strata: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    group_names: Sequence[str],
+    split: Splits,
+) -> tuple[npt.NDArray[np.str_], frozenset[str]]:
+    """Every row's split, and which splits the dataset did not name itself."""
+    given = table["split"].to_pylist()
+    if not any(given):
+        shares = {
+            splits.TRAIN: 1 - split.validation - split.test,
+            splits.VALIDATION: split.validation,
+            splits.TEST: split.test,
+        }
+        return splits.divide(strata, groups, shares, seed=split.seed), frozenset(shares)
+    if not all(given):
+        raise DatasetError(
+            f"{given.count(None) + given.count('')} rows have no split; give all rows one, or none"
+        )
+    named = splits.named(given)
+    splits.refuse_straddling(named, groups, group_names)
+    completed = splits.complete(
+        named, strata, groups, validation_of_train=split.validation_of_train, seed=split.seed
+    )
+    moved = completed != named
+    return completed, frozenset([*named[moved].tolist(), *completed[moved].tolist()])
+
+
+def rarest(indices: Sequence[Sequence[int]], n_classes: int) -> npt.NDArray[np.int64]:
+    """Each row's stratum: its rarest class; rows without any share one of their own."""
+    counts = np.bincount([i for row in indices for i in row], minlength=n_classes)
+    return np.array([min(row, key=lambda i: counts[i]) if row else n_classes for row in indices], np.int64)
+
+
+def grouped(table: pa.Table) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Names of the groups, and each row's group; a row without a group is one of its own."""
+    group = table["group"].combine_chunks()
+    alone = pa.array([f"row {row}" for row in range(len(group))])
+    encoded = pa.compute.coalesce(group, alone).dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)

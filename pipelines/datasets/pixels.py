@@ -1,0 +1,289 @@
+"""Turn labelled rows into decoded pixels on the cluster, and serve them to training workers.
+
+Ray Data fetches and decodes; `images.prepare` makes every pixel. Three ways of keeping the result: `memory`
+(decoded once, any image at any time, shared between the workers of a node through the object store),
+`disk` (decoded once, spilled, read in shuffled order) and `stream` (decoded again for every pass over them).
+"""
+
+import functools
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.datasets.readers import IMAGE_COLUMN
+from pipelines.datasets.settings import Ingest
+from pipelines.fetch.fetch import Fetcher, Source
+from pipelines.images import prepare
+from pipelines.images.prepare import Prepared
+from pipelines.schema import LOADED, pixels_type
+from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
+from pipelines.status import Status
+
+Pixels = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+SHUFFLE_ROWS = 4096
+"""Rows that are shuffled together when images arrive as a stream already in random order."""
+
+
+class IngestError(ValueError):
+    """Too many images cannot be used; the message names some and says why."""
+
+
+def schema_of(spec: ImageSpec) -> pa.Schema:
+    """One decoded image: what became of it, its classes, its pixels."""
+    return pa.schema(
+        [
+            *LOADED,
+            pa.field("classes", pa.list_(pa.int32())),
+            pa.field("pixels", pixels_type(spec.height, spec.width)),
+        ]
+    )
+
+
+def enlarged(spec: ImageSpec, margin: float) -> ImageSpec:
+    """The spec of stored training images, so that a crop does not have to be blown up."""
+    return replace(spec, height=math.ceil(spec.height * margin), width=math.ceil(spec.width * margin))
+
+
+def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: Ingest) -> Any:
+    """A lazy Ray Dataset of these row numbers of `rows`, in this order, in the schema `schema_of(spec)`."""
+    import ray
+
+    table = rows.take(pa.array(order)).append_column("row_id", pa.array(order, pa.int64()))
+    step = how.rows_per_task
+    chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
+    return ray.data.from_arrow(chunks).map_batches(
+        decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}
+    )
+
+
+def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits | None = None) -> pa.Table:
+    """Fetch and decode; an image that cannot be used keeps its row and its reason."""
+    pixels = np.zeros((batch.num_rows, spec.height * spec.width * 3), np.uint8)
+    found: list[Prepared] = [Prepared(Status.NOT_FOUND)] * batch.num_rows
+    digests: list[str | None] = [None] * batch.num_rows
+    for index, fetched in fetcher().fetch_many(sources(batch)):
+        digests[index] = fetched.sha256
+        if fetched.payload is None:
+            found[index] = Prepared(fetched.status, fetched.error)
+            continue
+        outcome = prepare.prepare(fetched.payload, spec, limits)
+        if outcome.pixels_hwc is not None:
+            pixels[index] = outcome.pixels_hwc.reshape(-1)
+        found[index] = replace(outcome, pixels_hwc=None)
+    return pa.table(
+        {
+            "row_id": batch["row_id"],
+            "status": [str(outcome.status) for outcome in found],
+            "error": [outcome.error for outcome in found],
+            "sha256": digests,
+            "width_px": [outcome.width_px for outcome in found],
+            "height_px": [outcome.height_px for outcome in found],
+            "format": [outcome.format for outcome in found],
+            "classes": batch["classes"],
+            "pixels": pa.FixedSizeBinaryArray.from_buffers(
+                pixels_type(spec.height, spec.width), batch.num_rows, [None, pa.py_buffer(pixels)]
+            ),
+        },
+        schema=schema_of(spec),
+    )
+
+
+@functools.cache
+def fetcher() -> Fetcher:
+    """This process's connections: Ray gives a worker process many batches.
+
+    Private addresses are allowed: whoever trains has chosen the dataset, unlike the pages of an inventory.
+    """
+    return Fetcher(FetchLimits(allow_private_addresses=True))
+
+
+def sources(batch: pa.Table) -> list[Source]:
+    """Where the bytes of each row are: a file of their own, or a row of a Parquet file's `image` column."""
+    columns = (batch[name].to_pylist() for name in ("uri", "container", "position"))
+    return [
+        Source(uri) if container is None else Source(uri, container, position, None, IMAGE_COLUMN)
+        for uri, container, position in zip(*columns, strict=True)
+    ]
+
+
+def outcomes(dataset: Any) -> pa.Table:
+    """Status, error and sha256 of every row of a decoded dataset, without its pixels."""
+    import ray
+
+    kept = dataset.select_columns(["row_id", "status", "error", "sha256"])
+    return pa.concat_tables(ray.get(kept.to_arrow_refs()))
+
+
+def broken(outcome: pa.Table, uris: Sequence[str], *, max_share: float) -> list[dict[str, str]]:
+    """The images that could not be used, with their reasons.
+
+    Raises:
+        IngestError: they are more than `max_share` of all.
+    """
+    bad = outcome.filter(pa.compute.not_equal(outcome["status"], Status.OK)).sort_by("row_id").to_pylist()
+    listed = [
+        {"uri": uris[row["row_id"]], "status": row["status"], "error": row["error"] or ""} for row in bad
+    ]
+    examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
+    refuse_too_many(len(bad), outcome.num_rows, max_share=max_share, examples=examples)
+    return listed
+
+
+def refuse_too_many(n_broken: int, n_images: int, *, max_share: float, examples: str) -> None:
+    """Raise IngestError when more than `max_share` of the images cannot be used."""
+    if n_broken > max_share * n_images:
+        raise IngestError(
+            f"{n_broken} of {n_images} images cannot be used ({examples}); the limit is "
+            f"{max_share:.0%}. Mend the dataset, or raise --ingest.max-broken-share"
+        )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What decoded images may take, bytes."""
+
+    memory: int
+    disk: int
+
+
+def room(ingest: Ingest) -> Room:
+    """What this cluster can keep: the smallest node's object store, and the free disk behind it."""
+    import ray
+
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    return Room(int(min(stores) * ingest.memory_share), int(free * ingest.disk_share))
+
+
+def mode_for(ingest: Ingest, n_bytes: int, room: Room) -> str:
+    """How to keep decoded images of this size: the way asked for, or the fastest that fits."""
+    if ingest.mode != "auto":
+        return ingest.mode
+    if n_bytes <= room.memory:
+        return "memory"
+    return "disk" if n_bytes <= room.disk else "stream"
+
+
+def repeated(batch: pa.Table, times: npt.NDArray[np.int64]) -> pa.Table:
+    """Each row as often as `times[row_id]` says: 0 drops it, 2 draws it twice."""
+    return batch.take(pa.array(np.repeat(np.arange(batch.num_rows), times[batch["row_id"].to_numpy()])))
+
+
+def pixels_of(batch: pa.Table, spec: ImageSpec) -> Pixels:
+    """The pixel column as uint8 [n, height, width, 3], without copying one chunk."""
+    column = batch["pixels"].combine_chunks() if batch["pixels"].num_chunks != 1 else batch["pixels"].chunk(0)
+    side = spec.height * spec.width * 3
+    flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * side, column.offset * side)
+    return flat.reshape(len(column), spec.height, spec.width, 3)
+
+
+def dense(classes: pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.float32]:
+    """Class lists as a 0/1 matrix float32 [n, classes]."""
+    targets_nc = np.zeros((len(classes), n_classes), np.float32)
+    flat = classes.combine_chunks()
+    targets_nc[pa.compute.list_parent_indices(flat).to_numpy(), flat.flatten().to_numpy()] = 1
+    return targets_nc
+
+
+class PixelStore:
+    """Every decoded image of a dataset, mapped from the node's object store and not copied."""
+
+    def __init__(self, iterator: Any, spec: ImageSpec, n_classes: int) -> None:
+        blocks = [
+            block
+            for block in iterator.iter_batches(batch_size=None, batch_format="pyarrow")
+            if block.num_rows
+        ]
+        self.pixels = [pixels_of(block, spec) for block in blocks]
+        self.targets_nc = np.concatenate([dense(block["classes"], n_classes) for block in blocks])
+        self.row_ids = np.concatenate([block["row_id"].to_numpy() for block in blocks])
+        self.first = np.cumsum([0, *(len(pixels) for pixels in self.pixels)])
+        self.place = np.argsort(self.row_ids)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def take(self, row_ids: Rows) -> tuple[Pixels, npt.NDArray[np.float32]]:
+        """Pixels [n, height, width, 3] and targets [n, classes] of these rows."""
+        places = self.place[np.searchsorted(self.row_ids, row_ids, sorter=self.place)]
+        blocks = np.searchsorted(self.first, places, side="right") - 1
+        pixels = [
+            self.pixels[block][place - self.first[block]] for block, place in zip(blocks, places, strict=True)
+        ]
+        return np.stack(pixels), self.targets_nc[places]
+
+
+@dataclass
+class Tally:
+    """Images that streams gave in one epoch."""
+
+    images: int = 0
+    broken: int = 0
+    """Of these, how many could not be read, though the first pass could."""
+
+    def readable(self, batch: pa.Table) -> Rows:
+        """Places of a batch's images that can be used; all of them are counted."""
+        places = np.flatnonzero(pa.compute.equal(batch["status"], Status.OK))
+        self.images += batch.num_rows
+        self.broken += batch.num_rows - len(places)
+        return places
+
+
+def stream_batches(
+    iterator: Any, spec: ImageSpec, n_classes: int, *, batch_size: int, seed: int, tally: Tally
+) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
+    """One pass over this worker's shard in whole batches, shuffled within a window.
+
+    Equal shards give equally many batches, or workers would wait for each other for ever: others of its
+    batch, or of the batch before, stand in for an image that cannot be read. A shard that does not fill
+    one batch is repeated within it; else the remainder is left out.
+
+    Raises:
+        IngestError: the shard has no image that can be read.
+    """
+    last, owed = None, 0
+    for batch in iterator.iter_batches(
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        local_shuffle_buffer_size=max(SHUFFLE_ROWS, 4 * batch_size),
+        local_shuffle_seed=seed,
+    ):
+        if last is not None and batch.num_rows < batch_size:
+            break
+        places, owed = tally.readable(batch), owed + 1
+        if len(places):
+            last = batch.take(pa.array(np.resize(places, batch_size)))
+        for _ in range(owed if last is not None else 0):
+            yield arrays(last, spec, n_classes)
+            owed -= 1
+    if last is None:
+        raise IngestError(
+            f"none of the {tally.images} images of this worker's part can be read; see whether their source "
+            "answers, or lower --num-workers"
+        )
+
+
+def evaluation_batches(
+    iterator: Any, spec: ImageSpec, n_classes: int, *, batch_size: int, rows: Rows, tally: Tally
+) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
+    """One pass in order over the images of a shard that are among these (rising) row ids and can be read."""
+    for batch in iterator.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
+        ids = batch["row_id"].to_numpy()
+        wanted = batch.filter(rows[np.searchsorted(rows, ids).clip(max=len(rows) - 1)] == ids)
+        found = wanted.take(pa.array(tally.readable(wanted)))
+        if found.num_rows:
+            yield arrays(found, spec, n_classes)
+
+
+def arrays(batch: pa.Table, spec: ImageSpec, n_classes: int) -> tuple[Pixels, npt.NDArray[np.float32]]:
+    """Pixels [n, height, width, 3] that torch may own, and targets [n, classes]."""
+    return pixels_of(batch, spec).copy(), dense(batch["classes"], n_classes)

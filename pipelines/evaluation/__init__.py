@@ -1,0 +1,1 @@
+"""Scores and truth -> numbers, thresholds, report."""

@@ -1,0 +1,69 @@
+"""Turn scored images into the pictures of a report: a sample, the worst mistakes, where the model looked.
+
+Only the images that are shown are fetched and decoded again, so the size of the test split does not matter.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.datasets import pixels
+from pipelines.evaluation import attention
+from pipelines.evaluation.evaluation import Scored, choose_images
+from pipelines.evaluation.metrics import Array
+from pipelines.evaluation.report import Material, Shown, pictures
+from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.status import Status
+from pipelines.taxonomy.taxonomy import Taxonomy
+
+ATTENTION_MAPS = 12
+
+
+def gallery(
+    scored: Scored, taxonomy: Taxonomy, images: pa.Table, spec: ImageSpec, *, network: Any = None
+) -> Material:
+    """The pictures of a report.
+
+    Args:
+        images: where each row of `scored` comes from, in that order: columns of `LabelledData.rows`.
+        network: the trained model, for maps of its attention; without one, or without attention over
+            patches in it, there are none.
+    """
+    sample, worst = choose_images(scored)
+    shown = {name: fetched(images, rows, spec) for name, rows in (("sample", sample), ("worst", worst))}
+    looked = with_attention(shown["sample"][:ATTENTION_MAPS], spec, network) if network is not None else []
+    return Material(
+        sample=pictures(scored, taxonomy, shown["sample"]),
+        worst=pictures(scored, taxonomy, shown["worst"]),
+        attention=pictures(scored, taxonomy, looked),
+    )
+
+
+def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[Shown]:
+    """These rows' images as the model saw them; one that cannot be read again is left out."""
+    chosen = images.take(pa.array(rows))
+    if "row_id" not in chosen.column_names:
+        chosen = chosen.append_column("row_id", pa.array(rows, pa.int64()))
+    loaded = pixels.decode_batch(chosen, spec, DecodeLimits())
+    pixels_nhwc = pixels.pixels_of(loaded, spec)
+    return [
+        Shown(int(row), uri, pixels_hwc)
+        for row, uri, pixels_hwc, status in zip(
+            rows, chosen["uri"].to_pylist(), pixels_nhwc, loaded["status"].to_pylist(), strict=True
+        )
+        if status == Status.OK
+    ]
+
+
+def with_attention(images: list[Shown], spec: ImageSpec, network: Any) -> list[Shown]:
+    """The images with their roll-out maps; none for a model that has no attention over patches."""
+    if not images:
+        return []
+    try:
+        maps = attention.rollout(network, np.stack([image.pixels_hwc for image in images]), spec)
+    except attention.NoAttention:
+        return []
+    return [
+        Shown(image.row, image.uri, image.pixels_hwc, seen) for image, seen in zip(images, maps, strict=True)
+    ]

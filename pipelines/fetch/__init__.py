@@ -1,0 +1,1 @@
+"""URIs -> bytes: many at once, politely, bounded in memory."""

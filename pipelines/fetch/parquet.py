@@ -1,0 +1,148 @@
+"""Images inside a Parquet table: their bytes, row by row.
+
+A column of binaries, or Hugging Face's struct<bytes, path>. Rows are read forwards, a few megabytes at a
+time; a reader that goes on where it stopped spares the next rows of the same row group another read.
+"""
+
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from obstore.exceptions import BaseError
+
+from pipelines.fetch.memory import check_size
+from pipelines.fetch.retry import Failure
+from pipelines.status import Status
+from pipelines.storage.storage import open_input
+
+BATCH_BYTES = 8 << 20
+"""Payloads in memory at a time, about."""
+
+IDLE_CURSORS = 2
+"""Readers kept open for the rows that follow: one for each thread that loads."""
+
+
+UNREADABLE = (OSError, BaseError, pa.ArrowException, LookupError)
+"""What reading a table raises; BaseError is obstore's, from below pyarrow's reader."""
+
+
+class Cursor:
+    """An open Parquet file, and the place up to which its payloads were read."""
+
+    def __init__(self, container: str, column: str) -> None:
+        self.container = container
+        self.column = column
+        self._file = pq.ParquetFile(open_input(container), buffer_size=1 << 20)
+        sizes = (self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups))
+        self._starts = list(accumulate(sizes, initial=0))
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._payloads: pa.Array = pa.array([], pa.binary())
+        self._first = 0
+
+    def reaches(self, row: int) -> bool:
+        """Whether the row lies ahead in the row group that is being read, so that reading on is cheapest."""
+        group = bisect_right(self._starts, self._first) - 1
+        return bool(self._first <= row < self._starts[min(group + 1, len(self._starts) - 1)])
+
+    def payload(self, row: int) -> pa.Scalar:
+        """The payload of a row, null if there is none. Raises IndexError beyond the last row."""
+        if not self.reaches(row) or not len(self._payloads):
+            self._seek(row)
+        while row >= self._first + len(self._payloads):
+            self._first += len(self._payloads)
+            self._payloads = self._values(next(self._batches))
+        return self._payloads[row - self._first]
+
+    def _seek(self, row: int) -> None:
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(f"{self.container} has {self._starts[-1]:,} rows, and row {row:,} was planned")
+        group = bisect_right(self._starts, row) - 1
+        metadata = self._file.metadata.row_group(group)
+        rows = max(1, min(1_024, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
+        kind = self._file.schema_arrow.field(self.column).type
+        leaf = f"{self.column}.bytes" if pa.types.is_struct(kind) else self.column
+        groups = range(group, self._file.num_row_groups)
+        self._batches = self._file.iter_batches(rows, row_groups=list(groups), columns=[leaf])
+        self._first = self._starts[group]
+        self._payloads = pa.array([], pa.binary())
+
+    def _values(self, batch: pa.RecordBatch) -> pa.Array:
+        column = batch.column(0)
+        return pc.struct_field(column, "bytes") if pa.types.is_struct(column.type) else column
+
+
+class EmbeddedReader:
+    """Owns a few open cursors; safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._idle: list[Cursor] = []
+        self._lock = threading.Lock()
+
+    def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
+        """Payloads of rows in ascending order. Raises one of UNREADABLE."""
+        cursor = self._take(container, column, rows[0])
+        for row in rows:
+            yield cursor.payload(row)
+        with self._lock:
+            self._idle = [*self._idle[1 - IDLE_CURSORS :], cursor]
+
+    def _take(self, container: str, column: str, row: int) -> Cursor:
+        with self._lock:
+            for cursor in self._idle:
+                if (cursor.container, cursor.column) == (container, column) and cursor.reaches(row):
+                    self._idle.remove(cursor)
+                    return cursor
+        return Cursor(container, column)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where one image lies, and the caller's index of it."""
+
+    container: str
+    column: str
+    row: int
+    index: int
+
+
+def read_embedded(
+    reader: EmbeddedReader, places: Sequence[Place], max_bytes: int
+) -> Iterator[tuple[int, bytes | Failure]]:
+    """Each place's index and payload, table by table in the order of their rows."""
+    for (container, column), group in groupby(sorted(places), lambda place: (place.container, place.column)):
+        found = list(group)
+        done = 0
+        try:
+            for payload in reader.read(container, column, [place.row for place in found]):
+                yield found[done].index, _outcome(payload, max_bytes)
+                done += 1
+        except UNREADABLE as error:
+            failure = _failure_of(error)
+            for place in found[done:]:
+                yield place.index, failure
+
+
+def _outcome(payload: pa.Scalar, max_bytes: int) -> bytes | Failure:
+    if not payload.is_valid:
+        return Failure(Status.EMPTY, "the row holds no bytes")
+    n_bytes = pc.binary_length(payload).as_py()
+    try:
+        check_size(n_bytes, max_bytes)
+    except Failure as failure:
+        return failure
+    return bytes(payload.as_py())
+
+
+def _failure_of(error: Exception) -> Failure:
+    if isinstance(error, FileNotFoundError):
+        return Failure(Status.NOT_FOUND, "the table is not there any more")
+    if isinstance(error, LookupError):
+        return Failure(Status.NOT_FOUND, str(error))
+    if isinstance(error, PermissionError):
+        return Failure(Status.DENIED, "no permission to read the table")
+    return Failure(Status.CONNECTION_FAILED, f"the table cannot be read: {error}")

@@ -1,0 +1,1 @@
+"""Any accepted input -> the frozen plan."""

@@ -1,0 +1,314 @@
+"""Any accepted inventory -> the frozen plan: tables of URIs, folders of images, tables of images, tar shards.
+
+A table of URIs is read three times in batches (`duplicates.py`), everything else once, so memory stays
+flat. What a run works on is decided here, once: a later run finds the plan and keeps to it, or is told that
+the inventory is no longer the one it was made from. No image is opened.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.inventory import dedupe, listing, shards, tables
+from pipelines.inventory.listing import Found, InventoryError
+from pipelines.inventory.plan import (
+    LOCATION,
+    PLAN_JSON,
+    Plan,
+    PlanMismatch,
+    item_schema,
+    open_plan,
+    write_plan,
+)
+from pipelines.schema import RESERVED
+from pipelines.specs import InventoryOptions
+from pipelines.storage.storage import Storage, redact
+
+KEYS = ("uri", "image_id")
+TABLE_ROWS_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which of a table's columns become what: names in the plan -> names in the table."""
+
+    source: dict[str, str]
+    carried: pa.Schema
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.source.values())
+
+    def pick(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The chosen columns under their new names; keys as strings, the rest untouched."""
+        arrays = [
+            batch.column(old).cast(pa.string()) if new in KEYS else batch.column(old)
+            for new, old in self.source.items()
+        ]
+        return pa.RecordBatch.from_arrays(arrays, names=list(self.source))
+
+
+def plan(inventory_uri: str, state: Storage, *, options: InventoryOptions | None = None) -> Plan:
+    """Freeze what there is to do under `state`, or find it frozen there.
+
+    Raises:
+        InventoryError: there is no such inventory, or its columns do not serve.
+        TableError: a table of it cannot be read.
+        PlanMismatch: `state` holds the plan of another inventory, or of this one before it changed.
+    """
+    options = options or InventoryOptions()
+    if options.keep_plan and state.exists(PLAN_JSON):
+        return open_plan(state)
+    found = listing.find(inventory_uri, options)
+    fingerprint = fingerprint_of(found, options)
+    if state.exists(PLAN_JSON):
+        return _unchanged(open_plan(state), fingerprint, inventory_uri, len(found.files))
+    with tempfile.TemporaryDirectory(prefix="iab-vision-plan-") as folder:
+        carried, items = READERS[found.form](found, options, Path(folder))
+        name = redact(listing.absolute(inventory_uri))
+        return write_plan(items, state, carried=carried, inventory=name, fingerprint=fingerprint)
+
+
+def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int) -> Plan:
+    if frozen.fingerprint == fingerprint:
+        return frozen
+    raise PlanMismatch(
+        f"{frozen.state_uri} holds a plan of {frozen.n_rows:,} rows frozen from {frozen.inventory}, and "
+        f"{redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory: "
+        f"choose another output folder, or finish the frozen plan as it is with --keep-plan"
+    )
+
+
+def fingerprint_of(found: Found, options: InventoryOptions) -> str:
+    """sha256 over everything that the plan follows from: files with sizes and versions, and the options."""
+    chosen = (options.all_files, options.rename, options.drop_columns, options.payload_column)
+    digest = hashlib.sha256(repr((1, found.form, found.base, chosen)).encode())
+    for file in found.files:
+        digest.update(f"{file.uri}\0{file.size_bytes}\0{file.version}\n".encode())
+    return digest.hexdigest()
+
+
+# What each form yields: the carried columns' schema, and tables of items.
+Items = tuple[pa.Schema, Iterator[pa.Table]]
+
+
+def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Items:
+    def items() -> Iterator[pa.Table]:
+        uris = [file.uri for file in found.files]
+        for start in range(0, len(uris), TABLE_ROWS_AT_ONCE):
+            rows = pa.table({"uri": pa.array(uris[start : start + TABLE_ROWS_AT_ONCE], pa.string())})
+            yield to_items(rows, np.arange(rows.num_rows + 1), pa.schema([]))
+
+    return pa.schema([]), items()
+
+
+def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
+    carried = pa.schema([shards.MEMBERS.field("key")])
+
+    def items() -> Iterator[pa.Table]:
+        for rows in shards.members([file.uri for file in found.files], all_files=options.all_files):
+            offsets = np.arange(rows.num_rows + 1)
+            yield to_items(rows.select(["uri", "key"]), offsets, carried, rows.drop_columns(["uri", "key"]))
+
+    return carried, items()
+
+
+def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
+    uris = [file.uri for file in found.files]
+    schema = tables.schema_of(uris)
+    if column := _payload_column(schema, options):
+        return _read_embedded(uris, schema, column, options)
+    columns = choose_columns(schema, options)
+
+    def batches(names: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        start = 0
+        for batch in tables.batches(uris, schema, names):
+            yield start, batch
+            start += batch.num_rows
+
+    return columns.carried, _table_items(batches, columns, found.base, folder)
+
+
+def _table_items(
+    batches: Callable[[Sequence[str]], Iterator[tuple[int, pa.RecordBatch]]],
+    columns: Columns,
+    base: str,
+    folder: Path,
+) -> Iterator[pa.Table]:
+    hashes = dedupe.HashFile(folder)
+    for _, batch in batches([columns.source["uri"]]):
+        hashes.append(dedupe.hash_uris(_known(batch.column(0).cast(pa.string()))))
+    followers = dedupe.find_followers(hashes.read())
+    spill = dedupe.Spill(followers, folder)
+    if len(followers.rows):
+        spill.gather(
+            (start, _with_known_uris(columns.pick(batch))) for start, batch in batches(columns.names)
+        )
+    for start, batch in batches(columns.names):
+        for rows, offsets in dedupe.group(start, _with_known_uris(columns.pick(batch)), spill):
+            yield _with_containers(to_items(rows, offsets, columns.carried), base)
+
+
+def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
+    """The column of images: the one named, or the only one of a table that has no URIs."""
+    if name := options.payload_column:
+        if name not in schema.names or not tables.is_payload(schema.field(name).type):
+            raise InventoryError(
+                f"--payload-column {name} is no column of binaries; there are: {schema.names}"
+            )
+        return name
+    if "uri" in schema.names or any(pair.endswith("=uri") for pair in options.rename):
+        return None
+    return tables.payload_column(schema)
+
+
+def _read_embedded(uris: Sequence[str], schema: pa.Schema, column: str, options: InventoryOptions) -> Items:
+    """One item per row, whether or not two hold the same bytes: they are told apart without opening them."""
+    described = schema.remove(schema.get_field_index(column))
+    path = f"{column}_path"
+    if (
+        tables.has_paths(schema, column) and path not in described.names
+    ):  # the caller's own column comes first
+        described = described.append(pa.field(path, pa.string()))
+    if "uri" not in described.names:
+        described = described.append(pa.field("uri", pa.string()))
+    columns = choose_columns(described, options)
+
+    def items() -> Iterator[pa.Table]:
+        for uri in uris:
+            for start, n_rows, beside in tables.rows_beside(uri, described, column, path):
+                numbers = np.arange(start, start + n_rows)
+                places = {"container": [uri] * n_rows, "offset": numbers, "payload_column": [column] * n_rows}
+                rows = _named(beside, uri, numbers, columns)
+                yield to_items(rows, np.arange(n_rows + 1), columns.carried, pa.table(places))
+
+    return columns.carried, items()
+
+
+def _named(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:
+    """A file's rows by the plan's names; the URI of a row that gives none is `<file>#<row>`."""
+    text = pa.array(numbers).cast(pa.string())
+    places = pc.binary_join_element_wise(file_uri, text, "#")
+    given = beside.get(columns.source["uri"])
+    uris = places if given is None else pc.coalesce(given.cast(pa.string()), places)
+    arrays = {new: beside[old] for new, old in columns.source.items() if new != "uri" and old in beside}
+    if "image_id" in arrays:
+        arrays["image_id"] = arrays["image_id"].cast(pa.string())
+    return pa.table({"uri": uris, **arrays})
+
+
+def _known(uris: pa.Array) -> pa.Array:
+    """A URI that is missing is an empty one: its row stays, and fetching says `invalid_uri`."""
+    return pc.fill_null(uris, "") if uris.null_count else uris
+
+
+def _with_known_uris(batch: pa.RecordBatch) -> pa.RecordBatch:
+    index = batch.schema.get_field_index("uri")
+    return batch.set_column(index, "uri", _known(batch.column(index)))
+
+
+def to_items(
+    rows: pa.Table, offsets: np.ndarray, carried: pa.Schema, places: pa.Table | None = None
+) -> pa.Table:
+    """Rows, grouped by `offsets`, as items of the plan without their numbers.
+
+    Args:
+        rows: `uri`, and any of `image_id` and the columns of `carried`, whatever those are called.
+        offsets: item i is rows offsets[i] to offsets[i + 1]; its URI is that of the first of them.
+        places: for each item, the columns of `LOCATION` that say where its bytes are, if not at its URI.
+    """
+    rows = rows.combine_chunks()
+    firsts = pa.array(offsets[:-1])
+    located = {} if places is None else dict(zip(places.column_names, places.columns, strict=True))
+    located["uri"] = rows["uri"] if len(firsts) == rows.num_rows else rows["uri"].take(firsts)
+    arrays = [located.get(field.name, pa.nulls(len(firsts), field.type)) for field in list(LOCATION)[1:]]
+    fields = [pa.field("image_id", pa.string()), *carried]
+    children = [_column(rows, field) for field in fields]
+    struct = pa.StructArray.from_arrays(children, fields=fields)
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct)
+    return pa.table([*arrays, lists], schema=pa.schema(list(item_schema(carried))[1:]))
+
+
+def _column(rows: pa.Table, field: pa.Field) -> pa.Array:
+    # pyarrow 26 takes too few rows of a chunked column of type null.
+    if field.name not in rows.column_names or pa.types.is_null(field.type):
+        return pa.nulls(rows.num_rows, field.type)
+    column = rows[field.name]
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _with_containers(items: pa.Table, base: str) -> pa.Table:
+    """A relative URI starts at the table's folder: `uri` stays as given, `container` says where that is."""
+    uris = items["uri"]
+    path = pc.match_substring_regex(uris, r"^(/|~|$)")
+    # Without the white space around it, as fetching takes a URL that was copied from a page.
+    url = pc.match_substring_regex(pc.utf8_trim_whitespace(uris), r"^([A-Za-z][A-Za-z0-9+.-]*:|$)")
+    placed = pc.or_(path, url)
+    if pc.all(placed).as_py() is not False:
+        return items
+    joined = pc.binary_join_element_wise(base, uris, "/")
+    index = items.column_names.index("container")
+    located = pc.if_else(placed, pa.scalar(None, pa.string()), joined)
+    return items.set_column(index, items.schema.field(index), located)
+
+
+def choose_columns(schema: pa.Schema, options: InventoryOptions) -> Columns:
+    """Apply renames and drops and check what is left.
+
+    Raises:
+        InventoryError: a column is missing, ambiguous, or bears a name of the predictions table.
+    """
+    renames = dict(pair.partition("=")[::2] for pair in options.rename)
+    unknown = sorted({*renames, *options.drop_columns} - set(schema.names))
+    if unknown:
+        raise InventoryError(
+            f"no column {', '.join(unknown)} to rename or drop; there are: {', '.join(schema.names)}"
+        )
+    kept = [name for name in schema.names if name not in options.drop_columns]
+    names = [renames.get(name, name) for name in kept]
+    _check_names(names, schema.names)
+    source = dict(zip(names, kept, strict=True))
+    for key in KEYS:
+        if key in source:
+            _check_key(key, schema.field(source[key]))
+    carried = pa.schema([schema.field(old).with_name(new) for new, old in source.items() if new not in KEYS])
+    return Columns(source, carried)
+
+
+def _check_names(names: Sequence[str], given: Sequence[str]) -> None:
+    if "uri" not in names:
+        raise InventoryError(
+            f"the inventory has no column uri; it has: {', '.join(given)}. Name one with --rename COLUMN=uri"
+        )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InventoryError(f"two columns are called {', '.join(repeated)}; rename or drop one of them")
+    # Readers such as DuckDB and Spark do not tell STATUS from status.
+    taken = sorted(name for name in names if name not in KEYS and name.lower() in RESERVED)
+    if taken:
+        remedies = " ".join(f"--rename {name}=source_{name}" for name in taken)
+        raise InventoryError(
+            f"the predictions table and its parts have columns called {', '.join(taken)} of their own: "
+            f"use {remedies} or --drop-columns {','.join(taken)}"
+        )
+
+
+def _check_key(key: str, field: pa.Field) -> None:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    if textual or (key == "image_id" and pa.types.is_integer(kind)):
+        return
+    raise InventoryError(f"column {field.name} is of type {field.type}, and {key} must be text")
+
+
+READERS: dict[str, Callable[[Found, InventoryOptions, Path], Items]] = {
+    "images": _read_images,
+    "table": _read_table,
+    "tars": _read_tars,
+}

@@ -1,0 +1,181 @@
+"""What an inventory's URI names -> its form and its files, with what tells whether they have changed.
+
+A file is taken for what its name says. In a folder or prefix, images win over tar shards and those over
+tables, so that a `labels.csv` beside pictures is not mistaken for the inventory; `form` decides otherwise.
+Files and folders whose names start with a dot are skipped. Nothing is opened.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+from urllib.parse import quote
+
+import pyarrow.fs as pafs
+
+from pipelines.inventory import tables
+from pipelines.specs import InventoryOptions
+from pipelines.storage.storage import (
+    Entry,
+    Storage,
+    StorageError,
+    is_local,
+    local_path,
+    open_storage,
+    redact,
+    split,
+)
+
+IMAGE_SUFFIXES = frozenset({
+    "apng", "avif", "bmp", "cur", "dds", "dib", "eps", "gif", "heic", "heics", "heif", "hif",
+    "icns", "ico", "j2c", "j2k", "jfif", "jp2", "jpc", "jpe", "jpeg", "jpf", "jpg", "jpx", "jxl",
+    "mpo", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "ras", "sgi", "svg", "svgz",
+    "tga", "tif", "tiff", "wbmp", "webp", "xbm", "xpm",
+})  # fmt: skip
+"""File names that make an image of a listed file, in any case; `all_files` takes every file."""
+
+WILDCARD = re.compile(r"[*?]")
+
+Form = Literal["table", "images", "tars"]
+
+
+class InventoryError(ValueError):
+    """The inventory cannot be used as it is; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """One file of the inventory and what tells whether it has changed."""
+
+    uri: str
+    size_bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an inventory's URI turned out to be."""
+
+    form: Form
+    base: str
+    """Folder that relative URIs of a table start from."""
+    files: tuple[FoundFile, ...]
+
+
+def find(inventory_uri: str, options: InventoryOptions) -> Found:
+    """Look at a file, or list a folder or prefix, or what of it matches a last part with `*` or `?`.
+
+    Raises:
+        InventoryError: nothing is there, or nothing of the form.
+    """
+    uri = absolute(inventory_uri)
+    base, name = split(uri)
+    form = _form_of_name(name, options)
+    if form and (single := _single(open_storage(base), name)):
+        return Found(form, base, (single,))
+    folder, pattern = (base, name) if WILDCARD.search(name) else (uri, "*")
+    entries = [entry for entry in _list(folder) if not _hidden(entry.path)]
+    entries = [entry for entry in entries if fnmatchcase(entry.path, pattern)]
+    if not entries:
+        raise InventoryError(
+            f"{redact(inventory_uri)} is neither a file nor a folder or prefix that holds one"
+        )
+    form, chosen = _choose(inventory_uri, entries, options)
+    return Found(form, folder, tuple(_found(folder, entry) for entry in chosen))
+
+
+def _list(uri: str) -> list[Entry]:
+    try:
+        return open_storage(uri).list()
+    except StorageError as error:
+        raise InventoryError(
+            f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (such as a//b) "
+            "can still be fetched: name them in a table with a column uri"
+        ) from error
+    except NotADirectoryError as error:
+        raise InventoryError(
+            f"{redact(uri)} is a file whose name does not say what it holds: end it in .parquet, .csv, "
+            ".jsonl or .tar, or say --form images or tars"
+        ) from error
+    except PermissionError as error:
+        raise InventoryError(
+            f"{redact(uri)} cannot be listed whole: {error}. Make that folder readable, or name the images "
+            "in a table with a column uri"
+        ) from error
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, any other URI as it is; without a slash at the end."""
+    if not is_local(uri):
+        return uri.rstrip("/")
+    path = local_path(uri)
+    return str(path.resolve() if ".." in path.parts else path)
+
+
+def _single(storage: Storage, name: str) -> FoundFile | None:
+    if not storage.exists(name):
+        return None
+    return FoundFile(f"{storage.uri.rstrip('/')}/{name}", storage.size(name), _version(storage, name))
+
+
+def _version(storage: Storage, name: str) -> str:
+    filesystem, folder = storage.filesystem_and_path()
+    path = f"{folder.rstrip('/')}/{name}"
+    if not isinstance(filesystem, pafs.PyFileSystem):
+        return str(filesystem.get_file_info(path).mtime_ns)
+    info = filesystem.handler.fs.info(path)
+    return str(
+        next((info[key] for key in ("e_tag", "ETag", "etag", "mtime", "created") if info.get(key)), "")
+    )
+
+
+def _found(base: str, entry: Entry) -> FoundFile:
+    version = entry.etag or (entry.last_modified.isoformat() if entry.last_modified else "")
+    return FoundFile(_writable(f"{base.rstrip('/')}/{entry.path}"), entry.size, version)
+
+
+def _writable(uri: str) -> str:
+    """The URI; a local name that is not UTF-8, which no table can hold, as a percent-encoded `file://`."""
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return "file://" + quote(os.fsencode(uri))
+    return uri
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file's name makes it an image."""
+    return path.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _form_of_name(name: str, options: InventoryOptions) -> Form | None:
+    if options.form != "auto":
+        return options.form
+    if tables.format_of(name):
+        return "table"
+    if name.lower().endswith(".tar"):
+        return "tars"
+    return "images" if is_image_name(name) else None
+
+
+def _choose(
+    inventory_uri: str, entries: Sequence[Entry], options: InventoryOptions
+) -> tuple[Form, list[Entry]]:
+    if options.all_files:
+        return "images", list(entries)
+    automatic = InventoryOptions()
+    for form in ("images", "tars", "table") if options.form == "auto" else (options.form,):
+        chosen = [entry for entry in entries if _form_of_name(entry.path, automatic) == form]
+        if chosen:
+            return form, chosen
+    sought = "an image, a tar or a table" if options.form == "auto" else f"of the form {options.form}"
+    raise InventoryError(
+        f"{redact(inventory_uri)} holds {len(entries):,} files, the first one {entries[0].path}, "
+        f"and by its name none is {sought}; --all-files takes every file as an image"
+    )

@@ -1,0 +1,122 @@
+"""WebDataset tar shards -> where each image lies inside: a byte range that is then fetched by itself.
+
+Headers are read in one pass over each shard; bodies are skipped where they are larger than a read. The
+samples' other members (captions, labels) are not read; `key` joins predictions to them.
+
+A shard counts only if it is whole to its last byte: after an end-of-archive mark comes another tar (as
+`cat` puts several into one file; it is read on, as by GNU tar's --ignore-zeros), or nothing but zeros.
+Python's reader, and with it many others, takes a damaged header for the end and drops what follows it.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import pyarrow as pa
+
+from pipelines.inventory.listing import InventoryError, is_image_name
+from pipelines.storage.storage import open_input
+from pipelines.storage.uris import redact
+
+READ_BYTES = 1 << 20
+"""Smaller members are read over, larger ones sought over: on an object store a request costs as much."""
+
+SHARDS_AT_ONCE = 8
+
+MEMBERS = pa.schema(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("container", pa.string()),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("key", pa.string()),
+    ]
+)
+"""One row per image: `uri` is `<shard>#<member>`, `key` the member's path up to the first dot of its name."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
+    """The images of each shard, shard by shard in the order given.
+
+    Raises:
+        InventoryError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
+    """
+    with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
+        yield from _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
+
+
+def _in_order(threads: ThreadPoolExecutor, call: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
+    """Like `map`, but never more than a few results ahead of the caller."""
+    waiting = iter(inputs)
+    started: list[Future[R]] = [threads.submit(call, item) for item in islice(waiting, SHARDS_AT_ONCE)]
+    while started:
+        yield started.pop(0).result()
+        started += [threads.submit(call, item) for item in islice(waiting, 1)]
+
+
+def _members_of(uri: str, all_files: bool) -> pa.Table:
+    rows = []
+    place = "at its beginning"
+    try:
+        with io.BufferedReader(open_input(uri), READ_BYTES) as file:
+            for member in _walk(file):
+                name = member.name
+                place = f"at or after the member {name}"
+                if member.isdir() or not (all_files or _is_image(name)):
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise InventoryError(
+                        f"{redact(uri)} holds {name} as a link, a sparse file or a device, not as bytes in "
+                        "one place: pack it with tar --dereference --hard-dereference and without --sparse"
+                    )
+                rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
+    except tarfile.TarError as error:
+        raise InventoryError(
+            f"{redact(uri)} cannot be read as a tar {place}: {error}. Shards must be whole and not "
+            "compressed, for an image inside is fetched by its byte range: fetch or pack it anew"
+        ) from error
+    columns = zip(*rows, strict=True) if rows else ([] for _ in MEMBERS)
+    return pa.table(
+        [pa.array(list(column), field.type) for column, field in zip(columns, MEMBERS, strict=True)], MEMBERS
+    )
+
+
+def _walk(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+    """Every member of every archive in the file. Raises TarError unless it is whole."""
+    start: int | None = 0
+    while start is not None:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member of a shard of millions
+                yield member
+            start = _after_end_mark(file, tar.offset)
+
+
+def _after_end_mark(file: io.BufferedReader, offset: int) -> int | None:
+    """Where the file goes on after the zeros at `offset`, or None if it does not."""
+    file.seek(offset)
+    zeros = 0
+    while (block := file.read(tarfile.BLOCKSIZE)) and not block.strip(b"\0"):
+        zeros += len(block)
+    if zeros >= tarfile.BLOCKSIZE:
+        return offset + zeros if block else None
+    raise tarfile.ReadError(
+        f"the header at byte {offset:,} is damaged" if block else "it has no end-of-archive mark: it was cut"
+    )
+
+
+def _is_image(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return not last.startswith(".") and is_image_name(last)
+
+
+def _key(name: str) -> str:
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.split(".", 1)[0]

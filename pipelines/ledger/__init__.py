@@ -1,0 +1,1 @@
+"""Which rows count: parts, resume, publish, verify; exactly once."""

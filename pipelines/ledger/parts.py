@@ -1,0 +1,278 @@
+"""Scored items -> part files joined with the caller's rows; parts -> ledger entries; counts -> error budget.
+
+A part holds whole items, ascending by row id, under a fresh name: writing one twice makes a second file,
+which the ledger will not list. Beside the table's columns it keeps the row id, so that a part that repeats
+recorded items can be rewritten without them. What happens after the last part is `publishing.py`.
+"""
+
+import hashlib
+import io
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import schema
+from pipelines.inventory.plan import Plan, open_plan
+from pipelines.ledger.item_set import Range, RowSet, count, ranges_of, row_ids_of
+from pipelines.ledger.ledger import Ledger, Part, part_of, ranges_from
+from pipelines.schema import ROW_ID
+from pipelines.status import TRANSIENT, Status
+from pipelines.storage.storage import Storage, open_storage
+
+HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
+HOSTS_KEPT = 20
+"""Failing hosts that a part names: enough to find the culprit, too few to swell the ledger."""
+
+ROWS_AT_ONCE = 100_000
+"""Most rows of a part, about: an image may answer for hundreds, and a writing task has a quarter of a CPU."""
+ITEMS_AT_ONCE = 256
+"""Items whose rows are counted together."""
+
+
+class PartDamaged(ValueError):
+    """A part's bytes are not those that were recorded."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where parts go, and what every row of the run says."""
+
+    state_uri: str
+    generation: int
+    model_id: str
+    taxonomy: str
+    cattax: int
+    final: bool
+    """Write passing failures too, instead of leaving them for a later pass."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one batch: the part, if any row was written, and the items left for a later pass."""
+
+    part: Part | None
+    deferred: tuple[Range, ...]
+
+
+def write_batch(scored: pa.Table, target: Target) -> pa.Table:
+    """One batch of `schema.SCORED` -> part files -> for each a row of text columns for the driver."""
+    state, plan = opened(target.state_uri)
+    pieces = cut_by_rows(distinct_items(scored), plan)
+    written = [write_part(piece, plan, state, target) for piece in pieces]
+    parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
+    deferred = [json.dumps(one.deferred) for one in written]
+    return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
+
+
+def cut_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
+    """Distinct items in pieces that answer for ROWS_AT_ONCE rows, or for those of ITEMS_AT_ONCE items."""
+    start = n_rows = 0
+    for at in range(0, scored.num_rows, ITEMS_AT_ONCE):
+        row_ids = scored["row_id"].slice(at, ITEMS_AT_ONCE).to_numpy()
+        rows = plan.rows(ranges_of(row_ids), ["uri", "rows"])["rows"]
+        more = pc.sum(pc.list_value_length(rows)).as_py()
+        if at > start and n_rows + more > ROWS_AT_ONCE:
+            yield scored.slice(start, at - start)
+            start, n_rows = at, 0
+        n_rows += more
+    yield scored.slice(start)
+
+
+def read_written(row: Mapping[str, str | None]) -> Written:
+    """The inverse of `write_batch`'s row."""
+    part = part_of(json.loads(row["part"])) if row["part"] else None
+    return Written(part, ranges_from(json.loads(row["deferred"] or "[]")))
+
+
+@lru_cache(maxsize=2)
+def opened(state_uri: str) -> tuple[Storage, Plan]:
+    """The state folder and its frozen plan, opened once per worker process."""
+    state = open_storage(state_uri)
+    return state, open_plan(state)
+
+
+def write_part(scored: pa.Table, plan: Plan, state: Storage, target: Target) -> Written:
+    """Join distinct scored items, ascending, with the plan's rows and write them as one Parquet file."""
+    deferred: tuple[Range, ...] = ()
+    if not target.final:
+        passing = pc.is_in(scored["status"], pa.array([status.value for status in TRANSIENT]))
+        deferred = tuple(ranges_of(scored.filter(passing)["row_id"].to_numpy()))
+        scored = scored.filter(pc.invert(passing))
+    if not scored.num_rows:
+        return Written(None, deferred)
+    return Written(store_part(joined(scored, plan, target), state, target.generation), deferred)
+
+
+def distinct_items(scored: pa.Table) -> pa.Table:
+    """One row per item, ascending by row id: the first where a retried task brought several."""
+    _, first = np.unique(scored["row_id"].to_numpy(), return_index=True)
+    return scored.cast(schema.SCORED).take(first)
+
+
+def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
+    """Every table row that these items answer for, with its row id in front of the table's own columns."""
+    items = plan.rows(ranges_of(scored["row_id"].to_numpy()), ["uri", "rows"])
+    rows = items["rows"].combine_chunks()
+    owners = pc.list_parent_indices(rows)
+    results = scored.take(owners)
+    fields = part_schema(plan.carried)
+    constants = {
+        "cattax": target.cattax,
+        "model_id": target.model_id,
+        "taxonomy": target.taxonomy,
+        "classified_at": datetime.now(UTC),
+    }
+    columns = {ROW_ID: results["row_id"], "uri": items["uri"].take(owners)}
+    given = rows.flatten()  # its fields by position: pyarrow would take a name like `.a` for a path
+    columns |= {field.name: pc.struct_field(given, [index]) for index, field in enumerate(given.type)}
+    columns |= {name: results[name] for name in schema.PREDICTIONS_TAIL.names if name not in constants}
+    for name, value in constants.items():
+        columns[name] = pa.repeat(pa.scalar(value, fields.field(name).type), len(owners))
+    return pa.table([columns[name] for name in fields.names], schema=fields)
+
+
+def part_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema of a part: the row id, then the published columns."""
+    return pa.schema([pa.field(ROW_ID, pa.int64(), nullable=False), *schema.predictions_schema(carried)])
+
+
+def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
+    """Write rows of `part_schema` under a fresh name in one atomic put."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    payload = buffer.getvalue()
+    path = f"{parts_folder(generation)}/{uuid.uuid4().hex}.parquet"
+    state.put(path, payload)
+    return Part(
+        path=path,
+        sha256=hashlib.sha256(payload).hexdigest(),
+        bytes=len(payload),
+        items=tuple(ranges_of(np.unique(table[ROW_ID].to_numpy()))),
+        rows=table.num_rows,
+        statuses=counts(table["status"]),
+        hosts=failing_hosts(table),
+    )
+
+
+def parts_folder(generation: int) -> str:
+    """Parts of different generations lie apart, so that clearing one up never touches the next."""
+    return f"parts/g{generation:04d}"
+
+
+def read_part(part: Part, state: Storage) -> pa.Table:
+    """The rows of a part. Raises PartDamaged if its bytes are not those that were recorded."""
+    payload = state.read(part.path)
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != part.sha256:
+        raise PartDamaged(
+            f"{state.uri}/{part.path} has sha256 {digest}, the ledger says {part.sha256}; restore it"
+        )
+    return pq.ParquetFile(pa.BufferReader(payload)).read()
+
+
+def without_items(part: Part, state: Storage, repeated: Sequence[Range], generation: int) -> Part | None:
+    """A new part without the repeated items, or None if nothing else is in it."""
+    if count(repeated) == count(part.items):
+        return None
+    table = read_part(part, state)
+    outside = pc.invert(pc.is_in(table[ROW_ID], pa.array(row_ids_of(repeated))))
+    return store_part(table.filter(outside), state, generation)
+
+
+def counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value occurs, nulls left out, by value."""
+    found = pc.value_counts(column.drop_null())
+    pairs = zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)
+    return dict(sorted(pairs))
+
+
+def failing_hosts(table: pa.Table) -> dict[str, int]:
+    """The hosts (or buckets) that most rows without a label come from."""
+    failed = table.filter(pc.not_equal(table["status"], Status.OK.value))
+    by_host = counts(pc.struct_field(pc.extract_regex(failed["uri"], HOST), "host"))
+    return dict(sorted(by_host.items(), key=lambda pair: -pair[1])[:HOSTS_KEPT])
+
+
+class Committer:
+    """Owns the driver's pending parts: makes them disjoint and records them every few seconds."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        state: Storage,
+        *,
+        every_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger, self._state = ledger, state
+        self._every_s, self._clock = every_s, clock
+        self._written_at = clock()
+        self._pending: list[Part] = []
+        self._claimed: RowSet = ledger.done.copy()
+
+    def add(self, part: Part) -> Part | None:
+        """Take a written part in, less what it repeats; returns what will be recorded, if anything."""
+        kept: Part | None = part
+        if repeated := self._claimed.present(part.items):
+            with self._ledger.explaining_loss():
+                kept = without_items(part, self._state, repeated, self._ledger.view.generation)
+        if kept:
+            self._pending.append(kept)
+            self._claimed.add(kept.items)
+        self.tick()
+        return kept
+
+    def tick(self) -> None:
+        """Write the entry if it is time, and look for a rival even when there is nothing to write."""
+        if self._clock() - self._written_at < self._every_s:
+            return
+        if self._pending:
+            self.flush()
+        else:
+            self._ledger.check()
+        self._written_at = self._clock()
+
+    def flush(self) -> None:
+        """Write what is pending now. Safe to call again after it was interrupted anywhere."""
+        pending = list(self._pending)
+        self._ledger.record(pending)
+        del self._pending[: len(pending)]
+
+
+def over_budget(
+    statuses: Mapping[str, int],
+    hosts: Mapping[str, int],
+    *,
+    max_error_rate: float,
+    max_error_rate_of: Mapping[str, float],
+) -> str | None:
+    """Why so many rows without a label must not be published, naming reasons and hosts; or None."""
+    rows = max(1, sum(statuses.values()))
+    failed = {status: n for status, n in statuses.items() if status != Status.OK.value}
+    shares = {
+        f"rate of {status}": (failed.get(status, 0), limit) for status, limit in max_error_rate_of.items()
+    }
+    shares["error rate"] = (sum(failed.values()), max_error_rate)
+    over = [
+        f"the {name} is {n / rows:.1%} ({n:,} of {rows:,} rows), the limit is {limit:.1%}"
+        for name, (n, limit) in shares.items()
+        if n > limit * rows
+    ]
+    if not over:
+        return None
+    return f"{'; '.join(over)}. Top reasons: {top(failed)}. Top hosts: {top(hosts)}"
+
+
+def top(counted: Mapping[str, int], names: int = 5) -> str:
+    """The most frequent names with their counts, as text."""
+    ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))[:names]
+    return ", ".join(f"{name} {n:,}" for name, n in ordered) or "none"

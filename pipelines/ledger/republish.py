@@ -1,0 +1,80 @@
+"""A rerun of failed rows: the published files again, with the rows of the rerun items put in place.
+
+The table's files do not say which plan item a row answers for; their ledger entries list the items in
+file order, and the plan says how many rows each has.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import schema
+from pipelines.inventory.plan import Plan
+from pipelines.ledger.item_set import Range, row_ids_of
+from pipelines.ledger.ledger import Ledger, Part, TableFile
+from pipelines.ledger.parts import read_part
+from pipelines.schema import ROW_ID
+from pipelines.storage.storage import Storage
+
+ITEMS_AT_ONCE = 65_536
+
+
+def row_sequence(items: Sequence[Range], plan: Plan) -> np.ndarray:
+    """The item that each table row answers for, int64 [rows], for items in file order."""
+    row_ids = row_ids_of(items)
+    rows_each = [pc.list_value_length(batch["rows"]).to_numpy() for batch in item_batches(items, plan)]
+    return np.repeat(row_ids, np.concatenate([np.empty(0, np.int64), *rows_each]))
+
+
+def item_batches(items: Sequence[Range], plan: Plan) -> Iterator[pa.Table]:
+    """The plan's `uri` and `rows` of these items in their order, a bounded number at a time."""
+    waiting: list[Range] = []
+    room = ITEMS_AT_ONCE
+    for start, stop in items:
+        for block in range(start, stop, ITEMS_AT_ONCE):
+            waiting.append((block, min(stop, block + ITEMS_AT_ONCE)))
+            room -= waiting[-1][1] - block
+            if room <= 0:
+                yield plan.rows(waiting, ["uri", "rows"])
+                waiting, room = [], ITEMS_AT_ONCE
+    if waiting:
+        yield plan.rows(waiting, ["uri", "rows"])
+
+
+def replaced(
+    file: TableFile, ledger: Ledger, plan: Plan, state: Storage, table: Storage
+) -> Iterator[pa.Table]:
+    """The published file row group by row group, the rerun items' rows replaced where they stand."""
+    sequence = row_sequence(file.items, plan)
+    changed = np.isin(sequence, row_ids_of(ledger.view.reopened))
+    fields = schema.predictions_schema(plan.carried)
+    fresh = fresh_rows(ledger.view.parts, sequence[changed], state)
+    fresh = in_file_order(fresh, sequence[changed]).cast(fields)
+    source = pq.ParquetFile(table.open_input(file.name))
+    start = used = 0
+    for number in range(source.num_row_groups):
+        group = source.read_row_group(number).select(fields.names).cast(fields)
+        here = changed[start : start + group.num_rows]
+        new = int(here.sum())
+        indices = np.arange(group.num_rows)
+        indices[here] = group.num_rows + np.arange(new)
+        yield pa.concat_tables([group, fresh.slice(used, new)]).take(indices)
+        start, used = start + group.num_rows, used + new
+
+
+def fresh_rows(parts: Sequence[Part], row_ids: np.ndarray, state: Storage) -> pa.Table:
+    """The rows of these items out of the parts that hold any of them."""
+    wanted = pa.array(np.unique(row_ids))
+    holding = [part for part in parts if np.isin(row_ids_of(part.items), row_ids).any()]
+    tables = [read_part(part, state) for part in holding]
+    return pa.concat_tables([rows.filter(pc.is_in(rows[ROW_ID], wanted)) for rows in tables])
+
+
+def in_file_order(fresh: pa.Table, row_ids: np.ndarray) -> pa.Table:
+    """Rows put in the order in which their items follow each other in the file, without the row id."""
+    distinct, first = np.unique(row_ids, return_index=True)
+    rank = first[np.searchsorted(distinct, fresh[ROW_ID].to_numpy())]
+    return fresh.take(np.argsort(rank, kind="stable")).drop_columns([ROW_ID])

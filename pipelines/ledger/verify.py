@@ -1,0 +1,261 @@
+"""Proves that a published table is whole: every plan row once, no byte changed, nothing added.
+
+Trusts only checksums and counts it computes itself. The ledger's entries are chained and carry their own
+checksum; each lists a table file with its sha256 and the items in it; the plan says which rows those items
+are. So what is compared is: the folder's listing, the files' bytes, their schema, every `image_id` and
+`uri` in file order, and the counts, with the ledger, the plan and the report; and the plan itself with the
+one that `run.json` names.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines import schema
+from pipelines.inventory.plan import PLAN_JSON, NoPlan, Plan, hash_of, open_plan
+from pipelines.ledger.item_set import RowSet, repeated
+from pipelines.ledger.ledger import RUN_JSON, Ledger, LedgerDamaged, State, TableFile, total
+from pipelines.ledger.parts import counts
+from pipelines.ledger.publish import SUCCESS, row_groups
+from pipelines.ledger.republish import item_batches
+from pipelines.messages import first_line
+from pipelines.storage.storage import Storage, join, open_storage, sha256_of
+
+REPORT_JSON = "report.json"
+KEYS = schema.PREDICTIONS_HEAD
+ROW_KEYS = pa.schema([*KEYS, schema.PREDICTIONS_TAIL.field("status")])
+
+
+class NotPredictions(ValueError):
+    """The folder was not written by classify."""
+
+
+class PlanDamaged(ValueError):
+    """The plan's files are not those that were frozen."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was proved, or not."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of every check that could be made."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of them passed."""
+        return all(check.ok for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is verified."""
+
+    plan: Plan
+    ledger: Ledger
+    state: Storage
+    table: Storage
+
+    @property
+    def files(self) -> list[TableFile]:
+        """The listed files by name."""
+        return sorted(self.ledger.view.files.values(), key=lambda file: file.name)
+
+
+def verify(predictions_uri: str) -> Report:
+    """Check a predictions folder: `table/` and `state/` beneath it. Raises NotPredictions."""
+    root = open_storage(predictions_uri).uri
+    return verify_table(open_storage(join(root, "table")), open_storage(join(root, "state")))
+
+
+def verify_table(table: Storage, state: Storage) -> Report:
+    """Check a table against its state folder, wherever the two lie. Raises NotPredictions."""
+    if not any(state.exists(path) for path in (RUN_JSON, PLAN_JSON)):
+        raise NotPredictions(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
+    try:
+        plan = checked_plan(state)
+    except (PlanDamaged, NoPlan) as error:
+        return Report((Check("plan", False, str(error)),))
+    planned = Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows")
+    started = check_run(plan, state)
+    try:
+        ledger = Ledger(state, plan.n_items)
+    except (LedgerDamaged, IndexError) as error:
+        return Report((planned, started, Check("ledger", False, str(error))))
+    found = Predictions(plan, ledger, state, table)
+    return Report((planned, started, *(check(found) for check in CHECKS)))
+
+
+def outcome(name: str, problems: Iterator[str], fine: str) -> Check:
+    """A check that passes when there are no problems; of many, the first three are named."""
+    found = list(problems)
+    more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+    return Check(name, not found, "; ".join(found[:3]) + more if found else fine)
+
+
+def checked_plan(state: Storage) -> Plan:
+    """The plan, its files' bytes compared with what `plan.json` lists. Raises PlanDamaged or NoPlan."""
+    plan = open_plan(state)
+    for file in plan.files:
+        if not state.exists(file.path):
+            raise PlanDamaged(f"{file.path} is missing")
+        if sha256_of(state, file.path) != file.sha256:
+            raise PlanDamaged(f"{file.path} has changed since {PLAN_JSON} was written")
+    if plan.hash != hash_of(plan.files, plan.carried):
+        raise PlanDamaged(f"{PLAN_JSON} does not have the hash of what it lists")
+    return plan
+
+
+def check_run(plan: Plan, state: Storage) -> Check:
+    """The plan that lies there is the one that the ledger speaks of."""
+
+    def problems() -> Iterator[str]:
+        if not state.exists(RUN_JSON):
+            yield f"{RUN_JSON} is missing"
+            return
+        run: Mapping[str, Any] = json.loads(state.read(RUN_JSON))
+        begun = run.get("identity", {}).get("plan"), run.get("n_items")
+        if begun != (plan.hash, plan.n_items):
+            yield (
+                f"{RUN_JSON} names the plan {begun[0]} of {begun[1]} images, and {PLAN_JSON} is "
+                f"{plan.hash} of {plan.n_items}: another plan was put under the ledger"
+            )
+
+    return outcome("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
+
+
+def check_ledger(found: Predictions) -> Check:
+    """The entries follow each other; reading them has shown that. Items must not be recorded twice."""
+    spans = [span for part in found.ledger.view.parts for span in part.items]
+    problems = iter(["parts in the ledger repeat each other's items"] if repeated(spans) else [])
+    return outcome("ledger", problems, f"{found.ledger.view.entries} entries, none missing or altered")
+
+
+def check_published(found: Predictions) -> Check:
+    """The run is finished and says so to readers."""
+
+    def problems() -> Iterator[str]:
+        view = found.ledger.view
+        if view.state is not State.PUBLISHED:
+            left = found.plan.n_items - len(found.ledger.done)
+            yield f"generation {view.generation} is still {view.state}, {left:,} images are not recorded"
+        if not found.table.exists(SUCCESS):
+            yield f"{SUCCESS} is missing"
+
+    return outcome("published", problems(), f"{SUCCESS} is there, generation {found.ledger.view.generation}")
+
+
+def check_listing(found: Predictions) -> Check:
+    """The table's folder holds the listed files and nothing else."""
+    there = {entry.path for entry in found.table.list()} - {SUCCESS}
+    listed = {file.name for file in found.files}
+    problems = [f"{name} is missing" for name in sorted(listed - there)]
+    problems += [f"{name} is in no ledger entry" for name in sorted(there - listed)]
+    return outcome("files", iter(problems), f"{len(listed)}, as the ledger lists them")
+
+
+def check_items(found: Predictions) -> Check:
+    """The listed files hold every item of the plan once."""
+
+    def problems() -> Iterator[str]:
+        seen = RowSet(found.plan.n_items)
+        for file in found.files:
+            try:
+                again = seen.present(file.items)
+                seen.add(file.items)
+            except IndexError as error:
+                yield f"{file.name}: {error}"
+                continue
+            if again or repeated(file.items):
+                yield f"{file.name} repeats images of another file or its own"
+        if not seen.full:
+            yield f"{found.plan.n_items - len(seen):,} images are in no file"
+
+    return outcome("images", problems(), f"all {found.plan.n_items:,}, each in one file")
+
+
+def check_bytes(found: Predictions) -> Check:
+    """Every file has the bytes that were published."""
+
+    def problems() -> Iterator[str]:
+        for file in found.files:
+            if not found.table.exists(file.name):
+                yield f"{file.name} is missing"
+            elif sha256_of(found.table, file.name) != file.sha256:
+                yield f"{file.name} has changed since it was published"
+
+    size = sum(file.bytes for file in found.files)
+    return outcome("checksums", problems(), f"{size:,} bytes unchanged")
+
+
+def check_rows(found: Predictions) -> Check:
+    """Every file has the schema, and the plan's rows in the listed order with the listed statuses."""
+    problems = (f"{file.name} {problem}" for file in found.files for problem in row_problems(file, found))
+    return outcome("rows", problems, f"{found.plan.n_rows:,}, each the plan's, schema as stated")
+
+
+def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
+    """What is wrong inside one file; one problem is enough."""
+    fields = schema.predictions_schema(found.plan.carried)
+    try:
+        source = pq.ParquetFile(found.table.open_input(file.name))
+        if not source.schema_arrow.equals(fields):
+            yield f"has the schema {source.schema_arrow}, expected {fields}"
+            return
+        statuses: Counter[str] = Counter()
+        batches = (pa.table(batch) for batch in source.iter_batches(columns=[*KEYS.names, "status"]))
+        for actual, expected in zip_longest(
+            row_groups(batches, ROW_KEYS), row_groups(planned_rows(file, found.plan), KEYS)
+        ):
+            if actual is None or expected is None or not actual.select(KEYS.names).equals(expected):
+                yield f"does not hold the plan's rows in order ({source.metadata.num_rows:,} rows)"
+                return
+            statuses.update(counts(actual["status"]))
+        if statuses != Counter(file.statuses):
+            yield f"counts {dict(statuses)}, the ledger says {dict(file.statuses)}"
+    except (OSError, pa.ArrowException) as error:
+        yield f"cannot be read: {first_line(error)}"
+
+
+def planned_rows(file: TableFile, plan: Plan) -> Iterator[pa.Table]:
+    """`image_id` and `uri` of every row that a file must hold, in its order."""
+    for items in item_batches(file.items, plan):
+        rows = items["rows"].combine_chunks()
+        owners = pc.list_parent_indices(rows)
+        columns = [pc.struct_field(rows.flatten(), "image_id"), items["uri"].take(owners)]
+        yield pa.table(columns, names=KEYS.names)
+
+
+def check_report(found: Predictions) -> Check:
+    """The report's counts are those of the table."""
+
+    def problems() -> Iterator[str]:
+        if not found.state.exists(REPORT_JSON):
+            yield f"{REPORT_JSON} is missing"
+            return
+        report: Mapping[str, Any] = json.loads(found.state.read(REPORT_JSON))
+        statuses = dict(total(file.statuses for file in found.files))
+        if report.get("rows") != sum(statuses.values()) or report.get("statuses") != statuses:
+            yield f"it says {report.get('rows')} rows, {report.get('statuses')}; the table has {statuses}"
+        if sum(statuses.values()) != found.plan.n_rows:
+            yield f"the table has {sum(statuses.values()):,} rows, the plan {found.plan.n_rows:,}"
+
+    return outcome("report", problems(), "its counts are the table's")
+
+
+CHECKS = (check_ledger, check_published, check_listing, check_items, check_bytes, check_rows, check_report)

@@ -1,0 +1,1 @@
+"""A folder named by a URI: read, atomic put, create-if-absent, list."""

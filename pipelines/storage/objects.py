@@ -1,0 +1,261 @@
+"""A prefix of a bucket in S3, Google Cloud Storage or Azure as a storage, through obstore.
+
+Its conditional put is what fences two drivers, in the ledger (If-None-Match) and in the table (If-Match). An
+outage of the server is waited out; obstore's errors, which print their internals over 30 lines, become one
+sentence.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.storage.stored import AlreadyExists, Entry, StorageError, Version
+from pipelines.storage.uris import join, redact, scheme_of
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 120.0
+"""How long a request is repeated while the server answers 5xx or nothing, seconds."""
+
+REQUEST_S = 60
+"""Longest time of one request, seconds; one that carries a large file gets more."""
+
+SLOWEST_BYTES_PER_S = 250_000
+"""An upload may take as long as this rate asks for."""
+
+SINGLE_PUT_BYTES = 2 << 30
+"""Largest file put on a condition: that takes one request, from memory. obstore sets none on parts."""
+
+OBJECT_SCHEMES = {
+    "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs",
+    "az": "az", "azure": "az", "abfs": "abfs", "abfss": "abfss",
+}  # fmt: skip
+"""URI schemes that go through obstore, and the one name that it knows each by."""
+
+
+@dataclass(frozen=True)
+class ObjectStorage:
+    """A prefix in a bucket of S3, Google Cloud Storage or Azure."""
+
+    uri: str
+    patience_s: float = PATIENCE_S
+    fenced = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectStorage, (self.uri, self.patience_s)
+
+    @cached_property
+    def store(self) -> Any:
+        """The obstore client, opened on first use in each process."""
+        return object_store(self.uri, patience_s=self.patience_s)
+
+    def read(self, path: str) -> bytes:
+        with self._explained(path):
+            return bytes(self.store.get(path).bytes())
+
+    def put(self, path: str, payload: bytes) -> None:
+        with self._explained(path):
+            self.store.put(path, payload)
+
+    def put_file(self, path: str, local_file: Path) -> None:
+        with self._explained(path):
+            self.store.put(path, local_file)
+
+    def version(self, path: str) -> Version | None:
+        try:
+            with self._explained(path):
+                found = self.store.head(path)
+        except FileNotFoundError:
+            return None
+        return Version(found["e_tag"], found["version"])
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        if (size := local_file.stat().st_size) > SINGLE_PUT_BYTES:
+            self.put_file(path, local_file)
+            return
+        store = self._store_for(size)
+        for mode in conditions(seen):
+            try:
+                self._put_if(store, path, local_file, mode)
+                return
+            except AlreadyExists:
+                if self.version(path) != seen:
+                    if self.size(path) == size and self.read(path) == local_file.read_bytes():
+                        return
+                    raise
+        log.warning(
+            "%s refuses to replace a file on a condition (If-Match): a driver that is paused right now, and "
+            "wakes when another has published, might write an old file over a newer one",
+            redact(self.uri),
+        )
+        self.put_file(path, local_file)
+
+    def create(self, path: str, payload: bytes) -> None:
+        try:
+            self._put_if(self.store, path, payload, "create")
+        except AlreadyExists:
+            if self.read(path) != payload:
+                raise
+
+    def _put_if(self, store: Any, path: str, content: bytes | Path, mode: Any) -> None:
+        """One conditional request. Raises AlreadyExists when refused, if only for its own earlier success."""
+        from obstore.exceptions import AlreadyExistsError, GenericError, PreconditionError
+
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            try:
+                with self._explained(path, AlreadyExistsError, PreconditionError, GenericError):
+                    store.put(path, content, mode=mode, use_multipart=False)
+                return
+            except (AlreadyExistsError, PreconditionError):
+                raise AlreadyExists(f"{join(self.uri, path)} holds what another has put there") from None
+            except GenericError as error:
+                # Racing losers get a 500 from some servers, and an answer can get lost: only reading tells.
+                if time.monotonic() > deadline:
+                    raise StorageError(self._message(path, error)) from error
+                time.sleep(0.2)
+
+    def _store_for(self, n_bytes: int) -> Any:
+        """A client whose single requests may take as long as so many bytes do."""
+        longer_s = n_bytes / SLOWEST_BYTES_PER_S - REQUEST_S
+        if longer_s <= 0:
+            return self.store
+        return object_store(self.uri, patience_s=self.patience_s + longer_s, request_s=REQUEST_S + longer_s)
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        with self._explained(path):
+            return int(self.store.head(path)["size"])
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        with self._explained(prefix):
+            found = [meta for chunk in self.store.list(prefix or None) for meta in chunk]
+        entries = [Entry(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"]) for meta in found]
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def copy(self, source: str, target: str) -> None:
+        with self._explained(source):
+            self.store.copy(source, target)
+
+    def delete(self, *paths: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._explained(paths[0] if paths else ""):
+            self.store.delete(list(paths))
+
+    def open_input(self, path: str) -> Any:
+        filesystem, folder = self._filesystem_and_folder()
+        # Not pyarrow's open_input_file: it asks isfile() first, to which any failure means "no such file".
+        n_bytes = self.size(path)
+        return pa.PythonFile(filesystem.open(f"{folder}/{path}", size=n_bytes), mode="r")
+
+    def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
+        filesystem, folder = self._filesystem_and_folder()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), folder
+
+    def _filesystem_and_folder(self) -> tuple[Any, str]:
+        """This folder as fsspec has it."""
+        from obstore.fsspec import FsspecStore
+
+        parts = urlsplit(self.uri)
+        protocol: Any = OBJECT_SCHEMES[scheme_of(self.uri)]
+        filesystem = FsspecStore(protocol, **store_settings(self.uri, self.patience_s))
+        return filesystem, f"{parts.netloc}{parts.path}"
+
+    @contextlib.contextmanager
+    def _explained(self, path: str, *passed: type[Exception]) -> Iterator[None]:
+        from obstore.exceptions import BaseError, NotFoundError
+
+        try:
+            yield
+        except passed:
+            raise
+        except (NotFoundError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
+                raise StorageError(self._message(path, error)) from error
+            raise FileNotFoundError(errno.ENOENT, "no such object", join(self.uri, path)) from error
+        except BaseError as error:
+            raise StorageError(self._message(path, error)) from error
+
+    def _message(self, path: str, error: Exception) -> str:
+        reason = str(error).split("\n\nDebug source", maxsplit=1)[0]
+        code = re.search(r"Server returned non-2xx status code: ([^:]+):.*<Code>(\w+)</Code>", reason, re.S)
+        return redact(
+            f"{join(self.uri, path)} cannot be used: {' '.join(code.groups()) if code else reason[:600]}; "
+            "check the bucket's name, the credentials in the environment, and the endpoint"
+        )
+
+
+def conditions(seen: Version | None) -> list[Any]:
+    """obstore's put mode for replacing exactly this, and in its second spelling; for creating, if None."""
+    if seen is None:
+        return ["create"]
+    given = {key: tag for key, tag in asdict(seen).items() if tag}
+    bare = given | {"e_tag": given.get("e_tag", "").strip('"')}  # all that Ceph 16 takes for its own ETag
+    return [given, bare]
+
+
+def object_store(uri: str, *, patience_s: float = PATIENCE_S, request_s: float = REQUEST_S) -> Any:
+    """An obstore client rooted at `uri`, its credentials from the environment's usual chain."""
+    from obstore.store import S3Store, from_url
+
+    settings = store_settings(uri, patience_s, request_s)
+    if OBJECT_SCHEMES[scheme_of(uri)] != "s3":
+        return from_url(uri, **settings)
+    parts = urlsplit(uri)
+    # Not from_url: it would decode a key's literal per-cent signs.
+    return S3Store(parts.netloc, prefix=parts.path.strip("/") or None, **settings)
+
+
+def store_settings(uri: str, patience_s: float, request_s: float = REQUEST_S) -> dict[str, Any]:
+    """Time-outs, retries that wait out an outage of up to `patience_s`, and the source of credentials."""
+    backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
+    retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
+    client: dict[str, Any] = {
+        "timeout": timedelta(seconds=request_s),
+        "connect_timeout": timedelta(seconds=5),
+    }
+    settings: dict[str, Any] = {"client_options": client, "retry_config": retry}
+    if OBJECT_SCHEMES[scheme_of(uri)] == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        client["allow_http"] = endpoint.startswith("http://")
+        settings |= shared_aws_settings()
+    return settings
+
+
+def shared_aws_settings() -> dict[str, Any]:
+    """obstore reads the environment, web identity, ECS and EC2, but no profiles of ~/.aws: botocore does."""
+    named = any(name in os.environ for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE"))
+    if "AWS_ACCESS_KEY_ID" in os.environ or not (named or (Path.home() / ".aws").is_dir()):
+        return {}
+    from botocore.session import Session  # type: ignore[import-untyped]
+
+    session = Session()
+    credentials, region = session.get_credentials(), session.get_config_variable("region")
+    found = {"region": region} if region else {}
+    return found | ({"credential_provider": partial(current, credentials)} if credentials else {})
+
+
+def current(credentials: Any) -> dict[str, Any]:
+    """botocore's credentials, renewed by it if need be, as obstore takes them for the next minutes."""
+    frozen = credentials.get_frozen_credentials()
+    keys = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key}
+    token = {"token": frozen.token} if frozen.token else {}
+    return keys | token | {"expires_at": datetime.now(UTC) + timedelta(minutes=5)}

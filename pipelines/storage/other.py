@@ -1,0 +1,125 @@
+"""Any folder that fsspec opens as a storage: no conditional put there, so `create` is only a check."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.storage.stored import AlreadyExists, Entry, Version, is_temporary, temporary_name
+from pipelines.storage.uris import join
+
+
+@dataclass(frozen=True)
+class FsspecStorage:
+    """Any other scheme that fsspec opens; without a conditional put, so without a fence."""
+
+    uri: str
+    fenced = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FsspecStorage, (self.uri,)
+
+    @cached_property
+    def opened(self) -> tuple[Any, str]:
+        """The fsspec filesystem and the folder's path on it, opened on first use in each process."""
+        import fsspec
+
+        filesystem, folder = fsspec.core.url_to_fs(self.uri)
+        return filesystem, folder.rstrip("/")
+
+    def read(self, path: str) -> bytes:
+        filesystem, folder = self.opened
+        return bytes(filesystem.cat_file(f"{folder}/{path}"))
+
+    def put(self, path: str, payload: bytes) -> None:
+        with self._replacing(path) as (filesystem, temporary):
+            filesystem.pipe_file(temporary, payload)
+
+    def put_file(self, path: str, local_file: Path) -> None:
+        with self._replacing(path) as (filesystem, temporary):
+            filesystem.put_file(str(local_file), temporary)
+
+    def version(self, path: str) -> None:
+        return None
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        self.put_file(path, local_file)
+
+    def create(self, path: str, payload: bytes) -> None:
+        if not self.exists(path):
+            self.put(path, payload)
+        elif self.read(path) != payload:
+            raise AlreadyExists(f"{join(self.uri, path)} exists already")
+
+    def exists(self, path: str) -> bool:
+        filesystem, folder = self.opened
+        return bool(filesystem.isfile(f"{folder}/{path}"))
+
+    def size(self, path: str) -> int:
+        filesystem, folder = self.opened
+        return int(filesystem.size(f"{folder}/{path}"))
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        filesystem, folder = self.opened
+        found = walk(filesystem, f"{folder}/{prefix}".rstrip("/"))
+        entries = [fsspec_entry(info, folder) for info in found if not is_temporary(info["name"])]
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def copy(self, source: str, target: str) -> None:
+        with self._replacing(target) as (filesystem, temporary):
+            filesystem.cp_file(f"{self.opened[1]}/{source}", temporary)
+
+    def delete(self, *paths: str) -> None:
+        filesystem, folder = self.opened
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.rm_file(f"{folder}/{path}")
+
+    def open_input(self, path: str) -> Any:
+        filesystem, folder = self.opened
+        # Not pyarrow's open_input_file: it asks isfile() first, to which any failure means "no such file".
+        return pa.PythonFile(filesystem.open(f"{folder}/{path}", "rb"), mode="r")
+
+    def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
+        filesystem, folder = self.opened
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), folder
+
+    @contextlib.contextmanager
+    def _replacing(self, path: str) -> Iterator[tuple[Any, str]]:
+        """Write under a temporary name, then move: the one order that no fsspec filesystem tears."""
+        filesystem, folder = self.opened
+        target = f"{folder}/{path}"
+        temporary = temporary_name(target)
+        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+        yield filesystem, temporary
+        filesystem.mv(temporary, target)
+
+
+def walk(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Every file below a folder. Not fsspec's `find`: it passes over folders that cannot be read."""
+    try:
+        found = filesystem.ls(folder, detail=True)
+    except FileNotFoundError:  # there is none, or it was removed while we list
+        return
+    for info in found:
+        name = info["name"].rstrip("/")
+        if info["type"] != "directory":
+            yield info
+        elif name != folder:
+            yield from walk(filesystem, name)
+
+
+def fsspec_entry(info: dict[str, Any], folder: str) -> Entry:
+    """fsspec's listing row as ours; filesystems name the time and the tag differently."""
+    times = ("last_modified", "LastModified", "mtime", "created")
+    modified = next((info[key] for key in times if key in info), None)
+    if isinstance(modified, int | float):
+        modified = datetime.fromtimestamp(modified, UTC)
+    path = str(info["name"]).removeprefix(folder).lstrip("/")
+    return Entry(path, int(info["size"] or 0), info.get("etag") or info.get("ETag"), modified)

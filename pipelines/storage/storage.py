@@ -1,0 +1,124 @@
+"""A folder named by a URI -> read, atomic put, create-if-absent, list, copy, delete: the same on any storage.
+
+Three back ends: the local filesystem; S3, Google Cloud Storage and Azure through obstore, which has the
+conditional put that the ledger's fence rests on; any other scheme through fsspec, where create-if-absent
+is only a check (`fenced` is False). Credentials come from the environment's usual chains and from nowhere
+else. It knows nothing of tables, plans or ledgers, and fetches no images: that is `fetch.py`. Others
+import from here alone; the modules that it gathers are its own.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from pipelines.storage.local import LocalStorage
+from pipelines.storage.objects import OBJECT_SCHEMES, PATIENCE_S, ObjectStorage, object_store
+from pipelines.storage.other import FsspecStorage
+from pipelines.storage.stored import AlreadyExists, Entry, StorageError, Version, is_temporary
+from pipelines.storage.uris import is_local, join, local_path, redact, scheme_of, split
+
+__all__ = [
+    "AlreadyExists", "Entry", "Storage", "StorageError", "Version", "is_local", "is_temporary", "join",
+    "local_path", "object_store", "open_storage", "read_uri", "redact", "scheme_of", "sha256_of", "split",
+]  # fmt: skip
+
+HASHED_AT_ONCE = 8 << 20
+
+
+class Storage(Protocol):
+    """A folder somewhere; every path is relative to it and uses `/`. Picklable: it crosses Ray."""
+
+    @property
+    def uri(self) -> str:
+        """The folder, without a trailing slash."""
+
+    @property
+    def fenced(self) -> bool:
+        """Whether `create` holds against a second process; False where it is only a check."""
+
+    def read(self, path: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+
+    def put(self, path: str, payload: bytes) -> None:
+        """Write or replace the file: a reader sees all of the old bytes or all of the new."""
+
+    def put_file(self, path: str, local_file: Path) -> None:
+        """`put` from a local file of any size, which is used up where a rename will do."""
+
+    def version(self, path: str) -> Version | None:
+        """What is there now, for `put_file_over`; None if nothing is, or where that has no condition."""
+
+    def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
+        """`put_file` in place of what `version` saw. Raises AlreadyExists if there are other bytes since.
+
+        In one step on object stores, up to `object_storage.SINGLE_PUT_BYTES`. Elsewhere it is `put_file`:
+        who must not come too late is stopped there by having its `local_file` removed.
+        """
+
+    def create(self, path: str, payload: bytes) -> None:
+        """`put` for a path that does not exist. Raises AlreadyExists when it holds other bytes.
+
+        Finding exactly these bytes is success: a client repeats a request whose answer got lost and
+        then meets its own object. Whoever must tell rivals apart puts a nonce into the payload.
+        """
+
+    def exists(self, path: str) -> bool:
+        """Whether the file is there."""
+
+    def size(self, path: str) -> int:
+        """Bytes of the file. Raises FileNotFoundError."""
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """Every file below the folder `prefix`, at any depth, by path; none if it does not exist."""
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy within the storage, on the server where it can, replacing `target`."""
+
+    def delete(self, *paths: str) -> None:
+        """Remove the files; no error for one that is not there."""
+
+    def open_input(self, path: str) -> Any:
+        """A pyarrow RandomAccessFile over the file."""
+
+    def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
+        """What `pyarrow.dataset` takes to read this folder."""
+
+
+def open_storage(uri: str, *, patience_s: float = PATIENCE_S) -> Storage:
+    """The storage rooted at a folder URI or local path; makes no request.
+
+    Raises ValueError for a scheme that neither obstore nor fsspec knows.
+    """
+    scheme = scheme_of(uri)
+    if scheme == "file":
+        return LocalStorage(local_path(uri))
+    if scheme in OBJECT_SCHEMES:
+        return ObjectStorage(uri.rstrip("/"), patience_s)
+    return FsspecStorage(uri.rstrip("/"))
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes of one file by its whole URI. Raises FileNotFoundError."""
+    folder, name = split(uri)
+    return open_storage(folder).read(name)
+
+
+def sha256_of(storage: Storage, path: str) -> str:
+    """The checksum of one file of any size, in hexadecimal."""
+    digest = hashlib.sha256()
+    with storage.open_input(path) as file:
+        while block := file.read(HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_input(uri: str) -> Any:
+    """A pyarrow file over one file by its whole URI, unpacked if its name ends in `.gz`."""
+    folder, name = split(uri)
+    file = open_storage(folder).open_input(name)
+    if uri.lower().endswith(".gz"):
+        return pa.CompressedInputStream(file, "gzip")
+    return file

@@ -1,0 +1,158 @@
+"""Labelled rows become decoded splits on the cluster, with an account of every image that was left out.
+
+Broken images are listed and skipped, too many of them stop the run; images whose very bytes are in two
+splits stay in the one that measures. What is kept where is `ingest.py`'s part.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipelines.datasets import pixels, splits
+from pipelines.datasets.dataset import LabelledData
+from pipelines.datasets.settings import Ingest
+from pipelines.specs import ImageSpec
+from pipelines.training import sampling
+from pipelines.training.recipe import Balance
+
+log = logging.getLogger(__name__)
+
+Rows = npt.NDArray[np.int64]
+KEPT_IN = {
+    "memory": "the object store",
+    "disk": "the object store and on disk",
+    "stream": "no place: streamed",
+}
+LISTED = 20
+"""Broken images named in the log; run.json has them all."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A dataset, decoded: what workers train and are measured on."""
+
+    data: LabelledData
+    spec: ImageSpec
+    """Pixels of validation and test images: the model's own."""
+    stored_spec: ImageSpec
+    """Pixels of training images, a little larger."""
+    decoded: dict[str, Any]
+    """Split -> Ray Dataset in the schema of `ingest.schema_of`."""
+    rows: dict[str, Rows]
+    """Split -> row ids that can be used."""
+    mode: str
+    how: Ingest
+    broken: list[dict[str, str]]
+    duplicates: dict[str, int]
+    """Images removed because another split has their very bytes, by the split they left."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether images come as a stream of shards and not by row."""
+        return self.mode != "memory"
+
+    def class_counts(self) -> Rows:
+        """Usable training images of each class."""
+        return self.data.class_counts(self.rows[splits.TRAIN])
+
+    def strata(self) -> Rows:
+        """The class that sampling goes by: the label, or the rarest of several; none is one of its own."""
+        chosen = self.data.targets()[self.rows[splits.TRAIN]]
+        if chosen.ndim == 1:
+            return np.asarray(chosen, np.int64)
+        rarity = np.where(chosen > 0, self.class_counts()[None, :], np.iinfo(np.int64).max)
+        strata: Rows = np.where(chosen.any(axis=1), rarity.argmin(axis=1), chosen.shape[1])
+        return strata
+
+    def account(self) -> dict[str, Any]:
+        """Where every image of the dataset went."""
+        return {
+            "images": {name: len(rows) for name, rows in self.rows.items()},
+            "broken": self.broken,
+            "duplicates_removed": self.duplicates,
+            "dropped": self.data.dropped,
+            "class_counts": dict(zip(self.data.classes, self.class_counts().tolist(), strict=True)),
+        }
+
+
+def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> Corpus:
+    """Decode every split on the running cluster.
+
+    Raises:
+        IngestError: too many images are broken, or a split has none left.
+    """
+    stored = pixels.enlarged(spec, how.margin)
+    mode = chosen_mode(data, spec, stored, how)
+    decoded = {}
+    for name in (splits.TRAIN, splits.VALIDATION, splits.TEST):
+        order = data.indices(name)
+        if name == splits.TRAIN and mode != "memory":
+            # A stream is shuffled within a window only, so it starts from a random order.
+            order = np.random.default_rng(seed).permutation(order)
+        dataset = pixels.decoded(data.rows, order, stored if name == splits.TRAIN else spec, how)
+        decoded[name] = dataset if mode == "stream" else dataset.materialize()
+    outcome = pa.concat_tables([pixels.outcomes(dataset) for dataset in decoded.values()]).sort_by("row_id")
+    broken = pixels.broken(outcome, data.rows["uri"].to_pylist(), max_share=how.max_broken_share)
+    for image in broken[:LISTED]:
+        log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
+    readable = pa.compute.equal(outcome["status"], "ok").to_numpy()
+    # A broken copy is counted once, as broken.
+    repeated = splits.duplicates_to_drop(outcome["sha256"].to_pylist(), data.splits) & readable
+    usable = readable & ~repeated
+    rows = {name: data.indices(name)[usable[data.indices(name)]] for name in decoded}
+    refuse_empty(rows)
+    left = {name: int(repeated[data.indices(name)].sum()) for name in decoded}
+    duplicates = {name: count for name, count in left.items() if count}
+    if duplicates:
+        log.warning("removed images that are in another split too: %s", duplicates)
+    return Corpus(data, spec, stored, decoded, rows, mode, how, broken, duplicates)
+
+
+def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ingest) -> str:
+    """How decoded images will be kept; said in the log."""
+    n_train = len(data.indices(splits.TRAIN))
+    n_measured = data.rows.num_rows - n_train
+    n_bytes = 3 * (n_train * stored.height * stored.width + n_measured * spec.height * spec.width)
+    mode = pixels.mode_for(how, n_bytes, pixels.room(how))
+    size = f"{n_bytes / 1e9:.2f} GB at {stored.width}x{stored.height}"
+    log.info("%d images decode to %s, kept in %s", data.rows.num_rows, size, KEPT_IN[mode])
+    return mode
+
+
+def refuse_empty(rows: dict[str, Rows]) -> None:
+    for name in (splits.TRAIN, splits.VALIDATION):
+        if not len(rows[name]):
+            raise pixels.IngestError(
+                f"the {name} split has no usable image; give more images or other shares"
+            )
+
+
+def training_shards(corpus: Corpus, balance: Balance, *, seed: int) -> Any:
+    """The training dataset as workers get it: all of it, or a stream with each class as often as asked."""
+    trains = corpus.decoded[splits.TRAIN]
+    if not corpus.streams:
+        return trains
+    times = np.zeros(corpus.data.rows.num_rows, np.int64)
+    drawn = sampling.one_pass(corpus.strata(), balance, np.random.default_rng(seed))
+    np.add.at(times, corpus.rows[splits.TRAIN][drawn], 1)
+    return trains.map_batches(
+        pixels.repeated, batch_size=None, batch_format="pyarrow", fn_kwargs={"times": times}
+    )
+
+
+def validation_shards(corpus: Corpus, workers: int) -> list[Any]:
+    """The validation dataset as each worker gets it: all of it, or a part to stream."""
+    dataset, rows = corpus.decoded[splits.VALIDATION], corpus.rows[splits.VALIDATION]
+    if corpus.mode == "memory":
+        return [dataset] * workers
+    if corpus.mode == "disk":
+        parts: list[Any] = dataset.split(workers)
+        return parts
+    return [
+        pixels.decoded(corpus.data.rows, rows[rank::workers], corpus.spec, corpus.how)
+        for rank in range(workers)
+    ]

@@ -1,0 +1,209 @@
+"""A whole training run from the driver: ingest, Ray Train workers, the best model measured and described.
+
+`fit` fills the run folder: `recipe.json` first, `checkpoints/` and `metrics.jsonl` while it trains, then
+`report/` and `best/`, and `run.json` last. The same call on an unfinished folder continues it.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.datasets import splits
+from pipelines.datasets.dataset import LabelledData, refuse_untrainable
+from pipelines.datasets.settings import Ingest
+from pipelines.evaluation import metrics
+from pipelines.messages import root_cause
+from pipelines.specs import ImageSpec
+from pipelines.storage import storage
+from pipelines.training import checkpoints, decoded, evaluate, layers, ray_checkpoints, runs, sampling
+from pipelines.training import model as vit
+from pipelines.training.checkpoints import Sidecar
+from pipelines.training.decoded import Corpus
+from pipelines.training.loop import train_worker
+from pipelines.training.model_card import model_card
+from pipelines.training.recipe import Recipe
+from pipelines.training.resources import Resources
+from pipelines.training.task import Task, validation_name
+from pipelines.training.tracking import Listener, Messages, refuse_missing
+
+
+class TrainingFailed(RuntimeError):
+    """The workers failed more often than allowed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start: everything that can be refused before Ray wakes has been checked."""
+
+    data: LabelledData
+    recipe: Recipe
+    """Resolved."""
+    spec: ImageSpec
+    """Pixels that the model takes."""
+    output: str
+    resources: Resources
+
+    @property
+    def sidecar(self) -> Sidecar:
+        data = self.data
+        return Sidecar(data.settings.taxonomy, data.classes, self.spec, data.multi_label)
+
+
+def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) -> Plan:
+    """The run of this recipe on this dataset.
+
+    Raises:
+        ValueError: nothing can be learned from the dataset, the model cannot be built, the batch cannot be
+            divided among the workers, a tracker is not installed, or validation does not give the metric.
+    """
+    refuse_untrainable(data)
+    recipe = recipe.resolved(multi_label=data.multi_label)
+    recipe.micro_batch(resources.num_workers)
+    refuse_missing(resources.trackers)
+    refuse_unknown_metric(
+        recipe.select_by, data.targets()[data.indices(splits.VALIDATION)], len(data.classes)
+    )
+    model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
+    layers.parameter_groups(model, recipe.optimizer)
+    return Plan(data, recipe, vit.image_spec(model, recipe.model), output, resources)
+
+
+def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) -> None:
+    """Raise ValueError when validation with this truth will not yield the metric that is to select."""
+    if not len(truth):
+        return  # refused when it turns out that none can be read
+    rows = telling_rows(truth)
+    logits_nc = np.zeros((len(rows), n_classes), np.float32)
+    known = {"validation_loss", *metrics.classification(logits_nc, truth[rows])}
+    if name not in known:
+        raise ValueError(
+            f"select_by is {name}; these {len(truth)} validation images give {', '.join(sorted(known))}. "
+            "Choose one of these, or give validation images of more classes"
+        )
+
+
+def telling_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """A few rows that give the same metrics as all: of several classes, or with and without a label."""
+    if truth.ndim == 1:
+        return np.unique(truth, return_index=True)[1][:8]
+    mixed = np.flatnonzero(truth.any(axis=0) & ~truth.all(axis=0))
+    return np.unique(truth[:, mixed[0] if len(mixed) else 0], return_index=True)[1]
+
+
+def fit(plan: Plan, how: Ingest, listen: Listener | None = None) -> runs.Run:
+    """Train, pick, measure, describe; Ray is running.
+
+    Raises:
+        IngestError: too many images cannot be used.
+        TrainingFailed: more failures than the resources allow.
+    """
+    started = time.time()
+    prepared = decoded.prepare(plan.data, plan.spec, how, seed=plan.recipe.seed)
+    runs.begin(plan.output, plan.recipe, plan.data)
+    result = train(plan, prepared, listen)
+    files, best = best_model(result)
+    train_s = time.time() - started
+    scores = evaluate.Scores.of(prepared, plan.sidecar, files, plan.resources)
+    sidecar = evaluate.calibrated(scores, plan.sidecar, target_precision=plan.recipe.target_precision)
+    found = evaluate.evaluations(scores, sidecar, about={"model": plan.recipe.model})
+    evaluate.report(scores, sidecar, found, plan.recipe, files, plan.output)
+    content = {
+        **runs.identity(plan.recipe, plan.data),
+        "image_spec": asdict(plan.spec),
+        "multi_label": plan.data.multi_label,
+        "best": best,
+        "temperature": sidecar.temperature,
+        "thresholds": dict(sidecar.thresholds),
+        **{name: dict(found[name].overall) if name in found else {} for name in evaluate.MEASURED},
+        "data": prepared.account(),
+        "resources": asdict(plan.resources),
+        "ingest": {**asdict(how), "mode": prepared.mode},
+        "images_per_s": best.get("images_per_s"),
+        "train_seconds": train_s,
+        "seconds": time.time() - started,
+    }
+    described = {checkpoints.SIDECAR: sidecar.to_json().encode(), "README.md": model_card(content).encode()}
+    folder = storage.open_storage(plan.output)
+    for name, payload in {**files, **described}.items():
+        folder.put(f"{runs.BEST}/{name}", payload)
+    return runs.finish(plan.output, content)
+
+
+def train(
+    plan: Plan, prepared: Corpus, listen: Listener | None = None, callbacks: tuple[Any, ...] = ()
+) -> Any:
+    """Run the workers to the end of the recipe; returns Ray Train's result."""
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import TrainingFailedError as RayTrainingFailed
+    from ray.train.torch import TorchTrainer
+
+    resources = plan.resources
+    ray_checkpoints.mend(storage.join(plan.output, runs.CHECKPOINTS))
+    filesystem, path = runs.ray_storage(plan.output)
+    per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
+    shards = decoded.training_shards(prepared, plan.recipe.balance, seed=plan.recipe.seed)
+    parts = decoded.validation_shards(prepared, resources.num_workers)
+    measured = {validation_name(rank): part for rank, part in enumerate(parts)}
+    with Messages(listen) as messages:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"task": task_of(plan, prepared, messages.queue)},
+            datasets={"train": shards, **measured},
+            dataset_config=DataConfig(datasets_to_split=["train"] if prepared.streams else []),
+            scaling_config=ScalingConfig(
+                num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+            ),
+            run_config=RunConfig(
+                name=runs.CHECKPOINTS,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=resources.checkpoints_to_keep, checkpoint_score_attribute="score"
+                ),
+                callbacks=list(callbacks),
+            ),
+        )
+        try:
+            return trainer.fit()
+        except RayTrainingFailed as error:
+            first = next(iter(getattr(error, "worker_failures", {}).values()), error)
+            raise TrainingFailed(
+                f"training failed: {root_cause(str(first))}; what was checkpointed is kept, and the same "
+                "command continues it"
+            ) from error
+
+
+def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
+    """What every worker is told."""
+    strata, workers = prepared.strata(), plan.resources.num_workers
+    drawn = sampling.one_pass(strata, plan.recipe.balance, np.random.default_rng(plan.recipe.seed))
+    return Task(
+        recipe=plan.recipe,
+        sidecar=plan.sidecar,
+        stored_spec=prepared.stored_spec,
+        train_rows=prepared.rows[splits.TRAIN],
+        strata=strata,
+        validation_rows=prepared.rows[splits.VALIDATION],
+        class_counts=plan.data.class_counts(prepared.rows[splits.TRAIN][drawn]),
+        streams=prepared.streams,
+        max_broken_share=prepared.how.max_broken_share,
+        epoch_images=(len(drawn) - len(drawn) % workers) * (plan.recipe.augment.views or 1),
+        run_uri=plan.output,
+        runs_at_once=plan.resources.runs_at_once,
+        checkpoint_every_steps=plan.resources.checkpoint_every_steps,
+        trackers=plan.resources.trackers,
+        progress=queue,
+    )
+
+
+def best_model(result: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files of the best checkpoint's model, and the line of its epoch."""
+    checkpoint, line = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
+    with checkpoint.as_directory() as folder:
+        model = Path(folder, checkpoints.MODEL_FOLDER)
+        return {file.name: file.read_bytes() for file in sorted(model.iterdir())}, dict(line)

@@ -1,0 +1,166 @@
+"""The parts of an image classifier: its blocks, its head, and which of its weights learn and how fast.
+
+Parts are found by structure, so freezing and layer decay need no list of architectures. Nothing here
+builds a model (`vit.py`) or trains one (`training.py`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.specs import ImageSpec
+from pipelines.training.recipe import Network, Optimizer
+
+UNDECAYED = ("position_embedding", "class_embedding", "_token")
+"""Parts of the names of learned positions and tokens, which weight decay leaves alone."""
+
+
+class ModelError(ValueError):
+    """The model cannot be built as asked for."""
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """The blocks of the body, first to last, through all stages of a pyramid.
+
+    Raises:
+        ModelError: the model has no list of modules.
+    """
+    outer = largest_list(model)
+    if outer is None:
+        raise ModelError(f"this {model.config.model_type} model has no list of blocks to freeze or decay")
+    return [block for stage in outer for block in blocks_of(stage)]
+
+
+def blocks_of(stage: nn.Module) -> list[nn.Module]:
+    """The blocks of a stage, when most of it is a list of them; else it is a block itself."""
+    inner = largest_list(stage)
+    if inner is None or 2 * n_weights(inner) <= n_weights(stage):
+        return [stage]
+    return [block for part in inner for block in blocks_of(part)]
+
+
+def largest_list(module: nn.Module) -> nn.ModuleList | None:
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=n_weights, default=None)  # the outer one of a nest: `max` takes the first
+
+
+def n_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def head(model: Any) -> frozenset[str]:
+    """Names of the head's parameters: all that is outside the module that holds the blocks.
+
+    Raises:
+        ModelError: that leaves no head, or nothing but one.
+    """
+    first = {id(parameter) for parameter in blocks(model)[0].parameters()}
+    body = [
+        name
+        for name, child in model.named_children()
+        if first & {id(parameter) for parameter in child.parameters()}
+    ]
+    names = [name for name, _ in model.named_parameters()]
+    found = frozenset(name for name in names if name.split(".", maxsplit=1)[0] not in body)
+    if not 0 < len(found) < len(names):
+        raise ModelError(
+            f"{type(model).__name__} keeps body and head in {', '.join(body)}, where they cannot be told "
+            "apart; use a model of transformers' own with a classifier beside its body"
+        )
+    return found
+
+
+def depths(model: Any) -> dict[str, int]:
+    """Depth of each parameter: 0 embeddings, 1 to L the blocks, L + 1 what follows (BEiT's numbering).
+
+    What lies between two blocks, as a pyramid's down-sampling does, belongs to the lower one.
+    """
+    found, above = blocks(model), head(model)
+    owner = {id(parameter): i + 1 for i, block in enumerate(found) for parameter in block.parameters()}
+    depth, reached = {}, 0
+    for name, parameter in model.named_parameters():
+        reached = owner.get(id(parameter), reached)
+        follows = name in above or (reached == len(found) and id(parameter) not in owner)
+        depth[name] = len(found) + 1 if follows else reached
+    return depth
+
+
+def first_trained_depth(network: Network, n_blocks: int, epoch: int) -> int:
+    """The lowest depth that learns in this epoch (0-based): everything from there up to the head."""
+    lowest = network.freeze_blocks + 1 if network.freeze_blocks else 0
+    if network.freeze == "none":
+        return lowest
+    thawed = epoch // network.unfreeze_every_epochs if network.unfreeze_every_epochs else 0
+    return max(lowest, n_blocks + 1 - thawed)
+
+
+def refuse_freezing(model: Any, network: Network) -> None:
+    """Raise ModelError when more blocks are to be frozen than the model has."""
+    n_blocks = len(blocks(model))
+    if network.freeze_blocks > n_blocks:
+        raise ModelError(
+            f"freeze_blocks is {network.freeze_blocks}, but the model has {n_blocks} blocks; "
+            "give at most that many, or set freeze to backbone to train the head alone"
+        )
+
+
+def freeze(model: Any, network: Network, epoch: int, *, idle: frozenset[str] = frozenset()) -> bool:
+    """Let exactly the weights learn that this epoch trains; True when that changed something.
+
+    With `backbone` frozen and nothing thawed, only the head itself learns, not the backbone's last norm.
+
+    Args:
+        idle: names of parameters that never get a gradient; they count as frozen.
+    """
+    n_blocks, above, depth = len(blocks(model)), head(model), depths(model)
+    lowest = first_trained_depth(network, n_blocks, epoch)
+    head_only = network.freeze == "backbone" and lowest == n_blocks + 1
+    changed = False
+    for name, parameter in model.named_parameters():
+        learns = (name in above if head_only else depth[name] >= lowest) and name not in idle
+        changed |= parameter.requires_grad != learns
+        parameter.requires_grad_(learns)
+    return changed
+
+
+def idle(model: Any, spec: ImageSpec) -> frozenset[str]:
+    """Names of parameters that do not reach the logits, such as DINOv2's mask token or CLIP's last norm.
+
+    DistributedDataParallel would wait for their gradients for ever.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    model(pixel_values=torch.zeros(1, 3, spec.height, spec.width, device=device)).logits.sum().backward()
+    found = frozenset(name for name, parameter in model.named_parameters() if parameter.grad is None)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def set_training(model: Any) -> None:
+    """Training mode, but for frozen batch norms, whose running statistics would go on changing."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            module.eval()
+
+
+def parameter_groups(model: Any, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """AdamW groups: `scale` of the rate by depth; no decay on biases, norms, tokens and positions."""
+    top = len(blocks(model)) + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    depth = depths(model)
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
+        group = groups.setdefault(
+            (depth[name], decays),
+            {
+                "params": [],
+                "weight_decay": optimizer.weight_decay if decays else 0.0,
+                "scale": optimizer.layer_decay ** (top - depth[name]),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

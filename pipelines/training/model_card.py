@@ -1,0 +1,77 @@
+"""The model card: what a person should know before using the model, in Hugging Face's README.md form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from pipelines.storage.uris import redact
+
+HEADLINES = (
+    "accuracy",
+    "accuracy@3",
+    "balanced_accuracy",
+    "map",
+    "f1_micro",
+    "f1_macro",
+    "mcc",
+    "log_loss",
+    "ece",
+)
+
+
+def model_card(content: Mapping[str, Any]) -> str:
+    """The card of a run, from the content of its run.json."""
+    recipe, data = content["recipe"], content["data"]
+    split = "test" if content["test"] else "validation"
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["vision", "iab-content-taxonomy"],
+        **({} if recipe["model"].startswith("scratch:") else {"base_model": recipe["model"]}),
+    }
+    images = ", ".join(f"{count} {name}" for name, count in data["images"].items())
+    counts = "\n".join(f"| {label} | {count} |" for label, count in data["class_counts"].items())
+    numbers = "\n".join(
+        f"| {name} | {content[split][name]:.4f} |" for name in HEADLINES if name in content[split]
+    )
+    spec = content["image_spec"]
+    kind = "several labels per image" if content["multi_label"] else "one label per image"
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {recipe["model"]} for {len(content["classes"])} classes of {content["taxonomy"]}
+
+An image classifier ({kind}) trained by iab-vision. `id2label` gives ids of the taxonomy
+`{content["taxonomy"]}`; `iab_vision.json` holds the calibration (temperature {content["temperature"]:.3f})
+and each category's threshold.
+
+## Data
+
+{images} images from `{redact(content["dataset"]["uri"])}`; {len(data["broken"])} could not be read, \
+{sum(data["duplicates_removed"].values())} were removed because their bytes are in another split too.
+
+| class | training images |
+|---|---|
+{counts}
+
+## Recipe
+
+{recipe["epochs"]} epochs at {spec["height"]}x{spec["width"]} pixels, {recipe["batch_size"]} images per
+step, seed {recipe["seed"]}; the best epoch was {content["best"]["epoch"]} by {recipe["select_by"]}.
+Everything else is in `run.json` of the run.
+
+## Measured on the {split} split
+
+| measure | value |
+|---|---|
+{numbers}
+
+## Limits
+
+The numbers hold for images like those it was trained on; another publisher's pictures need an evaluation
+of their own (`iab-vision evaluate`). Every image gets a label, also one that shows none of the classes:
+publish only what passes its threshold. The model sees {spec["height"]}x{spec["width"]} pixels, so small
+print and small objects are lost. Nothing was done to find or remove bias in the training images.
+"""

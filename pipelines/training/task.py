@@ -1,0 +1,92 @@
+"""What a training worker is given, and where it stands: the values between `fitting.py` and `training.py`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.specs import ImageSpec
+from pipelines.training import model
+from pipelines.training.checkpoints import Sidecar
+from pipelines.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know beside the pixels; the same on every worker."""
+
+    recipe: Recipe
+    """Resolved."""
+    sidecar: Sidecar
+    stored_spec: ImageSpec
+    """Shape of the stored training images."""
+    train_rows: npt.NDArray[np.int64]
+    """Row ids to train on."""
+    strata: npt.NDArray[np.int64]
+    """Class of each of them (multi-label: its rarest)."""
+    validation_rows: npt.NDArray[np.int64]
+    class_counts: npt.NDArray[np.int64]
+    """Images of each class in one pass over the training images, as sampled."""
+    streams: bool
+    """Images arrive as a stream of shards and not by row."""
+    max_broken_share: float
+    """Largest share of an epoch's streamed images that may be unreadable."""
+    epoch_images: int
+    """Images that one epoch draws."""
+    run_uri: str
+    runs_at_once: int = 1
+    """Trainings that share a machine."""
+    checkpoint_every_steps: int = 0
+    trackers: Sequence[str] = ()
+    progress: Any = None
+    """Ray queue for progress messages, if someone listens."""
+
+    @property
+    def classes(self) -> model.Classes:
+        return model.Classes(self.sidecar.class_ids, self.sidecar.multi_label)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(self.epoch_images // self.recipe.batch_size, 1)
+
+
+@dataclass
+class Position:
+    """Where the run stands, and what it has seen; part of every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    """Optimiser steps done within the epoch."""
+    best_score: float = -float("inf")
+    """What the next score must beat to count as better."""
+    stale_epochs: int = 0
+    loss_sum: float = 0.0
+    """Of this epoch's steps so far."""
+    history: tuple[dict[str, Any], ...] = ()
+    """One entry per finished epoch: the lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This worker among the others."""
+
+    rank: int
+    workers: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+def validation_name(rank: int) -> str:
+    """Name under which Ray Train hands a worker its validation images."""
+    return f"validation-{rank}"
+
+
+def step_seed(seed: int, epoch: int, step: int) -> int:
+    """One seed for each step of a run."""
+    return int(np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint32)[0])

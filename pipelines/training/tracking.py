@@ -1,0 +1,135 @@
+"""What a training run tells the world while it runs: metrics.jsonl, TensorBoard, trackers, progress.
+
+Only the leading worker writes. Storages cannot append, so files are written whole; after a restart the
+history is the checkpoint's, and each epoch stands in it once.
+"""
+
+import hashlib
+import importlib.util
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pipelines.storage import storage
+from pipelines.training.runs import HISTORY
+
+Line = dict[str, Any]
+Listener = Callable[[Line], None]
+POLL_S = 0.5
+NO_NUMBERS = ("epoch", "step")
+
+
+def numbers(line: Line) -> dict[str, float]:
+    """The curves of one line."""
+    return {
+        name: float(value)
+        for name, value in line.items()
+        if isinstance(value, (int, float)) and name not in NO_NUMBERS
+    }
+
+
+class TrackerMissing(ValueError):
+    """A tracker is asked for whose package is not installed."""
+
+
+def refuse_missing(trackers: Sequence[str]) -> None:
+    """Raise TrackerMissing before anything costly starts."""
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TrackerMissing(
+            f"tracker {missing[0]} is not installed; pip install 'iab-vision[{missing[0]}]', or leave it out"
+        )
+
+
+class Journal:
+    """Owns the event writer and the trackers of one run."""
+
+    def __init__(self, run_uri: str, trackers: Sequence[str], settings: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(tempfile.mkdtemp(prefix="tensorboard-"))
+        self.board = SummaryWriter(str(self.folder))
+        self.storage = storage.open_storage(run_uri)
+        self.logs = [TRACKERS[name](run_uri, settings) for name in trackers]
+
+    def write(self, history: Sequence[Line]) -> None:
+        """The whole history to metrics.jsonl, its last line to TensorBoard and the trackers."""
+        text = "".join(json.dumps(line) + "\n" for line in history)
+        self.storage.put(HISTORY, text.encode())
+        last = history[-1]
+        for name, value in numbers(last).items():
+            self.board.add_scalar(name, value, last["step"])
+        self.board.flush()
+        for file in self.folder.iterdir():
+            self.storage.put(f"tensorboard/{file.name}", file.read_bytes())
+        for log in self.logs:
+            log(numbers(last), last["step"])
+
+
+Log = Callable[[dict[str, float], int], None]
+
+
+def mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
+    """MLflow at MLFLOW_TRACKING_URI; a continued run goes on in the same MLflow run."""
+    import mlflow
+
+    run_uri = storage.redact(run_uri)
+    named = hashlib.sha256(run_uri.encode()).hexdigest()  # a filter has no way to say a quote in a path
+    found = mlflow.search_runs(filter_string=f"tags.run_uri_sha256 = '{named}'", output_format="list")
+    mlflow.start_run(
+        run_id=found[0].info.run_id if found else None, tags={"run_uri": run_uri, "run_uri_sha256": named}
+    )
+    if not found:
+        mlflow.log_params(settings)
+    return lambda values, step: mlflow.log_metrics(
+        {k.replace("@", "_at_"): v for k, v in values.items()}, step
+    )
+
+
+def wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
+    """Weights & Biases as its environment says; a continued run goes on under the same id."""
+    import wandb
+
+    run_uri = storage.redact(run_uri)
+    name = hashlib.sha256(run_uri.encode()).hexdigest()[:16]
+    run = wandb.init(id=name, name=run_uri.rstrip("/").rsplit("/", 1)[-1], config=settings, resume="allow")
+    return lambda values, step: run.log(values, step=step)
+
+
+TRACKERS: dict[str, Callable[[str, dict[str, Any]], Log]] = {"mlflow": mlflow_log, "wandb": wandb_log}
+
+
+class Messages:
+    """A queue that the leading worker fills and a thread of the driver empties into `listen`."""
+
+    def __init__(self, listen: Listener | None) -> None:
+        self.listen = listen
+        self.over = threading.Event()
+        self.queue: Any = None
+
+    def __enter__(self) -> Self:
+        if self.listen is not None:
+            from ray.util.queue import Queue
+
+            self.queue = Queue(actor_options={"num_cpus": 0})
+            self.thread = threading.Thread(target=self.relay, args=(self.listen,), daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.queue is not None:
+            self.over.set()
+            self.thread.join()
+            self.queue.shutdown(force=True)
+
+    def relay(self, listen: Listener) -> None:
+        """Until it is over, and once more for what came last."""
+        while True:
+            over = self.over.wait(POLL_S)
+            for message in self.queue.get_nowait_batch(self.queue.qsize()):
+                listen(message)
+            if over:
+                return

@@ -1,0 +1,349 @@
+"""Search for a better recipe: Ray Tune runs short trainings, Optuna proposes them, ASHA stops the poor ones.
+
+Every trial trains on the same decoded images, which are prepared once. The space names settings of the
+recipe (`optimizer.learning_rate`); what would change the pixels cannot be searched. The same call on an
+unfinished folder continues it, trials from their own checkpoints.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from pipelines.datasets.settings import Ingest
+from pipelines.messages import root_cause
+from pipelines.specs import at_least
+from pipelines.storage import storage
+from pipelines.storage.uris import redacted
+from pipelines.training import decoded, fit, runs
+from pipelines.training.decoded import Corpus
+from pipelines.training.fit import Plan
+from pipelines.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+FOLDER, TRIALS = "search", "trials"
+TABLE, PLOT, BEST, MARKER = "trials.csv", "trials.svg", "best.yaml", "tune.json"
+DRIVER_CPUS = 0.1
+"""What a trial's own process reserves beside its workers: it only waits for them."""
+FIXED = ("model", "image_size", "patch_size")
+"""Settings that change the pixels or the weights' shapes that trials share."""
+
+
+class SpaceError(ValueError):
+    """The search space cannot be searched; the message names the entry and what it may be."""
+
+
+class TuningFailed(RuntimeError):
+    """No trial finished."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long and how widely to look."""
+
+    trials: int = 16
+    """Recipes tried."""
+    grace_epochs: int = 2
+    """Epochs that every trial gets before it can be stopped for being worse than others."""
+    reduction: int = 3
+    """Of so many trials at each rung, one goes on."""
+    max_concurrent: int = 0
+    """Trials at once; 0: as many as the cluster's CPUs or GPUs allow."""
+    seed: int = 0
+    """Seed of the proposals."""
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "grace_epochs"):
+            at_least(name, getattr(self, name), 1)
+        at_least("reduction", self.reduction, 2)
+        at_least("max_concurrent", self.max_concurrent, 0)
+
+
+def read_space(uri: str) -> dict[str, Any]:
+    """A search space from YAML: setting -> how it is drawn; sections may be nested.
+
+    Raises:
+        SpaceError: not YAML, or an entry that is no way of drawing.
+    """
+    try:
+        content = yaml.safe_load(storage.read_uri(uri))
+    except yaml.YAMLError as error:
+        raise SpaceError(f"{uri} is not YAML: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise SpaceError(f"{uri} must map settings of the recipe to how they are drawn")
+    return flat(content)
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{optimizer: {learning_rate: …}}` as `{optimizer.learning_rate: …}`."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and not set(value) & set(DRAWS):
+            found |= flat(value, f"{key}.")
+        else:
+            found[key] = value
+    return found
+
+
+DRAWS = ("choice", "uniform", "loguniform", "quniform", "randint")
+"""Ways of drawing a value, named as in Ray Tune."""
+
+
+def distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Ray Tune's distributions of a space, checked against the recipe.
+
+    Raises:
+        SpaceError: a setting the recipe does not have or trials must share, or an unknown way of drawing.
+    """
+    from ray import tune
+
+    found = {}
+    for setting, how in space.items():
+        check_setting(recipe, setting)
+        if not isinstance(how, dict) or len(how) != 1 or next(iter(how)) not in DRAWS:
+            raise SpaceError(f"{setting} is {how!r}; it must be one of {', '.join(DRAWS)} with its values")
+        ((draw, values),) = how.items()
+        found[setting] = tune.choice(values) if draw == "choice" else getattr(tune, draw)(*values)
+    return found
+
+
+def check_setting(recipe: Recipe, setting: str) -> None:
+    if setting in FIXED:
+        raise SpaceError(f"{setting} cannot be searched: all trials share the same decoded images")
+    owner: Any = recipe
+    for part in setting.split("."):
+        if not dataclasses.is_dataclass(owner) or part not in {f.name for f in dataclasses.fields(owner)}:
+            raise SpaceError(f"{setting} is not a setting of the recipe")
+        owner = getattr(owner, part)
+
+
+def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with these settings; a section checks itself when it has all of its own."""
+    sections: dict[str, dict[str, Any]] = {}
+    for setting, value in values.items():
+        section, _, name = setting.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    plain = sections.pop("", {})
+    changed = {name: replace(getattr(recipe, name), **inner) for name, inner in sections.items()}
+    return replace(recipe, **changed, **plain)
+
+
+def tune_recipe(plan: Plan, space: Mapping[str, Any], search: Search, how: Ingest) -> dict[str, Any]:
+    """Run the search on the running cluster; leaves table, plot and the best recipe as YAML.
+
+    Raises:
+        TuningFailed: no trial got as far as one epoch.
+    """
+    prepared = decoded.prepare(plan.data, plan.spec, how, seed=plan.recipe.seed)
+    folder = storage.open_storage(plan.output)
+    folder.put(runs.RECIPE, runs.as_json(search_identity(plan, space, search)))
+    search = replace(search, max_concurrent=min(search.max_concurrent or room_for(plan), search.trials))
+    results = tuner(sharing(plan, search), prepared, space, search).fit()
+    trials = table(results, space)
+    done = [trial for trial in trials if trial["score"] is not None]
+    if not done:
+        raise TuningFailed(f"none of {len(trials)} trials finished an epoch; see {plan.output}/{FOLDER}")
+    best = max(done, key=lambda trial: trial["score"])
+    values = {setting: best[setting] for setting in space}
+    folder.put(TABLE, csv_of(trials))
+    folder.put(PLOT, plot(trials, list(space), plan.recipe.select_by))
+    folder.put(BEST, recipe_yaml(applied(plan.recipe, values), plan, how, best))
+    content = {"best": best, "trials": len(trials), "space": dict(space)}
+    folder.put(MARKER, runs.as_json(content))
+    return content
+
+
+def search_identity(plan: Plan, space: Mapping[str, Any], search: Search) -> dict[str, Any]:
+    """What makes two searches the same search."""
+    return {
+        **runs.identity(plan.recipe, plan.data),
+        "space": dict(space),
+        "search": {name: value for name, value in vars(search).items() if name != "max_concurrent"},
+    }
+
+
+def refuse_another(plan: Plan, space: Mapping[str, Any], search: Search) -> dict[str, Any] | None:
+    """What a finished search of the same settings found; None for one to start or continue.
+
+    Raises:
+        RunMismatch: the folder holds a search with other settings.
+    """
+    folder = storage.open_storage(plan.output)
+    if not folder.exists(runs.RECIPE):
+        return None
+    now = search_identity(plan, space, search)
+    runs.refuse_mismatch(plan.output, json.loads(folder.read(runs.RECIPE)), now)
+    content: dict[str, Any] | None = json.loads(folder.read(MARKER)) if folder.exists(MARKER) else None
+    return content
+
+
+def tuner(plan: Plan, prepared: Corpus, space: Mapping[str, Any], search: Search) -> Any:
+    """A new search, or the one to continue."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    trainable = tune.with_resources(
+        tune.with_parameters(train_trial, plan=plan, prepared=prepared), {"CPU": DRIVER_CPUS}
+    )
+    filesystem, path = runs.ray_storage(plan.output)
+    folder = f"{path}/{FOLDER}"
+    if tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
+        return tune.Tuner.restore(
+            folder, trainable, resume_unfinished=True, restart_errored=True, storage_filesystem=filesystem
+        )
+    return tune.Tuner(
+        trainable,
+        param_space=distributions(space, plan.recipe),
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            search_alg=OptunaSearch(seed=search.seed),
+            scheduler=ASHAScheduler(
+                time_attr="training_iteration",
+                max_t=plan.recipe.epochs,
+                grace_period=min(search.grace_epochs, plan.recipe.epochs),
+                reduction_factor=search.reduction,
+            ),
+            num_samples=search.trials,
+            max_concurrent_trials=search.max_concurrent,
+        ),
+        run_config=tune.RunConfig(
+            name=FOLDER,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[announcer(search.trials)],
+        ),
+    )
+
+
+def announcer(total: int) -> Any:
+    """A callback of Ray Tune that says in the log how the trials are doing."""
+    from ray.tune import Callback
+
+    class Announcer(Callback):  # type: ignore[misc]
+        """Its base may be imported only where Ray is, so it is defined here."""
+
+        def on_trial_result(self, trial: Any, result: Any, **_: Any) -> None:
+            log.info("trial %s, epoch %s: score %.4f", trial.trial_id, result["epoch"], result["score"])
+
+        def on_trial_complete(self, trials: list[Any], trial: Any, **_: Any) -> None:
+            ended = 1 + sum(one.is_finished() for one in trials if one is not trial)
+            log.info("trial %s ended, %d of %d", trial.trial_id, ended, total)
+
+    return Announcer()
+
+
+def room_for(plan: Plan) -> int:
+    """Trials that fit the cluster at once, leaving a CPU to Ray Data; more would wait for each other."""
+    import ray
+
+    resources, cluster = plan.resources, ray.cluster_resources()
+    by_cpu = (cluster.get("CPU", 1) - 1) // (resources.num_workers * resources.cpus_per_worker + DRIVER_CPUS)
+    by_gpu = cluster.get("GPU", 0) // resources.num_workers if resources.use_gpu else by_cpu
+    return max(1, int(min(by_cpu, by_gpu)))
+
+
+def sharing(plan: Plan, search: Search) -> Plan:
+    """The plan of a trial that shares each machine with its part of the others."""
+    import ray
+
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    at_once = math.ceil(search.max_concurrent / max(nodes, 1))
+    return replace(plan, resources=replace(plan.resources, runs_at_once=at_once))
+
+
+def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None:
+    """One trial: a whole training with Ray Train's workers, told to Ray Tune epoch by epoch."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    name = tune.get_context().get_trial_id()
+    trial = replace(
+        plan,
+        recipe=applied(plan.recipe, values),
+        output=storage.join(plan.output, TRIALS, name),
+        resources=replace(plan.resources, checkpoints_to_keep=1, checkpoint_every_steps=0),
+    )
+    fit.train(trial, prepared, callbacks=(TuneReportCallback(),))
+
+
+def table(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per trial, the best first: what it tried, how far it came, its best score."""
+    rows = []
+    for result in results:
+        scores = result.metrics_dataframe["score"].tolist() if result.metrics_dataframe is not None else []
+        rows.append(
+            {
+                "trial": (result.metrics or {}).get("trial_id"),
+                **{setting: (result.config or {}).get(setting) for setting in space},
+                "epochs": len(scores),
+                "score": max(scores) if scores else None,
+                "error": root_cause(str(result.error)) if result.error else None,
+                "scores": scores,
+            }
+        )
+    return sorted(rows, key=lambda row: -(row["score"] if row["score"] is not None else -float("inf")))
+
+
+def csv_of(trials: Sequence[Mapping[str, Any]]) -> bytes:
+    import csv
+
+    text = io.StringIO()
+    columns = [name for name in trials[0] if name != "scores"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(trials)
+    return text.getvalue().encode()
+
+
+def recipe_yaml(recipe: Recipe, plan: Plan, how: Ingest, best: Mapping[str, Any]) -> bytes:
+    """The recipe and the search's own data as a file for `iab-vision train --config`, without credentials."""
+    data = dataclasses.asdict(plan.data.settings)
+    content = {
+        "dataset": data.pop("uri"),
+        **data,
+        "ingest": dataclasses.asdict(how),
+        **dataclasses.asdict(recipe),
+        "num_workers": plan.resources.num_workers,
+        "cpus_per_worker": plan.resources.cpus_per_worker,
+    }
+    kept = redacted(content)
+    head = (
+        f"# Best of the trials: {recipe.select_by} score {best['score']:.4f} on validation"
+        f" after {best['epochs']} epochs.\n# iab-vision train --config best.yaml --output RUN\n"
+    )
+    if kept != content:
+        head += "# The credentials in its addresses were left out: give those settings on the command line.\n"
+    return (head + yaml.safe_dump(kept, sort_keys=False)).encode()
+
+
+def plot(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], metric: str) -> bytes:
+    """Score by epoch of every trial, and best score against each setting, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * (1 + len(settings)), 3.6), layout="constrained")
+    axes = figure.subplots(1, 1 + len(settings), squeeze=False)[0]
+    for trial in trials:
+        axes[0].plot(range(1, len(trial["scores"]) + 1), trial["scores"], marker=".", alpha=0.7)
+    axes[0].set(title="Trials", xlabel="epoch", ylabel=f"score ({metric})")
+    done = [trial for trial in trials if trial["score"] is not None]
+    for axis, setting in zip(axes[1:], settings, strict=True):
+        values = [trial[setting] for trial in done]
+        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        axis.plot(values if numeric else [str(value) for value in values], [t["score"] for t in done], "o")
+        if numeric and min(values) > 0 and max(values) / min(values) > 20:
+            axis.set_xscale("log")
+        axis.set(title=setting, xlabel=setting, ylabel=f"best score ({metric})")
+    image = io.BytesIO()
+    figure.savefig(image, format="svg")
+    return image.getvalue()

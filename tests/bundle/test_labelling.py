@@ -1,0 +1,46 @@
+"""Probabilities become top k, Tier 1 and `cat` as an ad server needs them."""
+
+import numpy as np
+import pytest
+
+from pipelines import schema
+from pipelines.bundle.labelling import labeller
+from pipelines.taxonomy import taxonomy
+
+CLASSES = ["483", "530", "avbNf2", "1"]  # Sports, Sports > Sailing, Sensitive Topics > Arms, Automotive
+
+
+def label(probabilities: list[list[float]], **settings: object) -> dict[str, list[object]]:
+    options = {"thresholds": {}, "top_k": 2, **settings}
+    labels = labeller(CLASSES, taxonomy.load("3.1"), **options)  # type: ignore[arg-type]
+    return labels.label(np.array(probabilities, np.float32)).to_pydict()
+
+
+def test_labels_are_the_top_k_best_first() -> None:
+    (labels,) = label([[0.1, 0.2, 0.3, 0.4]])["labels"]
+    assert [entry["id"] for entry in labels] == ["1", "avbNf2"]  # type: ignore[attr-defined]
+    assert [entry["score"] for entry in labels] == pytest.approx([0.4, 0.3])  # type: ignore[attr-defined]
+
+
+def test_tier_1_is_chosen_after_rolling_children_up() -> None:
+    out = label([[0.3, 0.3, 0.0, 0.4]])
+    assert out["top_id"] == ["1"]
+    assert out["tier1_id"] == ["483"]
+    assert out["tier1_score"] == pytest.approx([0.6])
+
+
+def test_cat_holds_classes_and_ancestors_that_pass_and_may_be_empty() -> None:
+    out = label([[0.05, 0.9, 0.05, 0.0], [0.25, 0.25, 0.25, 0.25]], thresholds={"483": 0.6, "530": 0.95})
+    assert out["cat"] == [["483"], []]
+
+
+def test_more_labels_than_classes_are_not_invented() -> None:
+    (labels,) = label([[0.1, 0.2, 0.3, 0.4]], top_k=50)["labels"]
+    assert len(labels) == len(CLASSES)  # type: ignore[arg-type]
+
+
+def test_columns_have_the_types_of_the_published_schema() -> None:
+    labels = labeller(CLASSES, taxonomy.load("3.1"), thresholds={}, top_k=3)
+    table = labels.label(np.full((5, 4), 0.25, np.float32))
+    for field in table.schema:
+        assert field.type == schema.SCORED.field(field.name).type, field.name

@@ -1,0 +1,315 @@
+"""The classify command as its users meet it: every row once, whatever happens to the images or the driver."""
+
+import hashlib
+import json
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.cli import main
+from pipelines.classify.on_ray import work_list
+from tests.builders.drivers import start
+from tests.builders.fault_server import FaultServer
+from tests.builders.models import small_bundle
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    small_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return draw(tmp_path / "images", 60)
+
+
+def draw(folder: Path, count: int) -> Path:
+    """`count` distinct small pictures, one in ten of them no picture at all."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"{number:05d}.jpg"
+        if number % 10 == 9:
+            path.write_bytes(b"<html>not found</html>")
+        else:
+            Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def command(inventory: Path, bundle: Path, output: Path, *settings: str) -> list[str]:
+    return [
+        "classify", "--inventory", str(inventory), "--bundle", str(bundle), "--output", str(output),
+        "--retry-pause-s", "0.1", *settings,
+    ]  # fmt: skip
+
+
+def published(output: Path) -> pa.Table:
+    return pads.dataset(output / "table", format="parquet").to_table()
+
+
+def statuses_by_uri(output: Path) -> dict[str, str]:
+    table = published(output)
+    return dict(zip(table["uri"].to_pylist(), table["status"].to_pylist(), strict=True))
+
+
+def written_at(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(
+    ray_cluster, images, bundle, tmp_path
+):
+    output = tmp_path / "out"
+    assert main(command(images, bundle, output)) == 0
+    rows = published(output)
+    assert Counter(rows["status"].to_pylist()) == {"ok": 54, "not_an_image": 6}
+    assert sorted(rows["uri"].to_pylist()) == sorted(str(path) for path in images.iterdir())
+    first = rows.filter(pa.compute.equal(rows["uri"], str(images / "00000.jpg"))).to_pylist()[0]
+    assert first["sha256"] == hashlib.sha256((images / "00000.jpg").read_bytes()).hexdigest()
+    assert (first["width_px"], first["height_px"], first["format"]) == (30, 20, "jpeg")
+    assert first["top_id"] == first["labels"][0]["id"] and first["cattax"] == 9
+    assert (output / "table" / "_SUCCESS").exists()
+    before = written_at(output)
+    assert main(command(images, bundle, output)) == 0
+    assert written_at(output) == before
+    assert main(["verify", str(output)]) == 0
+
+
+def test_carried_columns_and_repeated_uris_reach_every_row(ray_cluster, images, bundle, tmp_path):
+    uri = str(images / "00000.jpg")
+    table = pa.table(
+        {
+            "uri": [uri, str(images / "gone.jpg"), uri],
+            "image_id": ["a", "b", "c"],
+            "page": pa.array([{"url": "p", "rank": 1}, None, {"url": "q", "rank": 2}]),
+        }
+    )
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out")) == 0
+    rows = {row["image_id"]: row for row in published(tmp_path / "out").to_pylist()}
+    assert [rows[key]["status"] for key in "abc"] == ["ok", "not_found", "ok"]
+    assert rows["c"]["page"] == {"url": "q", "rank": 2}
+    assert rows["a"]["labels"] == rows["c"]["labels"]
+
+
+def test_a_decoder_that_crashes_or_hangs_costs_its_own_rows_only(
+    ray_cluster, images, bundle, tmp_path, monkeypatch
+):
+    provoked = {"00003.jpg": "segv", "00014.jpg": "abort", "00035.jpg": "hang"}
+    digests = {
+        hashlib.sha256((images / name).read_bytes()).hexdigest()[:16]: f for name, f in provoked.items()
+    }
+    faults = ",".join(f"{digest}={fault}" for digest, fault in digests.items())
+    arguments = command(images, bundle, tmp_path / "out", "--decode.timeout-s", "1")
+    driver = start(arguments, IAB_VISION_TEST_FAULTS=faults)
+    assert driver.wait(120) == 0, driver.stderr.read()
+    statuses = {Path(row["uri"]).name: row["status"] for row in published(tmp_path / "out").to_pylist()}
+    assert [statuses[name] for name in provoked] == ["decoder_crashed", "decoder_crashed", "decode_timeout"]
+    assert Counter(statuses.values()) == {
+        "ok": 51, "not_an_image": 6, "decoder_crashed": 2, "decode_timeout": 1,
+    }  # fmt: skip
+
+
+def test_passing_failures_are_tried_again_before_they_are_recorded(ray_cluster, bundle, tmp_path):
+    server = FaultServer()
+    try:
+        uris = [f"{server.url}/503-twice", f"{server.url}/404", f"{server.url}/500"]
+        pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
+        settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--max-error-rate", "1"]
+        assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)) == 0
+        statuses = statuses_by_uri(tmp_path / "out")
+        assert server.requests["/503-twice"] == 3
+        assert server.requests["/404"] == 1
+        assert statuses[uris[1]] == "not_found"
+        assert statuses[uris[2]] == "server_error"
+        assert statuses[uris[0]] not in ("server_error", "timeout")
+    finally:
+        server.close()
+
+
+def test_failed_rows_are_run_again_and_the_rest_stands(ray_cluster, images, bundle, tmp_path):
+    server = FaultServer()
+    try:
+        uris = [str(images / "00000.jpg"), f"{server.url}/503-twice", f"{server.url}/500"]
+        pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
+        settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--retry-passes", "0"]
+        arguments = command(
+            tmp_path / "in.parquet", bundle, tmp_path / "out", *settings, "--max-error-rate", "0.7"
+        )
+        assert main(arguments) == 0
+        before = statuses_by_uri(tmp_path / "out")
+        assert [before[uri] for uri in uris] == ["ok", "server_error", "server_error"]
+        assert main([*arguments, "--retry-failed"]) == 0  # one server_error more: all that is rerun fails
+        assert main([*arguments, "--retry-failed"]) == 0
+        after = statuses_by_uri(tmp_path / "out")
+        assert after[uris[0]] == "ok"
+        assert after[uris[1]] not in ("server_error", "timeout")
+        assert after[uris[2]] == "server_error"
+        assert main(["verify", str(tmp_path / "out")]) == 0
+    finally:
+        server.close()
+
+
+def test_a_failing_inventory_is_not_published_and_a_higher_budget_publishes_it(
+    ray_cluster, images, bundle, tmp_path, capsys
+):
+    arguments = command(images, bundle, tmp_path / "out", "--max-error-rate", "0.05")
+    assert main(arguments) == 3
+    message = capsys.readouterr().err
+    assert "10.0%" in message and "not_an_image 6" in message
+    assert not (tmp_path / "out" / "table").exists()
+    assert main([*arguments[:-1], "0.2"]) == 0
+    assert published(tmp_path / "out").num_rows == 60
+
+
+@pytest.mark.slow
+def test_a_killed_driver_continues_and_a_stopped_one_says_how(bundle, tmp_path):
+    images = draw(tmp_path / "images", 240)
+    settings = ["--workers.rows-per-part", "20", "--workers.rows-per-chunk", "20", "--commit-every-s", "0.05"]
+    arguments = command(images, bundle, tmp_path / "out", *settings)
+    ledger = tmp_path / "out" / "state" / "ledger"
+
+    driver = start(arguments)
+    wait_for(lambda: len(list(ledger.glob("*.json"))) >= 3)
+    driver.kill()
+    driver.communicate()
+    killed_at = len(list(ledger.glob("*.json")))
+
+    driver = start(arguments)
+    wait_for(lambda: len(list(ledger.glob("*.json"))) >= killed_at + 2 or driver.poll() is not None)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate(timeout=60)
+    if driver.returncode != 0:  # it may have been done already
+        assert driver.returncode == 1
+        assert "the same command continues" in errors
+        assert "stopped by SIGTERM" in errors
+        assert main(arguments) == 0
+    rows = published(tmp_path / "out")
+    assert sorted(rows["uri"].to_pylist()) == sorted(str(path) for path in images.iterdir())
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.slow
+def test_of_two_drivers_one_finishes_and_the_other_says_why(images, bundle, tmp_path):
+    arguments = command(images, bundle, tmp_path / "out")
+    drivers = [start(arguments), start(arguments)]
+    errors = [driver.communicate(timeout=180)[1] for driver in drivers]
+    codes = sorted(driver.returncode for driver in drivers)
+    assert codes in ([0, 0], [0, 1]), errors  # [0, 0]: one came after the other had finished
+    if codes == [0, 1]:
+        assert any("another driver" in text for text in errors)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--top-k", "2"), "top_k was 5 and is now 2"),
+        (("--inventory", "other"), "frozen from"),
+    ],
+)
+def test_another_run_on_the_same_folder_is_refused(
+    ray_cluster, images, bundle, tmp_path, capsys, change, words
+):
+    draw(tmp_path / "other", 3)
+    assert main(command(images, bundle, tmp_path / "out")) == 0
+    flag, value = change
+    value = str(tmp_path / value) if flag == "--inventory" else value
+    arguments = command(images, bundle, tmp_path / "out")
+    if flag in arguments:
+        arguments[arguments.index(flag) + 1] = value
+    else:
+        arguments += [flag, value]
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"inventory": "nowhere"}, "nowhere"),
+        ({"bundle": "nowhere"}, "not a bundle"),
+        ({"output": "full"}, "files that are not of this run"),
+    ],
+)
+def test_wrong_inputs_start_nothing(images, bundle, tmp_path, capsys, wrong, words):
+    (tmp_path / "full" / "table").mkdir(parents=True)
+    (tmp_path / "full" / "table" / "mine.parquet").touch()
+    paths = {"inventory": images, "bundle": bundle, "output": tmp_path / "out"}
+    paths |= {name: tmp_path / value for name, value in wrong.items()}
+    assert main(command(paths["inventory"], paths["bundle"], paths["output"])) == 2
+    message = capsys.readouterr().err.strip()
+    assert words in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "out" / "table").exists()
+
+
+def test_an_altered_bundle_is_refused(images, bundle, tmp_path, capsys):
+    small_bundle(tmp_path / "altered")
+    model = tmp_path / "altered" / "model.onnx"
+    payload = bytearray(model.read_bytes())
+    payload[len(payload) // 2] ^= 1
+    model.write_bytes(payload)
+    assert main(command(images, tmp_path / "altered", tmp_path / "out")) == 2
+    assert "model.onnx" in capsys.readouterr().err
+
+
+def test_batches_that_no_certificate_covers_are_refused_like_a_missing_one(images, bundle, tmp_path, capsys):
+    assert main(command(images, bundle, tmp_path / "out", "--batch-size", "64")) == 3
+    assert "--measuring.batch-size 64" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_lost_with_its_driver_is_written_by_the_next(ray_cluster, images, bundle, tmp_path):
+    assert main(command(images, bundle, tmp_path / "out")) == 0
+    report = tmp_path / "out" / "state" / "report.json"
+    report.unlink()
+    assert main(command(images, bundle, tmp_path / "out")) == 0
+    written = json.loads(report.read_text())
+    assert written["statuses"] == {"not_an_image": 6, "ok": 54}
+    assert written["certified"]
+
+
+def test_every_tricky_file_has_a_row_with_a_sensible_status(ray_cluster, tricky, bundle, tmp_path):
+    names = [row["file"] for row in pads.dataset(tricky / "files.csv", format="csv").to_table().to_pylist()]
+    pq.write_table(pa.table({"uri": [str(tricky / name) for name in names]}), tmp_path / "in.parquet")
+    assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out")) == 0
+    rows = {Path(row["uri"]).name: row["status"] for row in published(tmp_path / "out").to_pylist()}
+    assert sorted(rows) == sorted(names)
+    assert not {"decoder_crashed", "decode_timeout", "not_found"} & set(rows.values())
+
+
+def test_scattered_rows_share_chunks_and_none_is_left_out():
+    missing = [(number, number + 1) for number in range(0, 1000, 2)] + [(5000, 5600)]
+    chunks = work_list(missing, 256)["ranges"].to_pylist()
+    rows = [row for chunk in chunks for span in chunk for row in range(span["start"], span["stop"])]
+    assert rows == [row for start, stop in missing for row in range(start, stop)]
+    assert max(sum(span["stop"] - span["start"] for span in chunk) for chunk in chunks) <= 256
+    assert len(chunks) == 5
+
+
+def test_verify_tells_damage_from_a_folder_that_is_something_else(ray_cluster, images, bundle, tmp_path):
+    assert main(command(images, bundle, tmp_path / "out")) == 0
+    assert main(["verify", str(images)]) == 2
+    (tmp_path / "out" / "state" / "plan" / "plan.json").write_text("{")
+    assert main(["verify", str(tmp_path / "out")]) == 1
+    assert main(["verify", str(bundle)]) == 0

@@ -1,0 +1,73 @@
+"""Loading keeps plan order and stays within its memory, however many chunks are in hand."""
+
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.classify.on_ray import Loader, Source, work_list
+from pipelines.inventory.inventory import plan
+from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
+from pipelines.storage.storage import open_storage
+
+MB = 1_000_000
+BUDGET = 12 * MB
+FETCH = FetchLimits(max_bytes=4 * MB, max_buffered_bytes=BUDGET, concurrency=16)
+SPEC = ImageSpec(height=8, width=6)
+
+
+def payload(number: int) -> bytes:
+    """A bitmap of two megabytes in a shade of its own."""
+    return b"BM" + bytes([number]) * (2 * MB)
+
+
+@pytest.mark.parametrize("inside_a_table", [False, True])
+def test_payloads_of_many_chunks_share_one_budget_until_they_are_decoded(
+    tmp_path: Path, inside_a_table: bool
+) -> None:
+    """Eighty megabytes in eight chunks at once, twelve megabytes for them: all rows, in plan order."""
+    inventory = tmp_path / "images"
+    inventory.mkdir()
+    if inside_a_table:
+        table = pa.table({"image": [payload(number) for number in range(40)]})
+        pq.write_table(table, inventory / "images.parquet", row_group_size=5)
+        del table
+    else:
+        for number in range(40):
+            (inventory / f"{number:02d}.bmp").write_bytes(payload(number))
+    state = open_storage(str(tmp_path / "state"))
+    plan(str(inventory), state)
+    loader = Loader(Source(state.uri, SPEC, DecodeLimits(), FETCH))
+    chunks = work_list([(0, 40)], rows_per_chunk=5)
+    tracemalloc.start()
+    with ThreadPoolExecutor(8) as threads:
+        calls = [threads.submit(lambda at=at: list(loader(chunks.slice(at, 1)))) for at in range(8)]
+        loaded = [table for call in calls for table in call.result(timeout=60)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row for table in loaded for row in table["row_id"].to_pylist()] == list(range(40))
+    assert len({digest for table in loaded for digest in table["sha256"].to_pylist()}) == 40
+    assert peak < BUDGET + 8 * 2 * MB * inside_a_table + 3 * MB
+    assert loader._fetcher._budget._free == BUDGET
+    loader._fetcher.close()
+
+
+def test_pixels_and_reasons_lie_in_plan_order_whatever_arrives_first(tmp_path: Path) -> None:
+    for number in range(20):
+        Image.fromarray(np.full((9, 9, 3), number * 10, np.uint8)).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "03.png").write_bytes(b"")
+    state = open_storage(str(tmp_path / "state"))
+    plan(str(tmp_path), state)
+    (tmp_path / "05.png").unlink()
+    loader = Loader(Source(state.uri, SPEC, DecodeLimits(), FETCH))
+    (table,) = loader(work_list([(0, 20)], rows_per_chunk=20))
+    loader._fetcher.close()
+    expected = {3: "empty", 5: "not_found"}
+    assert table["status"].to_pylist() == [expected.get(number, "ok") for number in range(20)]
+    shades = [set(pixels) for pixels in table["pixels"].to_pylist()]
+    assert shades == [{0 if number in expected else number * 10} for number in range(20)]

@@ -1,0 +1,389 @@
+"""Every accepted dataset becomes the same table; what cannot be used is refused or accounted for."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.datasets import dataset, splits
+from pipelines.datasets import pixels as ingest
+from pipelines.datasets.readers import DatasetError
+from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.specs import ImageSpec
+from pipelines.training import decoded as corpus
+from pipelines.training import evaluate, fit, runs
+from pipelines.training.recipe import Balance, Loss, Recipe
+from pipelines.training.resources import Resources
+from tests.builders.training import image_folder
+
+SPEC = ImageSpec(height=16, width=16)
+
+
+def csv(folder: Path, text: str, name: str = "labels.csv") -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def load(uri: str | Path, **settings) -> dataset.LabelledData:
+    return dataset.load(DataSettings(str(uri), **settings))
+
+
+def rows_of(data: dataset.LabelledData, *names: str) -> list[tuple]:
+    return list(zip(*(data.rows[name].to_pylist() for name in names), strict=True))
+
+
+def test_a_folder_of_labels_is_divided_70_20_10_in_every_class(tmp_path):
+    data = load(str(image_folder(tmp_path / "images", per_class=20)))
+    assert set(data.classes) == {"1", "483", "v9i3On"}
+    by_split = Counter(zip(data.targets().tolist(), data.splits.tolist(), strict=True))
+    assert by_split == {
+        (label, split): count
+        for label in range(3)
+        for split, count in (("train", 14), ("validation", 4), ("test", 2))
+    }
+    again = load(tmp_path / "images")
+    assert (again.splits == data.splits).all()
+    assert (load(str(tmp_path / "images"), splits=Splits(seed=1)).splits != data.splits).any()
+
+
+def test_a_folder_may_have_a_level_of_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        image_folder(tmp_path / split, per_class=2)
+    data = load(str(tmp_path))
+    assert Counter(data.splits.tolist()) == {"train": 6, "validation": 6, "test": 6}
+
+
+def test_a_folder_counts_every_name_of_an_image_and_no_folder_set_aside(tmp_path):
+    image_folder(tmp_path / "test", per_class=2)
+    (tmp_path / "test" / "1" / "0.png").rename(tmp_path / "test" / "1" / "0.JPE")
+    (tmp_path / "test" / "1" / "notes.txt").write_text("no image")
+    (tmp_path / "test" / "1").rename(tmp_path / "test" / "483" / "inner")
+    (tmp_path / "test" / "v9i3On").rename(tmp_path / "test" / "_none")
+    data = load(tmp_path)
+    assert data.classes == ("483",)
+    assert sorted(Path(uri).name for uri in data.rows["uri"].to_pylist()) == [
+        "0.JPE",
+        "0.png",
+        "1.png",
+        "1.png",
+    ]
+
+
+def test_a_tier_that_the_taxonomy_does_not_have_is_refused(tmp_path):
+    folder = image_folder(tmp_path / "images", per_class=2)
+    with pytest.raises(DatasetError, match=r"tier is 9; taxonomy 3.1 has tiers 1 to 4"):
+        load(folder, tier=9)
+    with pytest.raises(DatasetError, match=r"tier is 2; taxonomy labels has tiers 1 to 1"):
+        load(folder, taxonomy="labels", tier=2)
+
+
+def test_a_table_keeps_ids_as_text_and_carves_validation_out_of_train(tmp_path):
+    lines = [f"{i}.jpg,{'001' if i % 2 else '1e3'},{'test' if i < 4 else 'train'}" for i in range(44)]
+    table = csv(tmp_path, "\n".join(["file,label,split", *lines]))
+    data = load(table, taxonomy="labels")
+    assert data.classes == ("001", "1e3")
+    assert Counter(data.splits.tolist()) == {"train": 36, "validation": 4, "test": 4}
+    assert data.rows["uri"][0].as_py().endswith(f"{tmp_path}/0.jpg")
+
+
+def test_labels_may_be_ids_paths_or_names_and_are_lifted_to_a_tier(tmp_path):
+    table = csv(tmp_path, "uri,label\n/a.jpg,483\n/b.jpg,Sports > Tennis\n/c.jpg,Automotive\n")
+    data = load(table)
+    assert len(data.classes) == 3
+    lifted = load(table, tier=1)
+    assert lifted.classes == ("1", "483")
+    assert lifted.targets().tolist() == [1, 1, 0]
+
+
+def test_unknown_labels_are_refused_all_at_once_with_candidates(tmp_path):
+    table = csv(tmp_path, "uri,label\n/a.jpg,Tenis\n/b.jpg,Sports\n/c.jpg,Qqqqq\n")
+    with pytest.raises(DatasetError, match="2 of 3 labels") as refused:
+        load(table)
+    assert "Tennis" in str(refused.value) and "Qqqqq" in str(refused.value)
+
+
+def test_a_label_map_renames_and_drops(tmp_path):
+    table = csv(tmp_path, "uri,label\n/a.jpg,tennis ball\n/b.jpg,car\n/c.jpg,blurry\n")
+    mapping = csv(tmp_path, "from,to\ntennis ball,Sports > Tennis\ncar,Automotive\nblurry,\n", "map.csv")
+    data = load(table, label_map=mapping)
+    assert data.rows.num_rows == 2 and data.dropped == {"without a label": 1}
+    assert "1" in data.classes
+
+
+def test_a_breeds_table_names_its_files_by_a_template(tmp_path):
+    table = csv(tmp_path, "id,breed\n0a1,pug\n0b2,collie\n0c3,pug\n")
+    data = load(table, taxonomy="labels", columns=Columns(label="breed", file="train/{id}.jpg"))
+    assert data.rows["uri"][1].as_py().endswith(f"{tmp_path}/train/0b2.jpg")
+    with pytest.raises(DatasetError, match="no column"):
+        load(table, columns=Columns(label="breed", file="train/{name}.jpg"))
+
+
+def test_several_labels_make_a_multi_label_model_and_none_is_a_right_answer(tmp_path):
+    table = csv(tmp_path, "file,labels\na.jpg,red|green\nb.jpg,\nc.jpg,green\nd.jpg,red\n")
+    data = load(table, taxonomy="labels")
+    assert data.multi_label and data.classes == ("green", "red")
+    assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+
+
+def test_json_lines_with_lists_of_labels(tmp_path):
+    table = tmp_path / "labels.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in [
+        {"uri": "/a.jpg", "labels": ["x", "y"]},
+        {"uri": "/b.jpg", "labels": []},
+        {"uri": "/c.jpg", "labels": ["y"]},
+    ]))  # fmt: skip
+    assert load(str(table), taxonomy="labels").targets().tolist() == [[1, 1], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()),
+        pa.list_(pa.string()), pa.large_list(pa.large_string()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_several_labels_may_be_of_any_text_or_list_type_and_null(tmp_path, kind):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    values = [["red", "green"], None, ["green"], ["red"]] if is_list else ["red|green", None, "green", "red"]
+    labels = pa.array(values, None if pa.types.is_dictionary(kind) else kind)
+    labels = labels.dictionary_encode() if pa.types.is_dictionary(kind) else labels
+    pq.write_table(pa.table({"file": list("abcd"), "labels": labels}), tmp_path / "labels.parquet")
+    data = load(tmp_path / "labels.parquet", taxonomy="labels")
+    assert data.multi_label and data.classes == ("green", "red")
+    assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+
+
+def test_a_column_called_image_holds_images_only_when_it_is_binary(tmp_path):
+    table = csv(tmp_path, "file,image,label\na.jpg,first,x\nb.jpg,second,y\n")
+    data = load(table, taxonomy="labels", columns=Columns(split=""))
+    assert [Path(uri).name for uri in data.rows["uri"].to_pylist()] == ["a.jpg", "b.jpg"]
+    assert data.rows["container"].null_count == 2
+    for payload in (pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])):
+        rows = {"image": pa.nulls(2, payload), "label": ["x", "y"]}
+        pq.write_table(pa.table(rows), tmp_path / "inside.parquet")
+        assert load(tmp_path / "inside.parquet", taxonomy="labels").rows["container"].null_count == 0
+    pq.write_table(pa.table({"image": ["a.jpg"], "file": ["a.jpg"], "label": ["x"]}), tmp_path / "t.parquet")
+    assert load(tmp_path / "t.parquet", taxonomy="labels").rows["uri"][0].as_py().endswith("/a.jpg")
+
+
+def hugging_face_parquet(folder: Path) -> Path:
+    """Two splits with the bytes inside and integer labels named in the schema, as on the hub."""
+    source = image_folder(folder / "source", per_class=4)
+    out = folder / "parquet"
+    out.mkdir()
+    names = ["483", "1", "v9i3On"]
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    for split in ("train", "test"):
+        images = [
+            (file.read_bytes(), i) for i, name in enumerate(names) for file in (source / name).iterdir()
+        ]
+        table = pa.table(
+            {
+                "image": [{"bytes": payload, "path": None} for payload, _ in images],
+                "label": pa.array([label for _, label in images], pa.int64()),
+            }
+        ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, out / f"{split}-00000-of-00001.parquet", row_group_size=5)
+    return out
+
+
+def test_hugging_face_parquet_is_read_with_its_label_names_and_bytes(tmp_path):
+    data = load(str(hugging_face_parquet(tmp_path)), splits=Splits(validation_of_train=0))
+    assert Counter(data.splits.tolist()) == {"train": 12, "test": 12}
+    assert set(data.classes) == {"1", "483", "v9i3On"}
+    chosen = np.array([0, 7, 20])
+    batch = data.rows.take(pa.array(chosen)).append_column("row_id", pa.array(chosen))
+    decoded = ingest.decode_batch(batch, SPEC)
+    assert decoded["status"].to_pylist() == ["ok"] * 3
+    pixels = ingest.pixels_of(decoded, SPEC)
+    labels = [data.classes[i] for (i,) in decoded["classes"].to_pylist()]
+    names = ["483", "1", "v9i3On"]
+    quarters = {name: divmod(i, 2) for i, name in enumerate(names)}
+    for one, label in zip(pixels, labels, strict=True):
+        y, x = quarters[label]
+        assert one[y * 8 + 2 : y * 8 + 6, x * 8 + 2 : x * 8 + 6].std(axis=(0, 1)).max() < 20
+
+
+def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
+    rows = [f"{i}.jpg,{i % 2},site{i // 5}" for i in range(100)]
+    data = load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy="labels")
+    of_group = {}
+    for uri, split in rows_of(data, "uri", "split"):
+        of_group.setdefault(int(Path(uri).stem) // 5, set()).add(split)
+    assert all(len(found) == 1 for found in of_group.values())
+    assert set(data.splits) == {"train", "validation", "test"}
+    straddling = csv(tmp_path, "file,label,split,group\na,x,train,g\nb,y,test,g\nc,x,train,h\n", "b.csv")
+    with pytest.raises(splits.SplitError, match="'g'"):
+        load(straddling, taxonomy="labels")
+
+
+def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
+    rows = [f"{i}.jpg,{'rare' if i < 20 else 'common'}" for i in range(200)]
+    table = csv(tmp_path, "\n".join(["file,label", *rows]))
+    data = load(table, taxonomy="labels", splits=Splits(limit=50))
+    assert Counter(data.targets().tolist()) == {0: 45, 1: 5}
+    assert rows_of(data, "uri") == rows_of(load(table, taxonomy="labels", splits=Splits(limit=50)), "uri")
+
+
+@pytest.mark.parametrize("limit", [1, 100, 150, 299, 301, 2999])
+def test_a_limit_is_met_exactly_however_many_classes_there_are(limit):
+    strata = np.repeat(np.arange(300), 10)
+    kept = splits.sample(strata, limit, seed=0)
+    assert len(set(kept)) == limit
+    per_class = np.bincount(strata[kept], minlength=300)
+    assert per_class.max() - per_class.min() <= 1
+    assert (kept == splits.sample(strata, limit, seed=0)).all()
+    assert set(kept) != set(splits.sample(strata, limit, seed=1))
+
+
+def test_classes_of_two_images_fill_every_split_together():
+    strata = np.repeat(np.arange(300), 2)
+    shares = {"train": 0.7, "validation": 0.2, "test": 0.1}
+    chosen = splits.divide(strata, np.arange(600), shares, seed=0)
+    assert Counter(chosen.tolist()) == {"train": 420, "validation": 120, "test": 60}
+    assert set(strata[chosen == "train"]) == set(range(300))
+
+
+def test_rows_with_an_empty_group_are_groups_of_their_own(tmp_path):
+    rows = [f"{i}.jpg,{i % 2},{'g' if i < 4 else ''}" for i in range(100)]
+    data = load(csv(tmp_path, "\n".join(["file,label,group", *rows])), taxonomy="labels")
+    assert Counter(data.splits.tolist()) == {"train": 70, "validation": 20, "test": 10}
+    assert len(set(data.splits[:4])) == 1
+    given = [f"{i}.jpg,{i % 2},{'test' if i % 5 else 'train'}," for i in range(20)]
+    load(csv(tmp_path, "\n".join(["file,label,split,group", *given]), "given.csv"), taxonomy="labels")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,colour\na,x\n", "no column 'label'"),
+        ("name,label\na,x\nb,y\n", "uri"),
+        ("file,label,split\na,x,holdout\nb,y,train\n", "holdout"),
+    ],
+)
+def test_datasets_that_cannot_be_used_are_refused_with_the_reason(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        load(csv(tmp_path, text), taxonomy="labels")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label\na,x\nb,x\n", "at least 2"),
+        ("file,label,split\na,x,test\nb,y,test\n", "no train images"),
+        ("file,label,split\na,x,train\nb,y,test\n", "no validation images"),
+    ],
+)
+def test_datasets_that_cannot_be_learned_from_can_still_be_measured_on(tmp_path, text, words):
+    data = load(csv(tmp_path, text), taxonomy="labels", splits=Splits(validation_of_train=0))
+    with pytest.raises(DatasetError, match=words):
+        fit.plan(data, Recipe(model="scratch:tiny"), str(tmp_path / "run"), Resources())
+
+
+def test_folders_and_parquet_of_test_images_alone_are_read(tmp_path):
+    image_folder(tmp_path / "folder" / "test", per_class=2, classes=("1",))
+    folder = load(tmp_path / "folder")
+    assert folder.classes == ("1",) and set(folder.splits) == {"test"}
+    parquet = hugging_face_parquet(tmp_path / "hub")
+    (parquet / "train-00000-of-00001.parquet").unlink()
+    assert set(load(parquet).splits) == {"test"}
+
+
+def test_without_a_split_column_no_name_says_the_split_either(tmp_path):
+    image_folder(tmp_path / "folder" / "test", per_class=20)
+    undivided = Columns(split="")
+    assert set(load(tmp_path / "folder", columns=undivided).splits) == {"train", "validation", "test"}
+    parquet = hugging_face_parquet(tmp_path / "hub")
+    assert set(load(parquet, columns=undivided).splits) == {"train", "validation", "test"}
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DatasetError):
+            load(str(folder))
+
+
+def test_runs_on_other_data_are_other_runs(tmp_path):
+    folder = str(image_folder(tmp_path / "images"))
+    table = csv(tmp_path, "file,label,split,k\na.jpg,1,train,1\nb.jpg,483,train,483\nc.jpg,1,validation,1\n")
+
+    def differences(before: DataSettings, now: DataSettings) -> str:
+        first, second = (runs.identity(Recipe(), dataset.load(one)) for one in (before, now))
+        with pytest.raises(runs.RunMismatch) as refused:
+            runs.refuse_mismatch("run", json.loads(runs.as_json(first)), second)
+        return str(refused.value)
+
+    assert "splits seed was 0, now 1" in differences(
+        DataSettings(folder), DataSettings(folder, splits=Splits(seed=1))
+    )
+    assert "tier was None, now 1" in differences(DataSettings(table), DataSettings(table, tier=1))
+    before = runs.identity(Recipe(), load(table))
+    csv(tmp_path, "file,label,split,k\na.jpg,483,train,1\nb.jpg,1,train,483\nc.jpg,1,validation,1\n")
+    with pytest.raises(runs.RunMismatch, match="assignment"):
+        runs.refuse_mismatch("run", json.loads(runs.as_json(before)), runs.identity(Recipe(), load(table)))
+
+
+def test_a_run_records_its_splits_and_settings_without_credentials(tmp_path):
+    lines = [f"https://me:hunter2@h/{i}.jpg?sig=s3cret,{i % 2}" for i in range(40)]
+    table = csv(tmp_path, "\n".join(["uri,label", *lines]))
+    data = load(table, taxonomy="labels")
+    runs.begin(str(tmp_path / "run"), Recipe(), data)
+    recorded = pq.read_table(tmp_path / "run" / "splits.parquet")
+    assert recorded["uri"][3].as_py() == "https://h/3.jpg?sig=REDACTED"
+    assert recorded["split"].to_pylist() == data.splits.tolist()
+    identity = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert identity["dataset"]["splits"] == {**vars(Splits())}
+    assert identity["dataset"]["uri"] == table
+
+
+def test_the_report_counts_the_images_that_were_used_and_names_all_that_was_done(tmp_path):
+    data = load(image_folder(tmp_path / "images", per_class=20))
+    rows = {name: data.indices(name)[3:] for name in ("train", "validation", "test")}
+    used = corpus.Corpus(data, SPEC, SPEC, {}, rows, "memory", Ingest(), [], {})
+    counts = evaluate.class_counts(used, ("train", "test"))
+    assert {name: sum(found.values()) for name, found in counts.items()} == {"train": 39, "test": 3}
+    balance = Balance(sampling="oversample", class_weights="sqrt")
+    words = evaluate.balancing(Recipe(balance=balance, loss=Loss(focal_gamma=2)))
+    assert "focal loss (gamma 2)" in words and "(sqrt, counted as sampled)" in words
+    assert evaluate.balancing(Recipe()) == "Nothing was done about rare classes."
+
+
+def test_copies_in_two_splits_stay_where_they_are_measured():
+    digests = ["a", "a", "b", "b", "c", "c", None, None]
+    where = np.array(["train", "test", "train", "validation", "train", "train", "train", "test"])
+    assert splits.duplicates_to_drop(digests, where).tolist() == [True, False, True, False] + [False] * 4
+
+
+def test_the_way_of_keeping_images_follows_their_size():
+    room = ingest.Room(memory=100, disk=1000)
+    chosen = [ingest.mode_for(Ingest(), size, room) for size in (100, 101, 1000, 1001)]
+    assert chosen == ["memory", "disk", "disk", "stream"]
+    assert ingest.mode_for(Ingest(mode="stream"), 1, room) == "stream"
+
+
+@pytest.mark.ray
+def test_broken_and_copied_images_are_left_out_and_counted(ray_cluster, tmp_path):
+    folder = image_folder(tmp_path / "images", per_class=10)
+    (folder / "1" / "0.png").write_bytes(b"not an image")
+    (folder / "483" / "1.png").write_bytes(b"")
+    data = load(str(folder), splits=Splits(validation=0.3, test=0.3))
+    uris = [uri.removeprefix("file://") for uri in data.rows["uri"].to_pylist()]
+    whole = [
+        row for row in range(30) if uris[row] not in map(str, (folder / "1/0.png", folder / "483/1.png"))
+    ]
+    test_row = next(row for row in whole if data.splits[row] == "test")
+    train_row = next(row for row in whole if data.splits[row] == "train")
+    Path(uris[train_row]).write_bytes(Path(uris[test_row]).read_bytes())
+    found = corpus.prepare(data, SPEC, Ingest(max_broken_share=0.2), seed=0)
+    assert {image["status"] for image in found.broken} == {"not_an_image", "empty"}
+    assert found.duplicates == {"train": 1}
+    assert sum(len(rows) for rows in found.rows.values()) == 27
+    assert train_row not in found.rows["train"] and test_row in found.rows["test"]
+    with pytest.raises(ingest.IngestError, match="max-broken-share"):
+        corpus.prepare(data, SPEC, Ingest(max_broken_share=0.0), seed=0)

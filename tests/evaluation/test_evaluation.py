@@ -1,0 +1,357 @@
+"""Evaluations against numbers made by hand, and the report as its reader meets it, in a browser."""
+
+import base64
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import ConvNextConfig, ConvNextForImageClassification
+
+from jobs import evaluate_model
+from jobs.config import EvaluateConfig
+from pipelines.datasets import dataset as datasets
+from pipelines.datasets.settings import DataSettings, Splits
+from pipelines.evaluation import attention, evaluation, hierarchy, metrics, report, score
+from pipelines.evaluation.evaluation import Scored
+from pipelines.messages import InputError
+from pipelines.taxonomy import taxonomy
+from pipelines.training import runs
+from pipelines.training.recipe import Recipe
+from tests.builders import models as small_models
+
+IDS = ("483", "484", "1", "2", "v9i3On")
+"""Sports, Sports > American Football, Automotive, Automotive > Auto Body Styles, Sensitive Topics."""
+TAXONOMY = taxonomy.load("3.1")
+
+
+def scored_as(predicted: list[int], targets: list[int], *, ids: tuple[str, ...] = IDS) -> Scored:
+    """A model that is 60 % sure of these answers and spreads the rest evenly."""
+    probabilities_nc = np.full((len(predicted), len(ids)), 0.4 / (len(ids) - 1), np.float32)
+    probabilities_nc[np.arange(len(predicted)), predicted] = 0.6
+    return Scored(ids, np.log(probabilities_nc), probabilities_nc, np.array(targets))
+
+
+def random_scores(n_classes: int, n: int = 600) -> tuple[Scored, taxonomy.Taxonomy]:
+    """Scores that are right about half of the time over classes of every tier."""
+    rng = np.random.default_rng(n_classes)
+    ids = tuple(
+        TAXONOMY.nodes[i].id for i in sorted(rng.choice(len(TAXONOMY.nodes), n_classes, replace=False))
+    )
+    targets = rng.integers(0, n_classes, n)
+    logits_nc = rng.normal(size=(n, n_classes)).astype(np.float32)
+    logits_nc[np.arange(n), targets] += 3
+    return Scored(ids, logits_nc, metrics.probabilities(logits_nc, temperature=0.7), targets), TAXONOMY
+
+
+def test_a_mistake_between_siblings_weighs_less_than_one_between_strangers() -> None:
+    near = evaluation.evaluate(scored_as([1, 0], [0, 0]), TAXONOMY).hierarchy
+    far = evaluation.evaluate(scored_as([2, 0], [0, 0]), TAXONOMY).hierarchy
+    assert near["mean_distance_of_mistakes"] == 1
+    assert far["mean_distance_of_mistakes"] == 2
+    assert near["tier1_accuracy_of_top_class"] == 1.0
+    assert far["tier1_accuracy_of_top_class"] == 0.5
+    assert near["hierarchical_f1"] > far["hierarchical_f1"]
+
+
+def test_hierarchical_precision_and_recall_count_shared_ancestors() -> None:
+    # Given {483, 484}, true {483}: 1 of 2 given is true, 1 of 1 true is given.
+    found = evaluation.evaluate(scored_as([1], [0]), TAXONOMY).hierarchy
+    assert found["hierarchical_precision"] == 0.5
+    assert found["hierarchical_recall"] == 1.0
+
+
+def test_distances_are_those_of_the_taxonomy() -> None:
+    edges = hierarchy.distances(TAXONOMY.rollup(IDS))
+    for i, one in enumerate(IDS):
+        for j, other in enumerate(IDS):
+            assert edges[i, j] == TAXONOMY.distance(one, other)
+
+
+def test_a_tier_is_judged_by_the_sums_of_its_descendants() -> None:
+    """Two sports classes of 0.3 each outweigh automotive's 0.4, although automotive is the best class."""
+    probabilities_nc = np.array([[0.3, 0.3, 0.4, 0, 0]], np.float32)
+    judged = Scored(IDS, probabilities_nc, probabilities_nc, np.array([1]))
+    found = evaluation.evaluate(judged, TAXONOMY)
+    assert found.overall["accuracy"] == 0
+    assert found.tiers[0]["tier"] == 1
+    assert found.tiers[0]["accuracy"] == 1.0
+
+
+def test_images_labelled_above_a_tier_say_nothing_about_it() -> None:
+    tiers = evaluation.evaluate(scored_as([0, 1, 3], [0, 1, 3]), TAXONOMY).tiers
+    assert [(row["tier"], row["images"]) for row in tiers] == [(1, 3), (2, 2)]
+
+
+def test_published_precision_follows_the_thresholds_and_counts_parents() -> None:
+    judged = scored_as([1, 1, 2, 4], [1, 1, 2, 3])
+    thresholds = dict.fromkeys(IDS, 2.0) | {"484": 0.5, "483": 0.5, "v9i3On": 0.5}
+    published = evaluation.evaluate(judged, TAXONOMY, thresholds=thresholds).published
+    assert published["coverage"] == 0.75
+    assert published["precision"] == pytest.approx(4 / 5)  # 484 and 483 twice each, v9i3On wrongly once
+    assert published["recall"] == pytest.approx(4 / 7)
+
+
+def test_json_has_null_where_a_class_has_no_images() -> None:
+    text = evaluation.evaluate(scored_as([0, 1], [0, 0]), TAXONOMY).to_json()
+    assert "NaN" not in text
+    classes = {one["id"]: one for one in json.loads(text)["classes"]}
+    assert classes["v9i3On"]["recall"] is None
+    assert classes["v9i3On"]["recall_interval"] == [None, None]
+    assert classes["483"]["recall"] == 0.5
+
+
+def test_multi_label_evaluation_has_map_and_no_confusion_matrix() -> None:
+    rng = np.random.default_rng(0)
+    targets_nc = (rng.random((200, 5)) < 0.3).astype(np.uint8)
+    logits_nc = (rng.normal(size=(200, 5)) + 3 * targets_nc - 1).astype(np.float32)
+    scores_nc = metrics.probabilities(logits_nc, multi_label=True)
+    found = evaluation.evaluate(Scored(IDS, logits_nc, scores_nc, targets_nc), TAXONOMY)
+    assert found.overall["map"] > 0.8
+    assert found.confusions == []
+    page = report.page(found.document(), report.Material())
+    assert "mAP" in page
+    assert 'id="confusion"' not in page
+
+
+def test_the_sample_visits_every_class_and_the_worst_mistakes_are_the_surest_ones() -> None:
+    judged, _ = random_scores(20)
+    sample, worst = evaluation.choose_images(judged, sample=20, worst=5)
+    assert set(judged.targets[sample]) == set(range(20))
+    assert judged.wrong[worst].all()
+    assert judged.loss[worst].min() == np.sort(judged.loss)[-5]
+
+
+def test_scores_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="need \\(1, 5\\)"):
+        Scored(IDS, np.ones((1, 4)), np.ones((1, 5)), np.array([0]))
+
+
+class References(html.parser.HTMLParser):
+    """Collects what a page refers to, and its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.links += [value for name in ("src", "href") if (value := found.get(name))]
+        if tag == "img":
+            self.images.append(found)
+
+
+def material(judged: Scored, tree: taxonomy.Taxonomy) -> report.Material:
+    """Everything that a report can show."""
+    rng = np.random.default_rng(0)
+    rows = evaluation.choose_images(judged)[0]
+    images = [
+        report.Shown(
+            int(row),
+            f"s3://bucket/{row}.jpg",
+            rng.integers(0, 255, (40, 56, 3), np.uint8),
+            rng.random((5, 7)),
+        )
+        for row in rows
+    ]
+    pictures = report.pictures(judged, tree, images)
+    history = [
+        {"epoch": epoch, "loss": 2 / epoch, "accuracy": epoch / 9, "learning_rate": 1e-3}
+        for epoch in range(1, 6)
+    ]
+    counts = {"train": dict.fromkeys(judged.class_ids, 70), "test": dict.fromkeys(judged.class_ids, 10)}
+    return report.Material(
+        sample=pictures, worst=pictures[:6], attention=pictures[:6], history=history, class_counts=counts,
+        balancing="Rare classes were oversampled.", augmented=images[:10],
+    )  # fmt: skip
+
+
+def test_the_report_needs_nothing_from_elsewhere_and_every_plot_names_its_axes(tmp_path: Path) -> None:
+    judged, tree = random_scores(20)
+    report.write_report(evaluation.evaluate(judged, tree), str(tmp_path), material(judged, tree))
+    found = References()
+    found.feed((tmp_path / "report.html").read_text())
+    assert all(link.startswith(("data:image/", "#")) for link in found.links)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["n_images"] == 600
+    plots = [one for one in found.images if (one["src"] or "").startswith("data:image/svg")]
+    assert {one["alt"] for one in plots} >= {
+        "confusion matrix",
+        "ROC curves",
+        "reliability diagram",
+        "learning curves",
+    }
+    for plot in plots:
+        drawing = base64.b64decode((plot["src"] or "").split(",")[1]).decode()
+        texts = re.findall(r"<!-- (.+?) -->", drawing)  # matplotlib notes each text that it draws as outlines
+        assert len([text for text in texts if re.search("[a-z]{3}", text)]) >= 3, plot["alt"]
+
+
+def test_hostile_labels_and_addresses_stay_text() -> None:
+    labels = ("<script>alert(1)</script>", 'a" onload="alert(2)')
+    judged = scored_as([0, 1, 1], [0, 1, 0], ids=labels)
+    tree = taxonomy.flat(labels)
+    shown = report.Shown(0, '"><img src=http://evil.example/x>', np.zeros((4, 4, 3), np.uint8))
+    pictures = report.Material(sample=report.pictures(judged, tree, [shown]))
+    page = report.page(evaluation.evaluate(judged, tree).document(), pictures)
+    found = References()
+    found.feed(page)
+    assert page.count("<script>") == 1
+    assert all("onload" not in image for image in found.images)
+    assert not any("evil" in link for link in found.links)
+
+
+OVERFLOW = """<script>
+const wide = [...document.querySelectorAll("body *")].filter(e => {
+  const box = e.getBoundingClientRect(), hidden = e.closest(".scroll, article p, article li");
+  return !hidden && box.width && (box.left < -0.5 || box.right > document.documentElement.clientWidth + 0.5);
+});
+const boxes = [...document.querySelectorAll("main > *")].map(e => e.getBoundingClientRect());
+const sections = boxes.filter(box => box.height);
+const overlapping = sections.some((box, i) => i && box.top < sections[i - 1].bottom - 0.5);
+const scrolling = [...document.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth);
+document.title = `wide ${wide.length} overlapping ${overlapping} scrolling ${scrolling.length}`;
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("n_classes", [20, 300])
+def test_nothing_overflows_or_overlaps_at_1280_pixels(n_classes: int, tmp_path: Path) -> None:
+    judged, tree = random_scores(n_classes, 3_000)
+    page = report.page(evaluation.evaluate(judged, tree).document(), material(judged, tree))
+    (tmp_path / "page.html").write_text(page + OVERFLOW)
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--window-size=1280,2000",
+        f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.findall("<title>(.*?)</title>", dom) == ["wide 0 overlapping false scrolling 0"]
+
+
+def test_attention_rolls_out_as_the_product_of_the_layers() -> None:
+    model = small_models.vit()
+    pixels_nhwc = np.random.default_rng(0).integers(0, 255, (3, 40, 56, 3), np.uint8)
+    maps = attention.rollout(model, pixels_nhwc, small_models.SPEC)
+    assert maps.shape == (3, 5, 7)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    inputs = attention.normalised(pixels_nhwc, small_models.SPEC, torch.device("cpu"))
+    with torch.no_grad():
+        first, second = (
+            one.mean(dim=1).numpy() for one in model.eval()(inputs, output_attentions=True).attentions
+        )
+    half = np.eye(36) / 2
+    reached = ((second / 2 + half) @ (first / 2 + half))[:, 0, 1:].reshape(3, 5, 7)
+    expected = (reached - reached.min(axis=(1, 2), keepdims=True)) / np.ptp(
+        reached, axis=(1, 2), keepdims=True
+    )
+    np.testing.assert_allclose(maps, expected, atol=1e-4)
+
+
+def test_a_model_without_patches_has_no_attention_map() -> None:
+    model = ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[4, 8, 8, 8], depths=[1, 1, 1, 1]))
+    with pytest.raises(attention.NoAttention):
+        attention.rollout(model, np.zeros((1, 40, 56, 3), np.uint8), small_models.SPEC)
+
+
+def test_a_label_below_a_class_counts_as_that_class_and_a_foreign_one_is_left_out(tmp_path: Path) -> None:
+    pictures = small_models.dataset(tmp_path / "pictures", 10)
+    labels = ["484", "1", "v9i3On", "150", "552"] * 2  # 484 lies below 483; 150 is no class of the model
+    lines = [f"{i}.jpg,{label},{'test' if i else 'train'}" for i, label in enumerate(labels)]
+    (pictures / "labels.csv").write_text("\n".join(["file,label,split", *lines]))
+    data = datasets.load(DataSettings(str(pictures / "labels.csv")))
+    asked = score.questions(data, "test", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
+    assert asked.targets.tolist() == [1, 2, 4, 0, 1, 2, 4]
+    assert dict(asked.uncovered) == {"150": 2}
+    with pytest.raises(score.NothingToExamine, match=r"9 test, 1 train.*--split all"):
+        score.questions(data, "validation", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
+
+
+def evaluate(*arguments: str) -> int:
+    return evaluate_model.run(EvaluateConfig.parse(arguments, command="evaluate"))
+
+
+def test_a_checkpoint_is_judged_and_a_broken_image_is_left_out(tmp_path: Path) -> None:
+    run = small_models.checkpoint(tmp_path / "run" / "best").parent
+    (run / "metrics.jsonl").write_text("".join(f'{{"epoch": {i}, "loss": {2.0 / i}}}\n' for i in (1, 2, 3)))
+    pictures = small_models.dataset(tmp_path / "pictures", 30)
+    (pictures / "3.jpg").write_bytes(b"not an image")
+    dataset = str(pictures / "labels.csv")
+    output = tmp_path / "out"
+    settings = ("--checkpoint", str(run), "--dataset", dataset, "--output", str(output), "--split", "all")
+    assert evaluate(*settings) == 0
+    found = json.loads((output / "evaluation.json").read_text())
+    assert found["n_images"] == 29
+    assert found["about"]["unreadable images"] == "1"
+    assert found["overall"]["accuracy"] > 0.6
+    assert found["calibration"]["before"]["ece"] != found["calibration"]["after"]["ece"]
+    page = (output / "report.html").read_text()
+    for section in ("sample", "attention", "training", "confusion"):
+        assert f'id="{section}"' in page
+
+
+def test_a_bundle_is_judged_as_it_is_served(tmp_path: Path) -> None:
+    small_models.small_bundle(tmp_path / "bundle")
+    pictures = small_models.dataset(tmp_path / "pictures", 20)
+    settings = ("--bundle", str(tmp_path / "bundle"), "--dataset", str(pictures / "labels.csv"))
+    assert evaluate(*settings, "--output", str(tmp_path / "out"), "--split", "all") == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["n_images"] == 20
+    assert 'id="attention"' not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog) -> None:
+    """The run divided otherwise than evaluate would: by tier, another seed and other shares."""
+    run = small_models.checkpoint(tmp_path / "run" / "best").parent
+    pictures = small_models.dataset(tmp_path / "pictures", 40)
+    labels = [f"{i}.jpg,{small_models.CLASS_IDS[i % 5]}" for i in range(40)]
+    (pictures / "labels.csv").write_text("\n".join(["file,label", *labels]))
+    dataset = str(pictures / "labels.csv")
+    split = Splits(seed=5, validation=0.2, test=0.3)
+    trained_on = datasets.load(DataSettings(dataset, tier=1, splits=split))
+    runs.begin(str(run), Recipe(), trained_on)
+    small_models.small_bundle(tmp_path / "bundle")
+
+    def asked(*settings: str) -> tuple[int, str]:
+        caplog.clear()
+        assert evaluate(*settings, "--dataset", dataset, "--output", str(tmp_path / "out")) == 0
+        found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        return found["n_images"], found["about"]["seen in training"]
+
+    n_test = len(trained_on.indices("test"))
+    assert asked("--checkpoint", str(run / "best")) == (n_test, f"0 of {n_test} images")
+    assert asked("--bundle", str(tmp_path / "bundle"), "--run", str(run))[0] == n_test
+    assert "flattered" not in caplog.text
+    assert asked("--bundle", str(tmp_path / "bundle"))[1].startswith("unknown")
+    assert "--run RUN" in caplog.text
+    known, n_train = runs.recorded_splits(str(run)), len(trained_on.indices("train"))
+    everything = score.seen_in_training(trained_on, "all", known)
+    assert everything == score.Seen(f"{n_train} of 40 images", True)
+
+
+def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
+    rows = pa.table({"uri": ["b/1", "b/2"], "split": ["test", "test"]})
+    data = datasets.LabelledData(
+        rows, ("x",), taxonomy.flat(["x"]), DataSettings("b"), False, divided_here=frozenset(["test"])
+    )
+    seen = score.seen_in_training(data, "test", {"a/1": "train", "a/2": "train"})
+    assert seen.suspect and "2 are at addresses that its run does not know" in seen.words
+
+
+def test_a_bundle_and_a_checkpoint_cannot_be_judged_at_once() -> None:
+    with pytest.raises(InputError, match="either --bundle or --checkpoint"):
+        evaluate("--dataset", "x", "--output", "y")
+
+
+def test_settings_of_a_bundle_are_refused_for_a_checkpoint() -> None:
+    """Or float32's numbers would be taken for int8's."""
+    settings = ("--checkpoint", "run", "--dataset", "x", "--output", "y", "--precision", "int8")
+    with pytest.raises(InputError, match="precision: a checkpoint is judged in PyTorch"):
+        evaluate(*settings)

@@ -1,0 +1,457 @@
+"""The training loop: how a batch is cut does not matter, resumes are exact, runs survive kills."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray.train
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from pipelines.datasets import dataset
+from pipelines.datasets import pixels as ingest
+from pipelines.datasets.settings import DataSettings, Ingest, Splits
+from pipelines.evaluation import metrics
+from pipelines.storage import storage
+from pipelines.training import decoded, fit, ray_checkpoints, runs
+from pipelines.training import optimizer as optimisation
+from pipelines.training.loop import Diverged
+from pipelines.training.recipe import Augment, Balance, Loss, Network, Optimizer, Stopping
+from pipelines.training.resources import Resources, threads_of
+from pipelines.training.sampling import epoch_order
+from pipelines.training.task import Place
+from tests.builders import training as small_training
+from tests.builders.training import RECIPE, STILL, drawn, image_folder, streaming, trained, trainer
+
+ROOT = Path(__file__).parents[2]
+LABELS = [[i % 3] for i in range(64)]
+SEVERAL = [[j for j in range(4) if (i * 7 + 3) >> j & 1] for i in range(64)]
+MIXED = Augment(views=1, mixup=0.5, cutmix=1.0, brightness=0.3, erasing=0.3)
+
+
+def first_step_gradients(recipe, labels, *, workers=1, **keywords):
+    """Gradients of the first step, averaged over the workers as DistributedDataParallel does."""
+    sums = None
+    for rank in range(workers):
+        made = trainer(recipe, labels, place=Place(rank, workers, torch.device("cpu")), **keywords)
+        _, micro_batches = next(made.steps(0, 0))
+        made.accumulate(micro_batches, seed=1)
+        gradients = [p.grad / workers for p in made.model.parameters()]
+        sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
+    return torch.cat([g.flatten() for g in sums])
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (2, 2), (1, 4)])
+def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumulation, multi_label):
+    balance = Balance(class_weights="sqrt")
+    whole = replace(RECIPE, batch_size=64, augment=MIXED, balance=balance)
+    cut = replace(whole, optimizer=replace(whole.optimizer, accumulation=accumulation))
+    labels = SEVERAL if multi_label else LABELS
+    keywords = {"n_classes": 4 if multi_label else 3, "multi_label": multi_label}
+    expected = first_step_gradients(whole, labels, **keywords)
+    found = first_step_gradients(cut, labels, workers=workers, **keywords)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
+    made = streaming(RECIPE, drawn(LABELS, lost=[0, 17, 18]))
+    batches = [pixels for _, micro_batches in made.steps(0, 0) for pixels, _ in micro_batches]
+    assert len(batches) == 4 and all(len(pixels) == 16 for pixels in batches)
+    assert all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches), "a black picture in their place"
+    assert (made.tally.images, made.tally.broken) == (64, 3)
+    assert made.broken_images() == {"broken_images": 3}
+    made.task = replace(made.task, max_broken_share=0.04)
+    with pytest.raises(ingest.IngestError, match=r"3 of 64.*max-broken-share"):
+        made.broken_images()
+
+
+def test_a_batch_of_lost_images_keeps_workers_in_step():
+    for lost in (range(16), range(16, 32), range(48, 64)):
+        made = streaming(RECIPE, drawn(LABELS, lost=lost))
+        batches = [pixels for _, [(pixels, _)] in made.steps(0, 0)]
+        assert len(batches) == 4 and all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches)
+    made = streaming(RECIPE, drawn(LABELS, lost=range(64)))
+    with pytest.raises(ingest.IngestError, match="none of the 64 images"):
+        next(made.steps(0, 0))
+
+
+def test_a_shard_smaller_than_a_micro_batch_fills_it():
+    made = streaming(RECIPE, drawn(LABELS[:5]))
+    [(_, [(pixels, targets)])] = made.steps(0, 0)
+    assert pixels.shape == (16, 16, 16, 3) and targets.sum(0).tolist() == [7, 6, 3]
+
+
+def test_streamed_validation_measures_the_same_images_as_kept_ones():
+    kept, stream = trainer(RECIPE, LABELS), streaming(RECIPE, drawn(LABELS, seed=99, lost=[9]))
+    stream.task = replace(stream.task, validation_rows=np.array([3, 4, 9, 40]))
+    stream.model.load_state_dict(kept.model.state_dict())
+    logits, targets = stream.logits(stream.validation_batches())
+    expected, truth = kept.logits([kept.validation.take(np.array([3, 4, 40]))])
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    assert (targets == truth).all() and stream.tally.broken == 1
+
+
+def test_averaged_weights_follow_the_weights_at_their_decay():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    averaged = optimisation.Averaged(model, 0.9)
+    torch.nn.init.ones_(model.weight)
+    expected = 0.0
+    for step in range(1, 200):
+        averaged.update(model)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay)
+        assert averaged.weights["weight"].item() == pytest.approx(expected, abs=1e-6)
+    with averaged.applied(model):
+        assert model.weight.item() == pytest.approx(expected, abs=1e-6)
+    assert model.weight.item() == 1
+
+
+def test_averaged_weights_differ_from_the_models_own():
+    made = trained(trainer(replace(RECIPE, optimizer=replace(RECIPE.optimizer, ema_decay=0.9)), LABELS), 1)
+    own = made.model.classifier.weight
+    assert not torch.equal(made.averaged.weights["classifier.weight"], own)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules_warm_up_and_end_where_they_should(schedule):
+    optimizer = Optimizer(schedule=schedule, warmup=10, final_share=0.1)
+    shares = [optimisation.learning_rate_share(optimizer, step, 100) for step in range(101)]
+    assert np.allclose(np.diff(shares[:10]), 1 / 11)
+    assert shares[10] == pytest.approx(1)
+    assert shares[100] == pytest.approx(1 if schedule == "constant" else 0.1)
+    middle = {"cosine": 0.55, "linear": 0.55, "constant": 1}[schedule]
+    assert shares[55] == pytest.approx(middle)
+    assert optimisation.learning_rate_share(replace(optimizer, warmup=0.1), 4, 100) == shares[4]
+
+
+def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
+    recipe = replace(
+        RECIPE,
+        augment=MIXED,
+        optimizer=replace(RECIPE.optimizer, ema_decay=0.9),
+        network=replace(RECIPE.network, drop_path=0.2),
+    )
+    unbroken = trained(trainer(recipe, LABELS), 2)
+    first = trained(trainer(recipe, LABELS), 1)
+    steps = first.steps(1, 0)
+    for step, batches in [next(steps), next(steps)]:
+        first.train_step(batches, epoch=1, step=step)
+        first.position.step = step + 1
+    second = trainer(recipe, LABELS)
+    second.restore(first.state())
+    second.train_epoch()
+    for name, value in unbroken.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+    assert torch.equal(
+        second.averaged.weights["classifier.bias"], unbroken.averaged.weights["classifier.bias"]
+    )
+
+
+def test_order_is_repeatable_and_covers_every_image_in_every_view():
+    strata = np.array([0, 0, 0, 1])
+    order = epoch_order(strata, Balance(), views=3, seed=1, epoch=0)
+    assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
+    assert (order == epoch_order(strata, Balance(), views=3, seed=1, epoch=0)).all()
+    assert (order != epoch_order(strata, Balance(), views=3, seed=1, epoch=1)).any()
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"),
+    [
+        (Balance(sampling="oversample"), [6, 6]),
+        (Balance(sampling="undersample"), [2, 2]),
+        (Balance(sampling="target", target_per_class=4), [4, 4]),
+    ],
+)
+def test_class_aware_sampling_draws_classes_evenly(balance, expected):
+    strata = np.array([0] * 6 + [1] * 2)
+    order = epoch_order(strata, balance, views=1, seed=0, epoch=0)
+    assert np.bincount(strata[order]).tolist() == expected
+    assert np.bincount(order)[6:].min() >= 1
+
+
+def test_balancing_at_least_doubles_the_recall_of_a_rare_class():
+    labels = [[0]] * 200 + [[1]] * 4
+
+    def minority_recall(balance: Balance) -> float:
+        recipe = replace(RECIPE, epochs=2, batch_size=12, balance=balance)
+        made = trained(trainer(recipe, labels, n_classes=2, noise=125), 2)
+        logits, _ = made.logits([made.validation.take(np.arange(200, 204))])
+        return float((logits.argmax(1) == 1).mean())
+
+    balanced = minority_recall(Balance(sampling="oversample"))
+    assert balanced >= max(2 * minority_recall(Balance()), 0.75)
+
+
+@pytest.mark.parametrize("loss", ["bce", "asymmetric"])
+def test_multi_label_training_reaches_a_high_mean_average_precision(loss):
+    labels = SEVERAL * 2
+    recipe = replace(RECIPE, epochs=10, loss=Loss(multi_label=loss))
+    made = trained(trainer(recipe, labels, n_classes=4, multi_label=True), 10)
+    logits, targets = made.logits(made.validation_batches())
+    assert metrics.classification(logits, targets.astype(np.uint8))["map"] > 0.9
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_advice():
+    made = trainer(RECIPE, LABELS)
+    torch.nn.init.constant_(made.model.classifier.weight, float("nan"))
+    with pytest.raises(Diverged, match="learning-rate"):
+        made.train_epoch()
+
+
+def scripted(made, *measured: dict[str, float]) -> list[dict]:
+    """Finish epochs whose evaluations give these numbers, in turn; returns what was reported."""
+    answers, reported = iter(measured), []
+    made.evaluate = lambda: next(answers)
+    made.report = lambda line, **how: reported.append({**line, **how})
+    made.steps = lambda epoch, first: iter(())
+    while not (made.is_stale() or made.position.epoch == made.recipe.epochs):
+        made.train_epoch()
+        made.finish_epoch(images_per_s=1.0)
+    return reported
+
+
+def test_early_stopping_asks_for_the_smallest_gain_since_the_last_that_counted():
+    stopping = Stopping(patience_epochs=3, min_gain=0.1)
+    made = trainer(replace(RECIPE, epochs=9, stopping=stopping), LABELS)
+    scores = (0.5, 0.55, 0.58, 0.61, 0.62, 0.63, 0.64, 0.9)
+    reported = scripted(made, *({"accuracy": score} for score in scores))
+    assert [line["score"] for line in reported] == list(scores[:7])
+    assert made.position.best_score == 0.61 and made.is_stale()
+
+
+def test_averaged_weights_are_reported_and_saved_where_they_are_better():
+    recipe = replace(RECIPE, epochs=2, optimizer=replace(RECIPE.optimizer, ema_decay=0.9))
+    made = trainer(recipe, LABELS)
+    own_then_averaged = [{"accuracy": score} for score in (0.6, 0.7, 0.8, 0.7)]
+    first, second = scripted(made, *own_then_averaged)
+    assert (first["score"], first["averaged"], first["averaged_weights"]) == (0.7, True, True)
+    assert (second["score"], second["averaged"], second["averaged_weights"]) == (0.8, False, False)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_saved_model_has_the_weights_that_were_measured(averaged, monkeypatch):
+    made = trained(trainer(replace(RECIPE, optimizer=replace(RECIPE.optimizer, ema_decay=0.9)), LABELS), 1)
+    saved = {}
+
+    def keep(line, checkpoint) -> None:
+        with checkpoint.as_directory() as folder:
+            saved.update(load_file(Path(folder, "model", "model.safetensors")))
+
+    monkeypatch.setattr(ray.train, "report", keep)
+    made.report({"score": 1.0}, with_model=True, averaged=averaged)
+    own, average = made.model.state_dict(), made.averaged.weights
+    expected, other = (average, own) if averaged else (own, average)
+    assert torch.equal(saved["classifier.weight"], expected["classifier.weight"])
+    assert not torch.equal(saved["classifier.weight"], other["classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [Network(gradient_checkpointing=True), pytest.param(Network(compile=True), marks=pytest.mark.slow)],
+)
+def test_saving_memory_or_compiling_does_not_change_what_is_learned(network):
+    if network.compile and shutil.which("g++") is None:
+        pytest.skip("torch.compile wants a C++ compiler")
+    found = []
+    for one in (Network(), network):
+        made = trainer(replace(RECIPE, network=one), LABELS)
+        made.wrap()
+        _, micro_batches = next(made.steps(0, 0))
+        made.accumulate(micro_batches, seed=1)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_selection_metric_that_validation_does_not_give_is_refused_with_those_it_does():
+    classes = np.arange(20) % 5
+    with pytest.raises(ValueError, match=r"acuracy.*accuracy@3"):
+        fit.refuse_unknown_metric("acuracy", classes, 5)
+    fit.refuse_unknown_metric("accuracy@3", classes, 5)
+    fit.refuse_unknown_metric("roc_auc_macro", classes, 5)
+    with pytest.raises(ValueError, match=r"select_by is roc_auc_macro.*more classes"):
+        fit.refuse_unknown_metric("roc_auc_macro", np.zeros(20, np.int64), 5)
+    labels = np.array([[1, 0, 1], [1, 0, 0]], np.uint8)
+    fit.refuse_unknown_metric("map", labels, 3)
+    with pytest.raises(ValueError, match="select_by is map"):
+        fit.refuse_unknown_metric("map", np.ones((4, 3), np.uint8), 3)
+
+
+def test_cores_are_shared_by_all_workers_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert [threads_of(workers) for workers in (1, 2 * 2, 16)] == [8, 2, 1]
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns_for_the_first_50_steps(tmp_path):
+    """The two take a step in two micro-batches each, whose gradients they average with the second only."""
+    for workers, accumulation in ((1, 1), (2, 2)):
+        arguments = (workers, accumulation, str(tmp_path))
+        torch.multiprocessing.spawn(small_training.curve, arguments, nprocs=workers)
+    alone = np.load(tmp_path / "losses-1-0.npy")
+    together = np.mean([np.load(tmp_path / f"losses-2-{rank}.npy") for rank in (0, 1)], axis=0)
+    assert len(alone) == 50 and alone[-5:].mean() < alone[:5].mean()
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+# Whole runs on a real Ray cluster
+
+
+def planned(root: Path, output: Path, recipe=RECIPE, **resources) -> fit.Plan:
+    data = dataset.load(DataSettings(str(root), splits=Splits(validation=0.25, test=0.25)))
+    return fit.plan(data, recipe, str(output), Resources(**{"num_workers": 2, **resources}))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    (folder / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    recipe = replace(
+        RECIPE,
+        epochs=3,
+        batch_size=6,
+        augment=replace(STILL, views=8),
+        optimizer=Optimizer(learning_rate=2e-3, ema_decay=0.5),
+    )
+    plan = planned(folder, tmp_path / "run", recipe)
+    messages: list = []
+    run = fit.fit(plan, Ingest(max_broken_share=0.1), messages.append)
+    best = tmp_path / "run" / "best"
+    model = AutoModelForImageClassification.from_pretrained(best)
+    assert model.config.id2label == dict(enumerate(plan.data.classes))
+    assert {file.name for file in best.iterdir()} >= {
+        "README.md",
+        "iab_vision.json",
+        "preprocessor_config.json",
+    }
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert run.content["test"]["accuracy"] > 0.6
+    assert [one["status"] for one in run.content["data"]["broken"]]
+    assert sum(run.content["data"]["images"].values()) == 36
+    assert run.content["dataset"]["splits"]["validation"] == 0.25
+    assert run.content["ingest"] == {**vars(Ingest(max_broken_share=0.1)), "mode": "memory"}
+    assert run.content["resources"]["num_workers"] == 2
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
+    assert messages[-1]["done"] == messages[-1]["total"]
+    assert runs.finished(plan.output, plan.recipe, plan.data).content["test"] == run.content["test"]
+    with pytest.raises(runs.RunMismatch, match="learning_rate"):
+        runs.finished(plan.output, replace(plan.recipe, optimizer=Optimizer(learning_rate=1e-4)), plan.data)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disk", "stream"])
+def test_workers_measure_every_validation_image_once_without_keeping_them_all(ray_cluster, tmp_path, mode):
+    plan = planned(image_folder(tmp_path / "images"), tmp_path / "run")
+    prepared = decoded.prepare(plan.data, plan.spec, Ingest(mode=mode), seed=0)
+    rows, tally = prepared.rows["validation"], ingest.Tally()
+    assert len(rows) % 2, "an even division hides what is cut off"
+    counts = np.zeros(3)
+    for shard in decoded.validation_shards(prepared, 2):
+        batches = ingest.evaluation_batches(
+            shard.iterator(), plan.spec, 3, batch_size=2, rows=rows, tally=tally
+        )
+        counts += sum(targets_nc.sum(axis=0) for _, targets_nc in batches)
+    assert counts.tolist() == np.bincount(plan.data.targets()[rows], minlength=3).tolist()
+    assert (tally.images, tally.broken) == (len(rows), 0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
+    folder = image_folder(tmp_path / "images")
+    recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
+    plan = planned(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
+    prepared = decoded.prepare(plan.data, plan.spec, Ingest(mode="stream", max_broken_share=0.2), seed=0)
+    storage.local_path(plan.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
+    runs.begin(plan.output, plan.recipe, plan.data)
+    killed = threading.Event()
+    starts: list[int] = []
+
+    def listen(message: dict) -> None:
+        starts.append(message["done"])
+        if message["epoch"] >= 1 and not killed.is_set():
+            killed.set()
+            os.kill(training_processes()[0], signal.SIGKILL)
+
+    result = fit.train(plan, prepared, listen)
+    assert killed.is_set()
+    history = runs.history(plan.output)
+    assert [line["epoch"] for line in history] == [1, 2, 3]
+    assert all(line["broken_images"] for line in history), "the image that went away was not noticed"
+    per_epoch = starts[-1] // 3
+    after_kill = starts[[done >= per_epoch for done in starts].index(True) + 1 :]
+    assert min(after_kill) >= per_epoch
+    files, line = fit.best_model(result)
+    assert "model.safetensors" in files and line["score"] > 0
+
+
+def training_processes() -> list[int]:
+    """Process ids of Ray Train's workers on this machine."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::") and b"RayTrainWorker" in title:
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbroken_one_does(tmp_path):
+    image_folder(tmp_path / "images")
+
+    def start(output: str) -> subprocess.Popen[bytes]:
+        """From another working directory than the workers', with paths relative to it."""
+        command = [
+            sys.executable, "-m", "jobs", "train", "--dataset", "images", "--output", output,
+            "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1",
+            "--batch-size", "6", "--epochs", "5", "--augment.views", "4", "--precision", "fp32",
+            "--splits.validation", "0.25", "--splits.test", "0.25",
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
+
+    output = tmp_path / "run"
+    first = start("run")
+    while len(runs.history(str(output))) < 2:
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = runs.history(str(output))
+    assert not (output / "run.json").exists()
+    (output / "checkpoints" / ray_checkpoints.SNAPSHOT).write_text(
+        ""
+    )  # as a kill in the middle of Ray's writing does
+    assert start("run").wait(300) == 0
+    after = runs.history(str(output))
+    assert [line["epoch"] for line in after] == [1, 2, 3, 4, 5]
+    assert after[0] == before[0], "the first epoch was trained again"
+
+    assert start("unbroken").wait(300) == 0
+    unbroken = runs.history(str(tmp_path / "unbroken"))
+    for name in ("loss", "log_loss", "accuracy"):
+        assert [line[name] for line in after] == pytest.approx([line[name] for line in unbroken], abs=1e-3)
+    ends = [json.loads((run / "run.json").read_text()) for run in (output, tmp_path / "unbroken")]
+    assert ends[0]["test"]["log_loss"] == pytest.approx(ends[1]["test"]["log_loss"], abs=1e-3)
+    assert ends[0]["best"]["epoch"] == ends[1]["best"]["epoch"]

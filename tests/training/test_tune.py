@@ -1,0 +1,166 @@
+"""The search space is checked against the recipe; a search leaves a table, a plot and a usable recipe."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import yaml
+
+from jobs.config import TrainConfig
+from jobs.settings import plain
+from jobs.train_vit import labelled, recipe_of
+from pipelines.datasets import dataset
+from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.training import fit, runs, tune
+from pipelines.training.resources import Resources
+from tests.builders.training import RECIPE, image_folder
+
+SPACE = {
+    "optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    "network.freeze": {"choice": ["none", "backbone"]},
+}
+
+
+def test_the_space_that_comes_with_the_project_fits_the_recipe():
+    packaged = Path(tune.__file__).parents[2] / "jobs" / "configs" / "tune_space.yaml"
+    space = tune.read_space(str(packaged))
+    assert set(tune.distributions(space, RECIPE)) >= {
+        "optimizer.learning_rate",
+        "batch_size",
+        "augment.crop_area",
+    }
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"optimizer.learnin_rate": {"uniform": [0, 1]}}, "learnin_rate"),
+        ({"image_size": {"choice": [32, 64]}}, "cannot be searched"),
+        ({"batch_size": [32, 64]}, "choice"),
+        ({"batch_size": {"any_of": [32]}}, "choice"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_by_name(space, words):
+    with pytest.raises(tune.SpaceError, match=words):
+        tune.distributions(space, RECIPE)
+
+
+def test_values_reach_their_sections_and_are_checked_there():
+    found = tune.applied(RECIPE, {"optimizer.layer_decay": 0.7, "batch_size": 8})
+    assert found.optimizer.layer_decay == 0.7 and found.batch_size == 8
+    assert found.optimizer.weight_decay == RECIPE.optimizer.weight_decay
+    with pytest.raises(ValueError, match="layer_decay"):
+        tune.applied(RECIPE, {"optimizer.layer_decay": 2.0})
+
+
+def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
+    lines = [f"{i},{label},{i // 2}" for i, label in enumerate(["Sports > Tennis", "car", "blurry"] * 20)]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,subject,page", *lines]))
+    (tmp_path / "map.csv").write_text("from,to\ncar,Automotive\nblurry,\n")
+    settings = DataSettings(
+        str(tmp_path / "labels.csv"),
+        label_map=str(tmp_path / "map.csv"),
+        tier=1,
+        columns=Columns(label="subject", file="https://me:hunter2@host/{id}.jpg", group="page"),
+        splits=Splits(validation=0.3, seed=7, limit=36),
+    )
+    plan = fit.plan(dataset.load(settings), RECIPE, str(tmp_path / "search"), Resources())
+    how = Ingest(mode="disk", margin=1.5)
+    text = tune.recipe_yaml(plan.recipe, plan, how, {"score": 0.5, "epochs": 2}).decode()
+    assert "hunter2" not in text and "give those settings on the command line" in text
+    (tmp_path / "best.yaml").write_text(text)
+    config = TrainConfig.parse(["--config", str(tmp_path / "best.yaml"), "--output", "x"], command="train")
+    assert plain(config.ingest) == how
+    again = recipe_of(config).resolved(multi_label=False)
+    searched = json.loads(runs.as_json(runs.identity(plan.recipe, plan.data)))
+    assert searched["images"]["train"]
+    runs.refuse_mismatch("x", searched, runs.identity(again, labelled(config)))
+
+
+def test_settings_that_go_together_are_set_together():
+    values = {"balance.sampling": "target", "balance.target_per_class": 20, "epochs": 3}
+    for order in (values, dict(reversed(values.items()))):
+        found = tune.applied(RECIPE, order)
+        assert (found.balance.sampling, found.balance.target_per_class, found.epochs) == ("target", 20, 3)
+
+
+def test_the_table_lists_the_best_trial_first_and_failed_ones_last():
+    def trial(name: str, scores: list[float] | None) -> SimpleNamespace:
+        frame = None if scores is None else pd.DataFrame({"score": scores})
+        error = "it broke" if scores is None else None
+        return SimpleNamespace(metrics={"trial_id": name}, config={}, metrics_dataframe=frame, error=error)
+
+    rows = tune.table([trial("a", [0.1]), trial("b", None), trial("c", [0.2, 0.9, 0.3])], {})
+    assert [(row["trial"], row["score"]) for row in rows] == [("c", 0.9), ("a", 0.1), ("b", None)]
+
+
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    """`tune` with three short trials over the pictures in `folder`, from there."""
+    command = [
+        sys.executable, "-m", "jobs", "tune", "--dataset", "images", "--output", "search", "--space",
+        "space.yaml", "--trials", "3", "--grace-epochs", "1", "--reduction", "2", "--model", "scratch:tiny",
+        "--image-size", "16", "--patch-size", "8", "--layers", "1", "--batch-size", "6", "--epochs", "4",
+        "--augment.views", "4", "--splits.validation", "0.25", "--splits.test", "0.25",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
+
+
+def first_epochs(search: Path) -> dict[str, str]:
+    """Trial -> the line of its first epoch, for those in a later epoch: the first is in a checkpoint."""
+    histories = {file.parent.name: file.read_text() for file in search.glob("trials/*/metrics.jsonl")}
+    return {name: text.splitlines()[0] for name, text in histories.items() if text.count("\n") > 1}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_search_goes_on_with_its_trials_and_finds_a_recipe_that_trains(tmp_path):
+    image_folder(tmp_path / "images")
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    search = tmp_path / "search"
+    first = started(tmp_path)
+    while not (begun := first_epochs(search)):
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (search / "tune.json").exists()
+
+    assert started(tmp_path).wait(400) == 0
+    with (search / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["trial"] for row in rows} >= set(begun), "the search began anew"
+    assert first_epochs(search).items() >= begun.items(), "a trial began anew"
+    content = json.loads((search / "tune.json").read_text())
+    assert len(rows) == content["trials"] == 3
+    assert {row["network.freeze"] for row in rows} <= {"none", "backbone"}
+    assert b"<svg" in (search / "trials.svg").read_bytes()
+    best = search / "best.yaml"
+    settings = TrainConfig.parse(["--config", str(best), "--output", "x"], command="train")
+    recipe = recipe_of(settings)
+    assert recipe.optimizer.learning_rate == pytest.approx(content["best"]["optimizer.learning_rate"])
+    assert yaml.safe_load(best.read_text())["network"]["freeze"] == content["best"]["network.freeze"]
+
+
+def test_a_finished_search_is_not_repeated_and_another_is_refused(tmp_path):
+    data = dataset.load(
+        DataSettings(str(image_folder(tmp_path / "images")), splits=Splits(validation=0.25, test=0.25))
+    )
+    plan = fit.plan(data, replace(RECIPE, batch_size=6), str(tmp_path / "search"), Resources())
+    search = tune.Search(trials=2, grace_epochs=1, reduction=2)
+    assert tune.refuse_another(plan, SPACE, search) is None
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / runs.RECIPE).write_bytes(runs.as_json(tune.search_identity(plan, SPACE, search)))
+    (tmp_path / "search" / tune.MARKER).write_text('{"trials": 2}')
+    assert tune.refuse_another(plan, SPACE, search) == {"trials": 2}
+    with pytest.raises(runs.RunMismatch, match="trials"):
+        tune.refuse_another(plan, SPACE, replace(search, trials=3))
