@@ -160,7 +160,7 @@ def time_to_work_list(config: ClassifyConfig) -> float:
     began = time.monotonic()
     run = classify_images.prepare(config)
     chunks = work_list(run.ledger.done.missing(), CPU_CHUNK)
-    run.plan.rows([(span["start"], span["stop"]) for span in chunks["ranges"][0].as_py()])
+    run.plan.items([(span["start"], span["stop"]) for span in chunks["ranges"][0].as_py()])
     seconds = time.monotonic() - began
     console.print(f"{chunks.num_rows:,} chunks are left; known after {seconds:.2f} s")
     return seconds

@@ -97,7 +97,7 @@ def measure(inventory: str, state: str) -> None:
     frozen = plan(inventory, open_storage(state))
     planned = time.perf_counter()
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    chunk = open_plan(open_storage(state)).rows([(max(0, frozen.n_items - 256), frozen.n_items)])
+    chunk = open_plan(open_storage(state)).items([(max(0, frozen.n_items - 256), frozen.n_items)])
     reopened = time.perf_counter()
     found = {
         "rows": frozen.n_rows,

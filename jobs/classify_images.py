@@ -228,7 +228,7 @@ def classify_on_cluster(run: Run) -> None:
             committer,
             passes,
             lambda final: dataflow(run, final=final),
-            progress=ProgressReport(run.ledger.done.n_rows, before),
+            progress=ProgressReport(run.ledger.done.n_items, before),
             every_s=config.commit_every_s,
         )
     finally:
@@ -271,7 +271,7 @@ def dataflow(run: Run, *, final: bool) -> Any:
         final=final,
     )
     model = Model(bundle.uri, bundle.manifest_sha256, run.runtime, config.top_k)
-    return classify(work_list(missing, pools.rows_per_chunk), source, model, target, pools)
+    return classify(work_list(missing, pools.items_per_batch), source, model, target, pools)
 
 
 def check_budget(run: Run) -> None:

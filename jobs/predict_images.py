@@ -70,7 +70,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
 def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:
     labels = [{**label, "path": taxonomy.path(label["id"])} for label in row["labels"] or []]
-    columns = {name: value for name, value in row.items() if name != "row_id"}
+    columns = {name: value for name, value in row.items() if name != "item_id"}
     return {"uri": uri, **columns, "labels": labels, "cat": row["cat"] or []}
 
 

@@ -32,8 +32,8 @@ LABELLED = pa.schema(
 )
 """What the model says of it; null where the status is not `ok`."""
 
-LOADED = pa.schema([pa.field("row_id", pa.int64(), nullable=False), *OUTCOME])
-"""load -> infer, beside the column `pixels` of `pixels_type`; `row_id` is the row of the plan."""
+LOADED = pa.schema([pa.field("item_id", pa.int64(), nullable=False), *OUTCOME])
+"""load -> infer, beside the column `pixels` of `pixels_type`; `item_id` is the row of the plan."""
 
 
 def pixels_type(height: int, width: int) -> pa.DataType:
@@ -60,9 +60,9 @@ PREDICTIONS_TAIL = pa.schema(
         pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )
-ROW_ID = "__row_id"
-"""The plan's row id in a part; `row_id` itself may be a carried column of the caller's."""
-RESERVED = frozenset([ROW_ID, *PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
+ITEM_ID = "__item_id"
+"""The plan's row id in a part; `item_id` itself may be a carried column of the caller's."""
+RESERVED = frozenset([ITEM_ID, *PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
 """Column names that belong to the predictions table and its parts; a carried column may not take one."""
 
 

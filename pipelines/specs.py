@@ -244,9 +244,9 @@ class Workers:
     """Actors that fetch and decode; 0 sizes the pool from the cluster."""
     infer_actors: int = 0
     """Actors that own an ONNX session; 0 is one per GPU, or one per CPU core."""
-    rows_per_chunk: int = 0
+    items_per_batch: int = 0
     """Images that travel together; 0 is 64 on CPU, and the batch size on GPU."""
-    rows_per_part: int = 20_000
+    items_per_part: int = 20_000
     """Images per part file, fewer where these answer for over 100,000 rows: what a crash may cost."""
     rows_per_file: int = 1_000_000
     """Rows per published file, about 100 MB."""
@@ -254,6 +254,6 @@ class Workers:
     def __post_init__(self) -> None:
         at_least("load_actors", self.load_actors, 0)
         at_least("infer_actors", self.infer_actors, 0)
-        at_least("rows_per_chunk", self.rows_per_chunk, 0)
-        for name in ("rows_per_part", "rows_per_file"):
+        at_least("items_per_batch", self.items_per_batch, 0)
+        for name in ("items_per_part", "rows_per_file"):
             at_least(name, getattr(self, name), 1)

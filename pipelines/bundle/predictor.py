@@ -30,13 +30,13 @@ def black(n: int, spec: ImageSpec) -> Pixels:
     return np.zeros((n, spec.height, spec.width, 3), np.uint8)
 
 
-def loaded_row(row_id: int, fetched: Fetched, image: Prepared | None) -> Row:
+def loaded_row(item_id: int, fetched: Fetched, image: Prepared | None) -> Row:
     """What became of one image, whether or not bytes or pixels came of it.
 
     Args:
         image: what decoding made of the payload, if there is one.
     """
-    row: Row = {"row_id": row_id, "status": fetched.status.value, "error": fetched.error}
+    row: Row = {"item_id": item_id, "status": fetched.status.value, "error": fetched.error}
     return row | image_columns(image) | {"sha256": fetched.sha256} if image else row
 
 

@@ -71,8 +71,8 @@ class Pools:
     cpus_per_load: float
     cpus_per_infer: float
     gpus_per_infer: float
-    rows_per_chunk: int
-    rows_per_part: int
+    items_per_batch: int
+    items_per_part: int
 
 
 class BundleReplaced(RuntimeError):
@@ -87,7 +87,7 @@ def classify(chunks: pa.Table, source: Source, model: Model, target: parts.Targe
     """
     # not from_arrow, which has a task of its own look at every block before anything starts
     work = ray.data.from_blocks(blocks_of(chunks))
-    block_bytes = pools.rows_per_chunk * source.image_spec.pixel_bytes
+    block_bytes = pools.items_per_batch * source.image_spec.pixel_bytes
     # Of this dataset alone: the process's own context would carry them into the next job.
     work.context.target_max_block_size = max(block_bytes, 1 << 20)
     work.context.execution_options.resource_limits = ExecutionResources(
@@ -118,7 +118,7 @@ def classify(chunks: pa.Table, source: Source, model: Model, target: parts.Targe
         .map_batches(
             parts.write_batch,
             fn_args=(target,),
-            batch_size=pools.rows_per_part,
+            batch_size=pools.items_per_part,
             batch_format="pyarrow",
             num_cpus=0.25,
         )
@@ -134,8 +134,8 @@ def memory_ahead(block_bytes: int, pools: Pools) -> int:
     return STEPS * BLOCKS_PER_CALL * calls * max(block_bytes, 1 << 20)
 
 
-def work_list(missing: Sequence[Range], rows_per_chunk: int) -> pa.Table:
-    """Ranges of plan rows still to do, grouped into chunks of at most `rows_per_chunk` rows.
+def work_list(missing: Sequence[Range], items_per_batch: int) -> pa.Table:
+    """Ranges of plan rows still to do, grouped into chunks of at most `items_per_batch` rows.
 
     Scattered rows (a later pass over failures) share a chunk, so that a thousand single rows are not a
     thousand requests for work.
@@ -144,12 +144,12 @@ def work_list(missing: Sequence[Range], rows_per_chunk: int) -> pa.Table:
     done_before = np.cumsum(stops - firsts) - (stops - firsts)
     total = int((stops - firsts).sum())
     # Work is laid end to end and cut where a range begins and where a chunk is full.
-    cuts = np.union1d(done_before, np.arange(0, total, rows_per_chunk))
+    cuts = np.union1d(done_before, np.arange(0, total, items_per_batch))
     owner = np.searchsorted(done_before, cuts, side="right") - 1
     starts = firsts[owner] + cuts - done_before[owner]
     lengths = np.diff(cuts, append=total)
     spans = pa.StructArray.from_arrays([pa.array(starts), pa.array(starts + lengths)], ["start", "stop"])
-    offsets = np.searchsorted(cuts, np.arange(0, total + rows_per_chunk, rows_per_chunk))
+    offsets = np.searchsorted(cuts, np.arange(0, total + items_per_batch, items_per_batch))
     return pa.table({"ranges": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), spans)})
 
 
@@ -171,26 +171,26 @@ class Loader:
     def __call__(self, chunks: pa.Table) -> Iterator[pa.Table]:
         """For each chunk its rows of `schema.LOADED` with pixels, in plan order."""
         for ranges in chunks["ranges"].to_pylist():
-            items = self._plan.rows([(span["start"], span["stop"]) for span in ranges])
+            items = self._plan.items([(span["start"], span["stop"]) for span in ranges])
             yield self._load(items)
 
     def _load(self, items: pa.Table) -> pa.Table:
-        row_ids = items["row_id"].to_pylist()
-        pixels_nhwc = black(len(row_ids), self._source.image_spec)
+        item_ids = items["item_id"].to_pylist()
+        pixels_nhwc = black(len(item_ids), self._source.image_spec)
         # In plan order again: a part then holds a few long ranges, however many actors there are.
-        rows: list[Row] = [{}] * len(row_ids)
+        rows: list[Row] = [{}] * len(item_ids)
         for batch in self._fetcher.fetch_batches(sources_of(items)):
-            self._decode(batch, row_ids, rows, pixels_nhwc)
+            self._decode(batch, item_ids, rows, pixels_nhwc)
         return loaded_table(rows, pixels_nhwc)
 
-    def _decode(self, batch: Batch, row_ids: list[int], rows: list[Row], pixels_nhwc: Pixels) -> None:
+    def _decode(self, batch: Batch, item_ids: list[int], rows: list[Row], pixels_nhwc: Pixels) -> None:
         """Put the batch's rows and pixels into their places."""
         payloads = {index: fetched.payload for index, fetched in batch if fetched.payload is not None}
         with self._decoding:
             prepared, pixels_nhwc[list(payloads)] = self._decoder.prepare_batch(list(payloads.values()))
         images = dict(zip(payloads, prepared, strict=True))
         for index, fetched in batch:
-            rows[index] = loaded_row(row_ids[index], fetched, images.get(index))
+            rows[index] = loaded_row(item_ids[index], fetched, images.get(index))
 
 
 class Classifier:

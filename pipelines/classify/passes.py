@@ -82,7 +82,7 @@ def classify_missing(
                 committer.flush()
                 if ledger.done.full:
                     return
-                left = ledger.done.n_rows - len(ledger.done)
+                left = ledger.done.n_items - len(ledger.done)
                 if number >= passes.later and len(ledger.done) == before:
                     raise JobFailed(
                         f"{left:,} images came to no end in a whole pass; run the same command again"
@@ -92,7 +92,7 @@ def classify_missing(
         except Stopped as stop:
             committer.flush()
             raise JobFailed(
-                f"stopped by {stop}; {len(ledger.done):,} of {ledger.done.n_rows:,} images are recorded, "
+                f"stopped by {stop}; {len(ledger.done):,} of {ledger.done.n_items:,} images are recorded, "
                 "and the same command continues"
             ) from None
 

@@ -37,8 +37,8 @@ def size_pools(
     """
     on_cpu = runtime.provider == "cpu"
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
-    rows_per_chunk = workers.rows_per_chunk or (CPU_CHUNK if on_cpu else runtime.batch_size)
-    chunks = max(1, -(-n_items // rows_per_chunk))
+    items_per_batch = workers.items_per_batch or (CPU_CHUNK if on_cpu else runtime.batch_size)
+    chunks = max(1, -(-n_items // items_per_batch))
     cpus_per_infer = float(runtime.threads) if on_cpu else 1.0
     if on_cpu:
         cores = local_cores or cpus - CPUS_TO_WRITE
@@ -66,6 +66,6 @@ def size_pools(
         cpus_per_load=1,
         cpus_per_infer=cpus_per_infer,
         gpus_per_infer=0 if on_cpu else min(1.0, gpus / infer) if gpus else 1,
-        rows_per_chunk=rows_per_chunk,
-        rows_per_part=min(workers.rows_per_part, max(SMALLEST_PART, n_items // PARTS_PER_RUN)),
+        items_per_batch=items_per_batch,
+        items_per_part=min(workers.items_per_part, max(SMALLEST_PART, n_items // PARTS_PER_RUN)),
     )

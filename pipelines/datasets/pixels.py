@@ -57,7 +57,7 @@ def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: Ingest) -> Any:
     """A lazy Ray Dataset of these row numbers of `rows`, in this order, in the schema `schema_of(spec)`."""
     import ray
 
-    table = rows.take(pa.array(order)).append_column("row_id", pa.array(order, pa.int64()))
+    table = rows.take(pa.array(order)).append_column("item_id", pa.array(order, pa.int64()))
     step = how.rows_per_task
     chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
     return ray.data.from_arrow(chunks).map_batches(
@@ -81,7 +81,7 @@ def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits | None =
         found[index] = replace(outcome, pixels_hwc=None)
     return pa.table(
         {
-            "row_id": batch["row_id"],
+            "item_id": batch["item_id"],
             "status": [str(outcome.status) for outcome in found],
             "error": [outcome.error for outcome in found],
             "sha256": digests,
@@ -119,7 +119,7 @@ def outcomes(dataset: Any) -> pa.Table:
     """Status, error and sha256 of every row of a decoded dataset, without its pixels."""
     import ray
 
-    kept = dataset.select_columns(["row_id", "status", "error", "sha256"])
+    kept = dataset.select_columns(["item_id", "status", "error", "sha256"])
     return pa.concat_tables(ray.get(kept.to_arrow_refs()))
 
 
@@ -129,9 +129,9 @@ def broken(outcome: pa.Table, uris: Sequence[str], *, max_share: float) -> list[
     Raises:
         IngestError: they are more than `max_share` of all.
     """
-    bad = outcome.filter(pa.compute.not_equal(outcome["status"], Status.OK)).sort_by("row_id").to_pylist()
+    bad = outcome.filter(pa.compute.not_equal(outcome["status"], Status.OK)).sort_by("item_id").to_pylist()
     listed = [
-        {"uri": uris[row["row_id"]], "status": row["status"], "error": row["error"] or ""} for row in bad
+        {"uri": uris[row["item_id"]], "status": row["status"], "error": row["error"] or ""} for row in bad
     ]
     examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
     refuse_too_many(len(bad), outcome.num_rows, max_share=max_share, examples=examples)
@@ -174,8 +174,8 @@ def mode_for(ingest: Ingest, n_bytes: int, room: Room) -> str:
 
 
 def repeated(batch: pa.Table, times: npt.NDArray[np.int64]) -> pa.Table:
-    """Each row as often as `times[row_id]` says: 0 drops it, 2 draws it twice."""
-    return batch.take(pa.array(np.repeat(np.arange(batch.num_rows), times[batch["row_id"].to_numpy()])))
+    """Each row as often as `times[item_id]` says: 0 drops it, 2 draws it twice."""
+    return batch.take(pa.array(np.repeat(np.arange(batch.num_rows), times[batch["item_id"].to_numpy()])))
 
 
 def pixels_of(batch: pa.Table, spec: ImageSpec) -> Pixels:
@@ -205,16 +205,16 @@ class PixelStore:
         ]
         self.pixels = [pixels_of(block, spec) for block in blocks]
         self.targets_nc = np.concatenate([dense(block["classes"], n_classes) for block in blocks])
-        self.row_ids = np.concatenate([block["row_id"].to_numpy() for block in blocks])
+        self.item_ids = np.concatenate([block["item_id"].to_numpy() for block in blocks])
         self.first = np.cumsum([0, *(len(pixels) for pixels in self.pixels)])
-        self.place = np.argsort(self.row_ids)
+        self.place = np.argsort(self.item_ids)
 
     def __len__(self) -> int:
-        return len(self.row_ids)
+        return len(self.item_ids)
 
-    def take(self, row_ids: Rows) -> tuple[Pixels, npt.NDArray[np.float32]]:
+    def take(self, item_ids: Rows) -> tuple[Pixels, npt.NDArray[np.float32]]:
         """Pixels [n, height, width, 3] and targets [n, classes] of these rows."""
-        places = self.place[np.searchsorted(self.row_ids, row_ids, sorter=self.place)]
+        places = self.place[np.searchsorted(self.item_ids, item_ids, sorter=self.place)]
         blocks = np.searchsorted(self.first, places, side="right") - 1
         pixels = [
             self.pixels[block][place - self.first[block]] for block, place in zip(blocks, places, strict=True)
@@ -277,7 +277,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
     """One pass in order over the images of a shard that are among these (rising) row ids and can be read."""
     for batch in iterator.iter_batches(batch_size=batch_size, batch_format="pyarrow"):
-        ids = batch["row_id"].to_numpy()
+        ids = batch["item_id"].to_numpy()
         wanted = batch.filter(rows[np.searchsorted(rows, ids).clip(max=len(rows) - 1)] == ids)
         found = wanted.take(pa.array(tally.readable(wanted)))
         if found.num_rows:

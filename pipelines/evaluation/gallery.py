@@ -43,8 +43,8 @@ def gallery(
 def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[Shown]:
     """These rows' images as the model saw them; one that cannot be read again is left out."""
     chosen = images.take(pa.array(rows))
-    if "row_id" not in chosen.column_names:
-        chosen = chosen.append_column("row_id", pa.array(rows, pa.int64()))
+    if "item_id" not in chosen.column_names:
+        chosen = chosen.append_column("item_id", pa.array(rows, pa.int64()))
     loaded = pixels.decode_batch(chosen, spec, DecodeLimits())
     pixels_nhwc = pixels.pixels_of(loaded, spec)
     return [

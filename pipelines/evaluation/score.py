@@ -39,7 +39,7 @@ class Questions:
     """The images to be asked about and the right answers."""
 
     images: pa.Table
-    """Rows of `LabelledData.rows`, with their `row_id`."""
+    """Rows of `LabelledData.rows`, with their `item_id`."""
     targets: Array
     """Class indices `[N]` of the model, or a 0/1 matrix for a multi-label one."""
     uncovered: Mapping[str, int]
@@ -82,7 +82,7 @@ def questions(
         raise NothingToExamine(
             f"{data.settings.uri} has no image in split {split!r} ({counts}); use --split all"
         )
-    images = data.rows.take(pa.array(rows)).append_column("row_id", pa.array(rows, pa.int64()))
+    images = data.rows.take(pa.array(rows)).append_column("item_id", pa.array(rows, pa.int64()))
     covering = np.array([covering_class(one, class_ids, taxonomy) for one in data.classes], np.int64)
     labels = [covering[indices] for indices in images["classes"].to_pylist()]
     missed = Counter(
@@ -138,7 +138,7 @@ def answered(
     """
     heads, outputs = [], []
     for loaded in decoded(asked.images, spec, threads=threads):
-        heads.append(loaded.select(["row_id", "status", "error"]))
+        heads.append(loaded.select(["item_id", "status", "error"]))
         ok = usable(loaded)
         if ok.any():
             outputs.append(run(pixels.pixels_of(loaded, spec)[ok]))

@@ -3,7 +3,7 @@
     state/plan/plan-<fingerprint>-00000.parquet …
     state/plan/plan.json  <- last, created once: counts, checksums, the carried columns' schema
 
-`row_id` numbers the items 0 … n-1 in plan order; every later step speaks of items by it. Writing is
+`item_id` numbers the items 0 … n-1 in plan order; every later step speaks of items by it. Writing is
 deterministic, so two drivers that plan one inventory at once write the same bytes. How an inventory
 becomes items is `inventory.py`'s business.
 """
@@ -28,13 +28,15 @@ import pyarrow.parquet as pq
 from pipelines.storage.storage import AlreadyExists, Storage, open_storage
 
 PLAN_JSON = "plan/plan.json"
+FORMAT_VERSION = 2
+"""Format 1 numbered the items in a column `row_id` (iab-vision 0.1)."""
 ITEMS_PER_GROUP = 16_384
 ROWS_PER_GROUP = 65_536
 """A row group is read as a whole by whoever needs one item of it: 16k items, or fewer if they fan out far."""
 ITEMS_PER_FILE = 250_000
 LOCATION = pa.schema(
     [
-        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("item_id", pa.int64(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
         pa.field("container", pa.string()),
         pa.field("offset", pa.int64()),
@@ -89,9 +91,9 @@ class Plan:
         Raises:
             IndexError: the range is not within the plan.
         """
-        return self.rows([(start, stop)], columns)
+        return self.items([(start, stop)], columns)
 
-    def rows(
+    def items(
         self, ranges: Sequence[tuple[int, int]], columns: Sequence[str] | None = LOCATION.names
     ) -> pa.Table:
         """Items of several ranges, in the order given; by default what is needed to fetch them."""
@@ -117,7 +119,7 @@ class Plan:
 def item_schema(carried: pa.Schema) -> pa.Schema:
     """The schema of every plan file."""
     row = pa.struct([pa.field("image_id", pa.string()), *carried])
-    return pa.schema([*LOCATION, pa.field("rows", pa.list_(row), nullable=False)])
+    return pa.schema([*LOCATION, pa.field("table_rows", pa.list_(row), nullable=False)])
 
 
 _reading = threading.Lock()
@@ -145,11 +147,11 @@ def _read_group(state_uri: str, file: PlanFile, group: int, columns: tuple[str, 
 
 @lru_cache(maxsize=6)
 def _cached_group(state_uri: str, file: PlanFile, group: int, columns: tuple[str, ...]) -> pa.Table:
-    needed = list(dict.fromkeys([*columns, "uri"])) if "rows" in columns else list(columns)
+    needed = list(dict.fromkeys([*columns, "uri"])) if "table_rows" in columns else list(columns)
     table = _file(state_uri, file)[0].read_row_group(group, columns=needed).combine_chunks()
-    if "rows" in columns:
-        rows = _fill_image_ids(table["rows"].combine_chunks(), table["uri"].combine_chunks())
-        table = table.set_column(needed.index("rows"), table.schema.field("rows"), rows)
+    if "table_rows" in columns:
+        rows = _fill_image_ids(table["table_rows"].combine_chunks(), table["uri"].combine_chunks())
+        table = table.set_column(needed.index("table_rows"), table.schema.field("table_rows"), rows)
     return table.select(list(columns))
 
 
@@ -169,14 +171,14 @@ def _fill_image_ids(rows: pa.ListArray, uris: pa.Array) -> pa.ListArray:
 def write_plan(
     items: Iterable[pa.Table], state: Storage, *, carried: pa.Schema, inventory: str, fingerprint: str
 ) -> Plan:
-    """Write items (the columns of `item_schema` without `row_id`) and, last, `plan.json`.
+    """Write items (the columns of `item_schema` without `item_id`) and, last, `plan.json`.
 
     Raises:
         PlanMismatch: meanwhile another driver froze a different plan there.
     """
     files = list(_write_files(items, state, item_schema(carried), fingerprint))
     described = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "inventory": inventory,
         "fingerprint": fingerprint,
         "hash": hash_of(files, carried),
@@ -207,18 +209,18 @@ def hash_of(files: Sequence[PlanFile], carried: pa.Schema) -> str:
 def _write_files(
     items: Iterable[pa.Table], state: Storage, schema: pa.Schema, fingerprint: str
 ) -> Iterator[PlanFile]:
-    row_id = 0
+    item_id = 0
     with tempfile.TemporaryDirectory(prefix="iab-vision-plan-") as folder:
         for number, groups in enumerate(_files_of(_groups_of(items))):
             local = Path(folder) / "plan.parquet"
-            n_items, n_rows = _write_file(local, groups, schema, row_id)
+            n_items, n_rows = _write_file(local, groups, schema, item_id)
             path = f"plan/plan-{fingerprint[:8]}-{number:05d}.parquet"
             with local.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             written = PlanFile(path, n_items, n_rows, local.stat().st_size, sha256)
             state.put_file(path, local)
             yield written
-            row_id += n_items
+            item_id += n_items
 
 
 def _groups_of(items: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -227,7 +229,7 @@ def _groups_of(items: Iterable[pa.Table]) -> Iterator[pa.Table]:
     n_items = n_rows = 0
     for table in items:
         for piece in _cut(table):
-            rows = pc.sum(pc.list_value_length(piece["rows"])).as_py() or 0
+            rows = pc.sum(pc.list_value_length(piece["table_rows"])).as_py() or 0
             if waiting and (n_items + piece.num_rows > ITEMS_PER_GROUP or n_rows + rows > ROWS_PER_GROUP):
                 yield pa.concat_tables(waiting)
                 waiting, n_items, n_rows = [], 0, 0
@@ -239,7 +241,7 @@ def _groups_of(items: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def _cut(table: pa.Table) -> Iterator[pa.Table]:
     """Pieces of at most half a row group, by items and by rows (an item is never cut); none of no items."""
-    lengths = pc.list_value_length(table["rows"]).to_numpy()
+    lengths = pc.list_value_length(table["table_rows"]).to_numpy()
     weights = np.maximum(
         np.cumsum(lengths) // (ROWS_PER_GROUP // 2), np.arange(len(lengths)) // (ITEMS_PER_GROUP // 2)
     )
@@ -261,17 +263,17 @@ def _files_of(groups: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
         yield waiting
 
 
-def _write_file(local: Path, groups: Sequence[pa.Table], schema: pa.Schema, row_id: int) -> tuple[int, int]:
+def _write_file(local: Path, groups: Sequence[pa.Table], schema: pa.Schema, item_id: int) -> tuple[int, int]:
     n_items = n_rows = 0
     with pq.ParquetWriter(
         local, schema, compression="zstd", compression_level=1, use_dictionary=["payload_column", "container"]
     ) as writer:
         for group in groups:
-            numbers = pa.array(np.arange(row_id + n_items, row_id + n_items + group.num_rows))
-            table = group.add_column(0, schema.field("row_id"), numbers).select(schema.names)
+            numbers = pa.array(np.arange(item_id + n_items, item_id + n_items + group.num_rows))
+            table = group.add_column(0, schema.field("item_id"), numbers).select(schema.names)
             writer.write_table(table, row_group_size=max(1, group.num_rows))
             n_items += group.num_rows
-            n_rows += pc.sum(pc.list_value_length(table["rows"])).as_py() or 0
+            n_rows += pc.sum(pc.list_value_length(table["table_rows"])).as_py() or 0
     return n_items, n_rows
 
 
@@ -280,10 +282,18 @@ def open_plan(state: Storage) -> Plan:
 
     Raises:
         NoPlan: none was finished there.
+        PlanMismatch: another version of iab-vision wrote it.
     """
     if not state.exists(PLAN_JSON):
         raise NoPlan(f"{state.uri} holds no {PLAN_JSON}: planning there was never finished")
     found = json.loads(state.read(PLAN_JSON))
+    version = found.get("format_version")
+    if version != FORMAT_VERSION:
+        raise PlanMismatch(
+            f"{state.uri} holds a plan of format {version}, written by another version of iab-vision; "
+            f"this one reads format {FORMAT_VERSION}. Finish that run with the version that began it, or "
+            "classify into another output folder"
+        )
     return Plan(
         state_uri=state.uri,
         inventory=found["inventory"],

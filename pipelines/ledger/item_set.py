@@ -1,6 +1,6 @@
-"""A set of row ids out of 0 … n-1 as one bit each: a billion rows are 125 MB. Pure arithmetic, no I/O.
+"""A set of item ids out of 0 … n-1 as one bit each: a billion items are 125 MB. Pure arithmetic, no I/O.
 
-Ranges are half-open pairs (start, stop), the one form in which row ids travel between steps.
+Ranges are half-open pairs (start, stop), the one form in which item ids travel between steps.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,52 +11,52 @@ import numpy as np
 Range = tuple[int, int]
 
 BLOCK = 1 << 23
-"""Rows unpacked at a time: eight bits become eight bytes, so this bounds the working memory to 8 MiB."""
+"""Items unpacked at a time: eight bits become eight bytes, so this bounds the working memory to 8 MiB."""
 
 
-class RowSet:
-    """Bits of a fixed number of rows; adding a row twice is the same as once."""
+class ItemSet:
+    """Bits of a fixed number of items; adding one twice is the same as once."""
 
-    def __init__(self, n_rows: int) -> None:
-        self.n_rows = n_rows
-        self._bits = np.zeros(-(-n_rows // 8), np.uint8)
+    def __init__(self, n_items: int) -> None:
+        self.n_items = n_items
+        self._bits = np.zeros(-(-n_items // 8), np.uint8)
 
-    def copy(self) -> "RowSet":
-        """An independent set of the same rows."""
-        twin = RowSet(self.n_rows)
+    def copy(self) -> "ItemSet":
+        """An independent set of the same items."""
+        twin = ItemSet(self.n_items)
         twin._bits = self._bits.copy()
         return twin
 
     def add(self, ranges: Iterable[Range]) -> None:
-        """Put the rows in. Raises IndexError for a range outside 0 … n."""
+        """Add the items. Raises IndexError for a range outside 0 … n."""
         self._write(ranges, 1)
 
     def remove(self, ranges: Iterable[Range]) -> None:
-        """Take the rows out. Raises IndexError for a range outside 0 … n."""
+        """Remove the items. Raises IndexError for a range outside 0 … n."""
         self._write(ranges, 0)
 
     def __len__(self) -> int:
         return int(np.bitwise_count(self._bits).sum())
 
-    def __contains__(self, row_id: int) -> bool:
-        return bool(self._unpacked(row_id, row_id + 1)[0])
+    def __contains__(self, item_id: int) -> bool:
+        return bool(self._unpacked(item_id, item_id + 1)[0])
 
     @property
     def full(self) -> bool:
-        """Whether no row is missing."""
-        return len(self) == self.n_rows
+        """Whether no item is missing."""
+        return len(self) == self.n_items
 
     def present(self, ranges: Iterable[Range]) -> list[Range]:
-        """Which of these rows are in the set."""
+        """Which of these items are in the set."""
         return self._select(ranges, 1)
 
     def absent(self, ranges: Iterable[Range]) -> list[Range]:
-        """Which of these rows are not in the set."""
+        """Which of these items are not in the set."""
         return self._select(ranges, 0)
 
     def missing(self) -> list[Range]:
-        """Every row that is not in the set."""
-        return self.absent([(0, self.n_rows)])
+        """Every item that is not in the set."""
+        return self.absent([(0, self.n_items)])
 
     def _write(self, ranges: Iterable[Range], value: int) -> None:
         for start, stop in self._blocks(ranges):
@@ -83,40 +83,40 @@ class RowSet:
 
     def _blocks(self, ranges: Iterable[Range]) -> Iterator[Range]:
         for start, stop in ranges:
-            if not 0 <= start <= stop <= self.n_rows:
-                raise IndexError(f"rows {start} to {stop} are not within the plan's {self.n_rows}")
+            if not 0 <= start <= stop <= self.n_items:
+                raise IndexError(f"items {start} to {stop} are not within the plan's {self.n_items}")
             for block in range(start, stop, BLOCK):
                 yield block, min(stop, block + BLOCK)
 
 
-def ranges_of(row_ids: np.ndarray) -> list[Range]:
-    """The ranges of ascending, distinct row ids, int64 [n]."""
-    if not len(row_ids):
+def ranges_of(item_ids: np.ndarray) -> list[Range]:
+    """The ranges of ascending, distinct item ids, int64 [n]."""
+    if not len(item_ids):
         return []
-    breaks = np.flatnonzero(np.diff(row_ids) != 1) + 1
-    starts = row_ids[np.concatenate([[0], breaks])]
-    stops = row_ids[np.concatenate([breaks, [len(row_ids)]]) - 1] + 1
+    breaks = np.flatnonzero(np.diff(item_ids) != 1) + 1
+    starts = item_ids[np.concatenate([[0], breaks])]
+    stops = item_ids[np.concatenate([breaks, [len(item_ids)]]) - 1] + 1
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def row_ids_of(ranges: Sequence[Range]) -> np.ndarray:
-    """Every row id of the ranges in their order, int64 [n]."""
+def ids_of(ranges: Sequence[Range]) -> np.ndarray:
+    """Every item id of the ranges in their order, int64 [n]."""
     return np.concatenate([np.empty(0, np.int64), *(np.arange(start, stop) for start, stop in ranges)])
 
 
 def count(ranges: Iterable[Range]) -> int:
-    """How many rows the ranges hold."""
+    """How many items the ranges hold."""
     return sum(stop - start for start, stop in ranges)
 
 
 def repeated(ranges: Sequence[Range]) -> bool:
-    """Whether any row is in two of the ranges."""
+    """Whether any item is in two of the ranges."""
     ordered = sorted(ranges)
     return any(earlier[1] > later[0] for earlier, later in pairwise(ordered))
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:
-    """The same rows with neighbouring ranges joined, order kept."""
+    """The same items with neighbouring ranges joined, order kept."""
     joined: list[Range] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:

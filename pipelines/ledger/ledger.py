@@ -38,7 +38,7 @@ from pipelines.ledger.entries import (
     total,
     unsealed,
 )
-from pipelines.ledger.item_set import Range, RowSet, repeated
+from pipelines.ledger.item_set import ItemSet, Range, repeated
 from pipelines.storage.storage import AlreadyExists, Storage
 
 __all__ = [
@@ -76,7 +76,7 @@ class Ledger:
         self._in_hand: InHand | None = None
         self._driver = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self.view = View()
-        self.done = RowSet(n_items)
+        self.done = ItemSet(n_items)
         """Items that are recorded, in this generation or an earlier one."""
         self._paths: set[str] = set()
         for payload in read_entries(state):
@@ -152,7 +152,7 @@ class Ledger:
         """
         if not self.done.full:
             raise ValueError(
-                f"{self.done.n_rows - len(self.done)} of {self.done.n_rows} items are not recorded yet"
+                f"{self.done.n_items - len(self.done)} of {self.done.n_items} items are not recorded yet"
             )
         self._append("close", rows_per_file=rows_per_file)
 

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan, open_plan
-from pipelines.ledger.item_set import Range, RowSet, count, ranges_of, row_ids_of
+from pipelines.ledger.item_set import ItemSet, Range, count, ids_of, ranges_of
 from pipelines.ledger.ledger import Ledger, Part, part_of, ranges_from
-from pipelines.schema import ROW_ID
+from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import Storage, open_storage
 
@@ -77,8 +77,8 @@ def cut_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     """Distinct items in pieces that answer for ROWS_AT_ONCE rows, or for those of ITEMS_AT_ONCE items."""
     start = n_rows = 0
     for at in range(0, scored.num_rows, ITEMS_AT_ONCE):
-        row_ids = scored["row_id"].slice(at, ITEMS_AT_ONCE).to_numpy()
-        rows = plan.rows(ranges_of(row_ids), ["uri", "rows"])["rows"]
+        item_ids = scored["item_id"].slice(at, ITEMS_AT_ONCE).to_numpy()
+        rows = plan.items(ranges_of(item_ids), ["uri", "table_rows"])["table_rows"]
         more = pc.sum(pc.list_value_length(rows)).as_py()
         if at > start and n_rows + more > ROWS_AT_ONCE:
             yield scored.slice(start, at - start)
@@ -105,7 +105,7 @@ def write_part(scored: pa.Table, plan: Plan, state: Storage, target: Target) -> 
     deferred: tuple[Range, ...] = ()
     if not target.final:
         passing = pc.is_in(scored["status"], pa.array([status.value for status in TRANSIENT]))
-        deferred = tuple(ranges_of(scored.filter(passing)["row_id"].to_numpy()))
+        deferred = tuple(ranges_of(scored.filter(passing)["item_id"].to_numpy()))
         scored = scored.filter(pc.invert(passing))
     if not scored.num_rows:
         return Written(None, deferred)
@@ -114,14 +114,14 @@ def write_part(scored: pa.Table, plan: Plan, state: Storage, target: Target) -> 
 
 def distinct_items(scored: pa.Table) -> pa.Table:
     """One row per item, ascending by row id: the first where a retried task brought several."""
-    _, first = np.unique(scored["row_id"].to_numpy(), return_index=True)
+    _, first = np.unique(scored["item_id"].to_numpy(), return_index=True)
     return scored.cast(schema.SCORED).take(first)
 
 
 def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
     """Every table row that these items answer for, with its row id in front of the table's own columns."""
-    items = plan.rows(ranges_of(scored["row_id"].to_numpy()), ["uri", "rows"])
-    rows = items["rows"].combine_chunks()
+    items = plan.items(ranges_of(scored["item_id"].to_numpy()), ["uri", "table_rows"])
+    rows = items["table_rows"].combine_chunks()
     owners = pc.list_parent_indices(rows)
     results = scored.take(owners)
     fields = part_schema(plan.carried)
@@ -131,7 +131,7 @@ def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
         "taxonomy": target.taxonomy,
         "classified_at": datetime.now(UTC),
     }
-    columns = {ROW_ID: results["row_id"], "uri": items["uri"].take(owners)}
+    columns = {ITEM_ID: results["item_id"], "uri": items["uri"].take(owners)}
     given = rows.flatten()  # its fields by position: pyarrow would take a name like `.a` for a path
     columns |= {field.name: pc.struct_field(given, [index]) for index, field in enumerate(given.type)}
     columns |= {name: results[name] for name in schema.PREDICTIONS_TAIL.names if name not in constants}
@@ -142,7 +142,7 @@ def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
 
 def part_schema(carried: pa.Schema) -> pa.Schema:
     """The schema of a part: the row id, then the published columns."""
-    return pa.schema([pa.field(ROW_ID, pa.int64(), nullable=False), *schema.predictions_schema(carried)])
+    return pa.schema([pa.field(ITEM_ID, pa.int64(), nullable=False), *schema.predictions_schema(carried)])
 
 
 def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
@@ -156,7 +156,7 @@ def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
         path=path,
         sha256=hashlib.sha256(payload).hexdigest(),
         bytes=len(payload),
-        items=tuple(ranges_of(np.unique(table[ROW_ID].to_numpy()))),
+        items=tuple(ranges_of(np.unique(table[ITEM_ID].to_numpy()))),
         rows=table.num_rows,
         statuses=counts(table["status"]),
         hosts=failing_hosts(table),
@@ -184,7 +184,7 @@ def without_items(part: Part, state: Storage, repeated: Sequence[Range], generat
     if count(repeated) == count(part.items):
         return None
     table = read_part(part, state)
-    outside = pc.invert(pc.is_in(table[ROW_ID], pa.array(row_ids_of(repeated))))
+    outside = pc.invert(pc.is_in(table[ITEM_ID], pa.array(ids_of(repeated))))
     return store_part(table.filter(outside), state, generation)
 
 
@@ -217,7 +217,7 @@ class Committer:
         self._every_s, self._clock = every_s, clock
         self._written_at = clock()
         self._pending: list[Part] = []
-        self._claimed: RowSet = ledger.done.copy()
+        self._claimed: ItemSet = ledger.done.copy()
 
     def add(self, part: Part) -> Part | None:
         """Take a written part in, less what it repeats; returns what will be recorded, if anything."""

@@ -30,11 +30,11 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan
-from pipelines.ledger.item_set import Range, RowSet, merged, ranges_of, row_ids_of
+from pipelines.ledger.item_set import ItemSet, Range, ids_of, merged, ranges_of
 from pipelines.ledger.ledger import Ledger, Part, State, TableFile, View
 from pipelines.ledger.parts import counts, parts_folder, read_part
 from pipelines.ledger.republish import replaced, row_sequence
-from pipelines.schema import ROW_ID
+from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage, Version, is_local, local_path, sha256_of
 
@@ -76,7 +76,7 @@ def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_
     """
     if ledger.view.state is State.RUNNING:
         if not ledger.done.full:
-            left = f"{ledger.done.n_rows - len(ledger.done):,} of {ledger.done.n_rows:,}"
+            left = f"{ledger.done.n_items - len(ledger.done):,} of {ledger.done.n_items:,}"
             raise NotComplete(f"{left} items are not recorded yet; run classify again before publishing")
         ledger.close(rows_per_file)
     if ledger.view.state is State.PUBLISHING:
@@ -101,7 +101,7 @@ def finish(ledger: Ledger, state: Storage, table: Storage) -> None:
 
 def failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:
     """The items of a published table whose rows failed for passing reasons."""
-    failed = RowSet(plan.n_items)
+    failed = ItemSet(plan.n_items)
     for file in ledger.view.files.values():
         if any(status.value in file.statuses for status in TRANSIENT):
             statuses = pq.read_table(table.open_input(file.name), columns=["status"])["status"]
@@ -139,15 +139,15 @@ def unwritten(ledger: Ledger, plan: Plan, state: Storage, table: Storage) -> Ite
     for number, parts in enumerate(layout(view)):
         if file_name(number) not in view.files:
             items = tuple(merged(span for part in parts for span in part.items))
-            rows = (read_part(part, state).drop_columns([ROW_ID]) for part in parts)
+            rows = (read_part(part, state).drop_columns([ITEM_ID]) for part in parts)
             yield Content(file_name(number), items, rows)
 
 
 def stale_files(view: View) -> list[TableFile]:
     """Files that hold rerun items and are not rewritten yet."""
-    reopened = row_ids_of(view.reopened)
+    reopened = ids_of(view.reopened)
     older = [file for file in view.files.values() if file.generation < view.generation]
-    return [file for file in older if np.isin(row_ids_of(file.items), reopened).any()]
+    return [file for file in older if np.isin(ids_of(file.items), reopened).any()]
 
 
 def layout(view: View) -> list[list[Part]]:

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan
-from pipelines.ledger.item_set import Range, row_ids_of
+from pipelines.ledger.item_set import Range, ids_of
 from pipelines.ledger.ledger import Ledger, Part, TableFile
 from pipelines.ledger.parts import read_part
-from pipelines.schema import ROW_ID
+from pipelines.schema import ITEM_ID
 from pipelines.storage.storage import Storage
 
 ITEMS_AT_ONCE = 65_536
@@ -24,9 +24,9 @@ ITEMS_AT_ONCE = 65_536
 
 def row_sequence(items: Sequence[Range], plan: Plan) -> np.ndarray:
     """The item that each table row answers for, int64 [rows], for items in file order."""
-    row_ids = row_ids_of(items)
-    rows_each = [pc.list_value_length(batch["rows"]).to_numpy() for batch in item_batches(items, plan)]
-    return np.repeat(row_ids, np.concatenate([np.empty(0, np.int64), *rows_each]))
+    item_ids = ids_of(items)
+    rows_each = [pc.list_value_length(batch["table_rows"]).to_numpy() for batch in item_batches(items, plan)]
+    return np.repeat(item_ids, np.concatenate([np.empty(0, np.int64), *rows_each]))
 
 
 def item_batches(items: Sequence[Range], plan: Plan) -> Iterator[pa.Table]:
@@ -38,10 +38,10 @@ def item_batches(items: Sequence[Range], plan: Plan) -> Iterator[pa.Table]:
             waiting.append((block, min(stop, block + ITEMS_AT_ONCE)))
             room -= waiting[-1][1] - block
             if room <= 0:
-                yield plan.rows(waiting, ["uri", "rows"])
+                yield plan.items(waiting, ["uri", "table_rows"])
                 waiting, room = [], ITEMS_AT_ONCE
     if waiting:
-        yield plan.rows(waiting, ["uri", "rows"])
+        yield plan.items(waiting, ["uri", "table_rows"])
 
 
 def replaced(
@@ -49,7 +49,7 @@ def replaced(
 ) -> Iterator[pa.Table]:
     """The published file row group by row group, the rerun items' rows replaced where they stand."""
     sequence = row_sequence(file.items, plan)
-    changed = np.isin(sequence, row_ids_of(ledger.view.reopened))
+    changed = np.isin(sequence, ids_of(ledger.view.reopened))
     fields = schema.predictions_schema(plan.carried)
     fresh = fresh_rows(ledger.view.parts, sequence[changed], state)
     fresh = in_file_order(fresh, sequence[changed]).cast(fields)
@@ -65,16 +65,16 @@ def replaced(
         start, used = start + group.num_rows, used + new
 
 
-def fresh_rows(parts: Sequence[Part], row_ids: np.ndarray, state: Storage) -> pa.Table:
+def fresh_rows(parts: Sequence[Part], item_ids: np.ndarray, state: Storage) -> pa.Table:
     """The rows of these items out of the parts that hold any of them."""
-    wanted = pa.array(np.unique(row_ids))
-    holding = [part for part in parts if np.isin(row_ids_of(part.items), row_ids).any()]
+    wanted = pa.array(np.unique(item_ids))
+    holding = [part for part in parts if np.isin(ids_of(part.items), item_ids).any()]
     tables = [read_part(part, state) for part in holding]
-    return pa.concat_tables([rows.filter(pc.is_in(rows[ROW_ID], wanted)) for rows in tables])
+    return pa.concat_tables([rows.filter(pc.is_in(rows[ITEM_ID], wanted)) for rows in tables])
 
 
-def in_file_order(fresh: pa.Table, row_ids: np.ndarray) -> pa.Table:
+def in_file_order(fresh: pa.Table, item_ids: np.ndarray) -> pa.Table:
     """Rows put in the order in which their items follow each other in the file, without the row id."""
-    distinct, first = np.unique(row_ids, return_index=True)
-    rank = first[np.searchsorted(distinct, fresh[ROW_ID].to_numpy())]
-    return fresh.take(np.argsort(rank, kind="stable")).drop_columns([ROW_ID])
+    distinct, first = np.unique(item_ids, return_index=True)
+    rank = first[np.searchsorted(distinct, fresh[ITEM_ID].to_numpy())]
+    return fresh.take(np.argsort(rank, kind="stable")).drop_columns([ITEM_ID])

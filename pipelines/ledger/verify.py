@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import PLAN_JSON, NoPlan, Plan, hash_of, open_plan
-from pipelines.ledger.item_set import RowSet, repeated
+from pipelines.ledger.item_set import ItemSet, repeated
 from pipelines.ledger.ledger import RUN_JSON, Ledger, LedgerDamaged, State, TableFile, total
 from pipelines.ledger.parts import counts
 from pipelines.ledger.publish import SUCCESS, row_groups
@@ -173,7 +173,7 @@ def check_items(found: Predictions) -> Check:
     """The listed files hold every item of the plan once."""
 
     def problems() -> Iterator[str]:
-        seen = RowSet(found.plan.n_items)
+        seen = ItemSet(found.plan.n_items)
         for file in found.files:
             try:
                 again = seen.present(file.items)
@@ -235,7 +235,7 @@ def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
 def planned_rows(file: TableFile, plan: Plan) -> Iterator[pa.Table]:
     """`image_id` and `uri` of every row that a file must hold, in its order."""
     for items in item_batches(file.items, plan):
-        rows = items["rows"].combine_chunks()
+        rows = items["table_rows"].combine_chunks()
         owners = pc.list_parent_indices(rows)
         columns = [pc.struct_field(rows.flatten(), "image_id"), items["uri"].take(owners)]
         yield pa.table(columns, names=KEYS.names)

@@ -95,7 +95,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> C
             order = np.random.default_rng(seed).permutation(order)
         dataset = pixels.decoded(data.rows, order, stored if name == splits.TRAIN else spec, how)
         decoded[name] = dataset if mode == "stream" else dataset.materialize()
-    outcome = pa.concat_tables([pixels.outcomes(dataset) for dataset in decoded.values()]).sort_by("row_id")
+    outcome = pa.concat_tables([pixels.outcomes(dataset) for dataset in decoded.values()]).sort_by("item_id")
     broken = pixels.broken(outcome, data.rows["uri"].to_pylist(), max_share=how.max_broken_share)
     for image in broken[:LISTED]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])

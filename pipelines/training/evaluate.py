@@ -106,7 +106,7 @@ def report(
     """Write the run's report: the last split measured, its pictures, how training went."""
     corpus, split = scores.corpus, list(found)[-1]
     data, rows = corpus.data, corpus.rows[split]
-    images = data.rows.take(pa.array(rows)).append_column("row_id", pa.array(rows, pa.int64()))
+    images = data.rows.take(pa.array(rows)).append_column("item_id", pa.array(rows, pa.int64()))
     network = scoring.network(files)
     shown = gallery(scores.scored(split, sidecar), data.taxonomy, images, corpus.spec, network=network)
     material = replace(

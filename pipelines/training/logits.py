@@ -38,7 +38,7 @@ class Scorer:
             images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
             logits = self.model(pixel_values=images).logits.cpu().numpy()
         values = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
-        return pa.table({"row_id": batch["row_id"], "status": batch["status"], "logits": values})
+        return pa.table({"item_id": batch["item_id"], "status": batch["status"], "logits": values})
 
 
 def score(
@@ -63,9 +63,9 @@ def score(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.num_workers),
         num_gpus=1 if resources.use_gpu else None,
     )
-    table = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by("row_id")
+    table = pa.concat_tables(ray.get(scored.to_arrow_refs())).sort_by("item_id")
     logits_nc: npt.NDArray[np.float32] = table["logits"].combine_chunks().flatten().to_numpy()
-    places = np.searchsorted(table["row_id"].to_numpy(), rows)
+    places = np.searchsorted(table["item_id"].to_numpy(), rows)
     lost = pa.compute.sum(pa.compute.not_equal(table["status"].take(pa.array(places)), Status.OK)).as_py()
     if lost:
         raise IngestError(

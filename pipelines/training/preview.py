@@ -21,7 +21,7 @@ def augmented_samples(corpus: Corpus, recipe: Recipe) -> list[Shown]:
     """Random training images, each changed once as a training step would; unreadable ones are left out."""
     rows = corpus.rows[splits.TRAIN]
     chosen = np.random.default_rng(recipe.seed).choice(rows, min(IMAGES, len(rows)), replace=False)
-    table = corpus.data.rows.take(pa.array(chosen)).append_column("row_id", pa.array(chosen, pa.int64()))
+    table = corpus.data.rows.take(pa.array(chosen)).append_column("item_id", pa.array(chosen, pa.int64()))
     decoded = ingest.decode_batch(table, corpus.stored_spec)
     readable = pa.compute.equal(decoded["status"], Status.OK)
     pixels_nhwc = ingest.pixels_of(decoded.filter(readable), corpus.stored_spec)

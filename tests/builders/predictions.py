@@ -18,7 +18,7 @@ from tests.builders.hooked_storage import HookedStorage
 CARRIED = pa.schema(
     [
         pa.field("publisher_id", pa.int32()),
-        pa.field("row_id", pa.list_(pa.string())),
+        pa.field("item_id", pa.list_(pa.string())),
         pa.field(".container", pa.string()),
     ]
 )
@@ -53,13 +53,13 @@ class SmallRun:
 
     def write(
         self,
-        row_ids: Sequence[int],
-        status: Callable[[int], str] = lambda row_id: "ok",
+        item_ids: Sequence[int],
+        status: Callable[[int], str] = lambda item_id: "ok",
         *,
         generation: int = 1,
         state: Storage | None = None,
     ) -> Part:
-        scores = distinct_items(scored(row_ids, status))
+        scores = distinct_items(scored(item_ids, status))
         written = write_part(scores, self.plan, state or self.state, self.target(generation=generation))
         assert written.part is not None
         return written.part
@@ -74,10 +74,10 @@ def small_run(uri: str | Path, n_items: int = 20, *, host: str = "host") -> Smal
     fields = item_schema(CARRIED)
     columns = {
         "uri": [f"https://{host}{item % 4}.example/{item}.jpg" for item in range(n_items)],
-        "rows": rows,
+        "table_rows": rows,
         **dict.fromkeys(["container", "offset", "length", "payload_column"], [None] * n_items),
     }
-    items = pa.table(columns, schema=pa.schema([field for field in fields if field.name != "row_id"]))
+    items = pa.table(columns, schema=pa.schema([field for field in fields if field.name != "item_id"]))
     state = open_storage(join(str(uri), "state"))
     tables = [items] if n_items else []
     return SmallRun(
@@ -89,24 +89,26 @@ def row(item: int, copy: int) -> dict[str, object]:
     return {
         "image_id": f"image-{item}-{copy}",
         "publisher_id": item * 10,
-        "row_id": [str(item)] * copy,
+        "item_id": [str(item)] * copy,
         ".container": f"/etc/{item}",
     }
 
 
-def scored(row_ids: Sequence[int], status: Callable[[int], str] = lambda row_id: "ok") -> pa.Table:
+def scored(item_ids: Sequence[int], status: Callable[[int], str] = lambda item_id: "ok") -> pa.Table:
     """Results of these items: labelled where the status is ok."""
-    return pa.Table.from_pylist([result(row_id, status(row_id)) for row_id in row_ids], schema=schema.SCORED)
+    return pa.Table.from_pylist(
+        [result(item_id, status(item_id)) for item_id in item_ids], schema=schema.SCORED
+    )
 
 
-def result(row_id: int, status: str) -> dict[str, object]:
+def result(item_id: int, status: str) -> dict[str, object]:
     if status != "ok":
-        return {"row_id": row_id, "status": status, "error": f"{status}, says the test"}
-    labels = [{"id": "v9i3On", "score": 0.75}, {"id": str(row_id % 5), "score": 0.25}]
+        return {"item_id": item_id, "status": status, "error": f"{status}, says the test"}
+    labels = [{"id": "v9i3On", "score": 0.75}, {"id": str(item_id % 5), "score": 0.25}]
     return {
-        "row_id": row_id, "status": status, "sha256": f"{row_id:064x}", "width_px": 3, "height_px": 4,
-        "format": "jpeg", "top_id": f"{row_id % 5}", "top_score": 0.75, "labels": labels,
-        "tier1_id": "1", "tier1_score": 0.9, "cat": ["1"] if row_id % 2 else [],
+        "item_id": item_id, "status": status, "sha256": f"{item_id:064x}", "width_px": 3, "height_px": 4,
+        "format": "jpeg", "top_id": f"{item_id % 5}", "top_score": 0.75, "labels": labels,
+        "tier1_id": "1", "tier1_score": 0.9, "cat": ["1"] if item_id % 2 else [],
     }  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def paused_in_the_put(run: SmallRun) -> None:
     """Publish a failed run; while its file is on its way another driver publishes it, and a rerun."""
     ledger = run.ledger()
     ledger.announce()
-    ledger.record([run.write(range(run.plan.n_items), lambda row_id: "timeout")])
+    ledger.record([run.write(range(run.plan.n_items), lambda item_id: "timeout")])
 
     def overtaken(operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]) -> Any:
         if operation == "put_file_over":

@@ -60,7 +60,7 @@ class Blocks:
         pixels_nhwc[list(lost)] = 0
         self.table = pa.table(
             {
-                "row_id": pa.array(range(len(labels)), pa.int64()),
+                "item_id": pa.array(range(len(labels)), pa.int64()),
                 "status": ["not_found" if row in lost else "ok" for row in range(len(labels))],
                 "classes": pa.array([list(row) for row in labels], pa.list_(pa.int32())),
                 "pixels": pa.FixedSizeBinaryArray.from_buffers(

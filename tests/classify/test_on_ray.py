@@ -43,14 +43,14 @@ def test_payloads_of_many_chunks_share_one_budget_until_they_are_decoded(
     state = open_storage(str(tmp_path / "state"))
     plan(str(inventory), state)
     loader = Loader(Source(state.uri, SPEC, DecodeLimits(), FETCH))
-    chunks = work_list([(0, 40)], rows_per_chunk=5)
+    chunks = work_list([(0, 40)], items_per_batch=5)
     tracemalloc.start()
     with ThreadPoolExecutor(8) as threads:
         calls = [threads.submit(lambda at=at: list(loader(chunks.slice(at, 1)))) for at in range(8)]
         loaded = [table for call in calls for table in call.result(timeout=60)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [row for table in loaded for row in table["row_id"].to_pylist()] == list(range(40))
+    assert [row for table in loaded for row in table["item_id"].to_pylist()] == list(range(40))
     assert len({digest for table in loaded for digest in table["sha256"].to_pylist()}) == 40
     assert peak < BUDGET + 8 * 2 * MB * inside_a_table + 3 * MB
     assert loader._fetcher._budget._free == BUDGET
@@ -65,7 +65,7 @@ def test_pixels_and_reasons_lie_in_plan_order_whatever_arrives_first(tmp_path: P
     plan(str(tmp_path), state)
     (tmp_path / "05.png").unlink()
     loader = Loader(Source(state.uri, SPEC, DecodeLimits(), FETCH))
-    (table,) = loader(work_list([(0, 20)], rows_per_chunk=20))
+    (table,) = loader(work_list([(0, 20)], items_per_batch=20))
     loader._fetcher.close()
     expected = {3: "empty", 5: "not_found"}
     assert table["status"].to_pylist() == [expected.get(number, "ok") for number in range(20)]

@@ -198,7 +198,7 @@ def test_hugging_face_parquet_is_read_with_its_label_names_and_bytes(tmp_path):
     assert Counter(data.splits.tolist()) == {"train": 12, "test": 12}
     assert set(data.classes) == {"1", "483", "v9i3On"}
     chosen = np.array([0, 7, 20])
-    batch = data.rows.take(pa.array(chosen)).append_column("row_id", pa.array(chosen))
+    batch = data.rows.take(pa.array(chosen)).append_column("item_id", pa.array(chosen))
     decoded = ingest.decode_batch(batch, SPEC)
     assert decoded["status"].to_pylist() == ["ok"] * 3
     pixels = ingest.pixels_of(decoded, SPEC)

@@ -486,7 +486,7 @@ def test_member_of_a_tar_is_read_by_its_byte_range(fetcher: Fetcher, tmp_path: P
                 tar.addfile(member, io.BytesIO(payload))
     frozen = plan(str(tmp_path / "shard-000.tar"), open_storage(str(tmp_path / "state")))
     items = frozen.read(0, frozen.n_items)
-    assert [row[0]["key"] for row in items["rows"].to_pylist()] == ["d/0", "d/1", "d/2"]
+    assert [row[0]["key"] for row in items["table_rows"].to_pylist()] == ["d/0", "d/1", "d/2"]
     payloads = dict(fetcher.fetch_many(sources_of(items)))
     assert [payloads[n].payload for n in range(3)] == [BODY[n:] for n in range(3)]
     with (tmp_path / "shard-000.tar").open("r+b") as file:
@@ -507,7 +507,7 @@ def test_images_inside_parquet_are_read_in_place(
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=7)
     frozen = plan(str(tmp_path), open_storage(str(tmp_path / "state")))
     items = frozen.read(0, frozen.n_items)
-    rows = [row for rows in items["rows"].to_pylist() for row in rows]
+    rows = [row for rows in items["table_rows"].to_pylist() for row in rows]
     assert [row["label"] for row in rows] == list(range(61))
     assert rows[3].get("image_path") == ("3.jpg" if hugging_face else None)
     found = dict(fetcher.fetch_many(sources_of(items)))

@@ -36,8 +36,8 @@ def rows_of(state: Storage) -> list[dict]:
     """The plan's rows as the caller would see them again: uri, image_id, carried columns."""
     frozen = open_plan(state)
     items = frozen.read(0, frozen.n_items).to_pylist()
-    assert [item["row_id"] for item in items] == list(range(frozen.n_items))
-    return [{"uri": item["uri"], **row} for item in items for row in item["rows"]]
+    assert [item["item_id"] for item in items] == list(range(frozen.n_items))
+    return [{"uri": item["uri"], **row} for item in items for row in item["table_rows"]]
 
 
 def write_csv(path: Path, rows: list[dict]) -> Path:
@@ -99,7 +99,7 @@ def test_white_space_around_a_url_does_not_make_it_relative(tmp_path: Path, stat
     assert items["container"].to_pylist() == [None] * 4 + [f"{tmp_path}/ 4.jpg"]
 
 
-@pytest.mark.parametrize("name", ["status", "Labels", "__row_id"])
+@pytest.mark.parametrize("name", ["status", "Labels", "__item_id"])
 def test_carried_column_that_takes_our_name_is_refused_with_the_remedy(
     tmp_path: Path, state: Storage, name: str
 ) -> None:
@@ -108,6 +108,12 @@ def test_carried_column_that_takes_our_name_is_refused_with_the_remedy(
         plan(table, state)
     plan(table, state, options=InventoryOptions(rename=(f"{name}=mine",)))
     assert rows_of(state)[0]["mine"] == "x"
+
+
+def test_a_plan_of_an_earlier_version_is_refused_by_name(tmp_path: Path, state: Storage) -> None:
+    state.put("plan/plan.json", json.dumps({"format_version": 1, "n_items": 3}).encode())
+    with pytest.raises(PlanMismatch, match=r"plan of format 1, .* reads format 2\..*another output folder"):
+        open_plan(state)
 
 
 def test_changed_inventory_is_refused_unless_the_frozen_plan_is_kept(tmp_path: Path, state: Storage) -> None:
@@ -154,7 +160,7 @@ def test_carried_columns_of_any_arrow_type_come_back_as_given(tmp_path: Path, st
     pq.write_table(table, tmp_path / "inventory.parquet")
     frozen = plan(str(tmp_path / "inventory.parquet"), state)
     assert frozen.carried == table.drop_columns(["uri"]).schema
-    rows = frozen.read(0, 2)["rows"].combine_chunks().flatten()
+    rows = frozen.read(0, 2)["table_rows"].combine_chunks().flatten()
     given = table.take([0, 2, 1])  # rows 0 and 2 share an item
     for index, field in enumerate(frozen.carried):
         assert rows.field(index + 1).equals(given[field.name].combine_chunks()), field
@@ -295,7 +301,7 @@ def test_tars_put_together_into_one_file_are_read_to_the_end(tmp_path: Path, sta
     frozen = plan(str(whole), state)
     assert [row["key"] for row in rows_of(state)] == ["a0", "a1", "a2", "b0", "b1", "b2"]
     fetcher = Fetcher()
-    fetched = dict(fetcher.fetch_many(sources_of(frozen.rows([(0, 6)]))))
+    fetched = dict(fetcher.fetch_many(sources_of(frozen.items([(0, 6)]))))
     fetcher.close()
     assert [(fetched[n].payload or b"")[:6] for n in (2, 5)] == [b"a2.jpg", b"b2.jpg"]
 
@@ -305,7 +311,7 @@ def test_carried_columns_may_be_called_what_the_plan_calls_its_own(tmp_path: Pat
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode() * 9)
     own: dict[str, object] = {
-        "row_id": "r", "container": "/etc/hostname", "offset": 1, "length": 2, "payload_column": "x",
+        "item_id": "r", "container": "/etc/hostname", "offset": 1, "length": 2, "payload_column": "x",
         "rows": [3], "leader": "l", "payload": b"y", "key": "k", ".a": 4, "a.b": 5, "": 6,
     }  # fmt: skip
     given = [{"uri": str(tmp_path / name), "image_id": f"{n}", **own} for n, name in enumerate("abab")]
@@ -313,7 +319,7 @@ def test_carried_columns_may_be_called_what_the_plan_calls_its_own(tmp_path: Pat
     frozen = plan(str(tmp_path / "inventory.parquet"), state)
     assert sorted(rows_of(state), key=lambda row: row["image_id"]) == given
     fetcher = Fetcher()
-    fetched = dict(fetcher.fetch_many(sources_of(frozen.rows([(0, 2)]))))
+    fetched = dict(fetcher.fetch_many(sources_of(frozen.items([(0, 2)]))))
     fetcher.close()
     assert [fetched[n].payload for n in range(2)] == [b"a" * 9, b"b" * 9]
 
@@ -326,7 +332,7 @@ def test_images_in_a_table_keep_columns_called_what_the_plan_calls_its_own(
     frozen = plan(str(tmp_path / "inventory.parquet"), state)
     assert [{name: row[name] for name in given} for row in rows_of(state)] == pa.table(given).to_pylist()
     fetcher = Fetcher()
-    fetched = dict(fetcher.fetch_many(sources_of(frozen.rows([(0, 2)]))))
+    fetched = dict(fetcher.fetch_many(sources_of(frozen.items([(0, 2)]))))
     fetcher.close()
     assert [fetched[n].payload for n in range(2)] == [b"one", b"two"]
 
@@ -452,12 +458,14 @@ def test_every_row_of_a_heavily_repeated_table_is_in_the_plan_once(
     uris = [f"https://e.example/{n}" for n in images]
     pq.write_table(pa.table({"uri": uris, "n": np.arange(10_000)}), tmp_path / "inventory.parquet")
     frozen = plan(str(tmp_path / "inventory.parquet"), state)
-    items = frozen.read(0, frozen.n_items, ["uri", "rows"]).to_pylist()
-    assert sorted((row["n"], item["uri"]) for item in items for row in item["rows"]) == list(enumerate(uris))
-    assert max(len(item["rows"]) for item in items) == 50
-    repeated = [item["uri"] for item in items if len(item["rows"]) < 50]
+    items = frozen.read(0, frozen.n_items, ["uri", "table_rows"]).to_pylist()
+    assert sorted((row["n"], item["uri"]) for item in items for row in item["table_rows"]) == list(
+        enumerate(uris)
+    )
+    assert max(len(item["table_rows"]) for item in items) == 50
+    repeated = [item["uri"] for item in items if len(item["table_rows"]) < 50]
     assert len(repeated) == len(set(repeated))
-    firsts = [item["rows"][0]["n"] for item in items]
+    firsts = [item["table_rows"][0]["n"] for item in items]
     assert firsts == sorted(firsts)
     assert len(frozen.files) > 3
 
@@ -479,11 +487,11 @@ def test_any_range_of_the_plan_reads_the_same_wherever_it_starts(
     monkeypatch.setattr(frozen_plan, "ITEMS_PER_FILE", 35)
     write_csv(tmp_path / "inventory.csv", [{"uri": f"u{n}"} for n in range(100)])
     frozen = pickle.loads(pickle.dumps(plan(str(tmp_path / "inventory.csv"), state)))
-    whole = frozen.read(0, 100, ["row_id", "uri"])
+    whole = frozen.read(0, 100, ["item_id", "uri"])
     for start in range(0, 100, 7):
-        assert frozen.read(start, min(100, start + 23), ["row_id", "uri"]) == whole.slice(start, 23)
-    scattered = frozen.rows([(90, 92), (3, 4), (34, 36)], ["row_id"])
-    assert scattered["row_id"].to_pylist() == [90, 91, 3, 34, 35]
+        assert frozen.read(start, min(100, start + 23), ["item_id", "uri"]) == whole.slice(start, 23)
+    scattered = frozen.items([(90, 92), (3, 4), (34, 36)], ["item_id"])
+    assert scattered["item_id"].to_pylist() == [90, 91, 3, 34, 35]
     with pytest.raises(IndexError, match="100"):
         frozen.read(99, 101)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from pipelines.ledger.item_set import row_ids_of
+from pipelines.ledger.item_set import ids_of
 from pipelines.ledger.ledger import Ledger, LedgerDamaged, LedgerLost, State
 from pipelines.ledger.parts import Committer
 from pipelines.ledger.publish import failed_items, publish
@@ -62,7 +62,7 @@ class Stop(BaseException):
 
 def classify(run: SmallRun, ledger: Ledger, committer: Committer, state: Storage) -> None:
     """Parts of up to three items, each repeating the last item of the one before."""
-    missing = row_ids_of(ledger.done.missing()).tolist()
+    missing = ids_of(ledger.done.missing()).tolist()
     for start in range(0, len(missing), 2):
         committer.add(run.write(missing[max(0, start - 1) : start + 2], state=state))
     committer.flush()
@@ -213,7 +213,7 @@ def half_failed(new_run: Callable[[], SmallRun]) -> SmallRun:
     run = new_run()
     ledger = run.ledger()
     for start in (0, 2, 4):
-        ledger.record([run.write([start, start + 1], lambda row_id: "ok" if row_id % 2 else "timeout")])
+        ledger.record([run.write([start, start + 1], lambda item_id: "ok" if item_id % 2 else "timeout")])
     run.publish(ledger, rows_per_file=4)
     return run
 
@@ -309,8 +309,8 @@ def three_parts(run: SmallRun, state: Storage, table: Storage) -> None:
         ledger.announce()
     if ledger.view.state is State.RUNNING:
         committer = Committer(ledger, state, every_s=0)
-        for row_id in row_ids_of(ledger.done.missing()).tolist():
-            committer.add(run.write([row_id], state=state))
+        for item_id in ids_of(ledger.done.missing()).tolist():
+            committer.add(run.write([item_id], state=state))
     publish(ledger, run.plan, state, table, rows_per_file=100)
 
 
@@ -389,7 +389,7 @@ def unpublished(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
     shutil.rmtree(fast / "unpublished", ignore_errors=True)
     run = small_run(fast / "unpublished", 1)
     ledger = run.ledger()
-    ledger.record([run.write([0], lambda row_id: "timeout")])
+    ledger.record([run.write([0], lambda item_id: "timeout")])
     ledger.close(rows_per_file=100)
     return run
 

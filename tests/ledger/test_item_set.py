@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ledger.item_set import RowSet, merged, ranges_of, repeated, row_ids_of
+from pipelines.ledger.item_set import ItemSet, ids_of, merged, ranges_of, repeated
 
 N = 100
 RANGES = st.lists(
@@ -21,7 +21,7 @@ def plain(ranges: list[tuple[int, int]]) -> set[int]:
 def test_add_and_remove_agree_with_a_python_set(
     added: list[tuple[int, int]], removed: list[tuple[int, int]], asked: list[tuple[int, int]]
 ) -> None:
-    rows = RowSet(N)
+    rows = ItemSet(N)
     rows.add(added)
     rows.remove(removed)
     expected = plain(added) - plain(removed)
@@ -35,13 +35,13 @@ def test_add_and_remove_agree_with_a_python_set(
 
 def test_missing_is_right_across_the_blocks_it_works_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.ledger.item_set.BLOCK", 16)
-    rows = RowSet(N)
+    rows = ItemSet(N)
     rows.add([(3, 5), (40, 41)])
     assert rows.missing() == [(0, 3), (5, 40), (41, N)]
 
 
 def test_a_range_outside_the_plan_is_refused_and_changes_nothing() -> None:
-    rows = RowSet(10)
+    rows = ItemSet(10)
     with pytest.raises(IndexError, match="8 to 11"):
         rows.add([(8, 11)])
     assert len(rows) == 0
@@ -50,7 +50,7 @@ def test_a_range_outside_the_plan_is_refused_and_changes_nothing() -> None:
 @given(st.sets(st.integers(0, N)))
 def test_ranges_and_row_ids_are_inverse(rows: set[int]) -> None:
     ids = np.array(sorted(rows), np.int64)
-    assert row_ids_of(ranges_of(ids)).tolist() == ids.tolist()
+    assert ids_of(ranges_of(ids)).tolist() == ids.tolist()
     assert ranges_of(ids) == merged(ranges_of(ids))
 
 
@@ -60,4 +60,4 @@ def test_repeated_finds_overlap_and_not_adjacency() -> None:
 
 
 def test_a_billion_rows_are_125_megabytes() -> None:
-    assert RowSet(10**9)._bits.nbytes == 125_000_000
+    assert ItemSet(10**9)._bits.nbytes == 125_000_000

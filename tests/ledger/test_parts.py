@@ -30,8 +30,8 @@ def finished(run: SmallRun) -> SmallRun:
     """Classified in four overlapping parts, three items failing, and published in several files."""
     ledger = run.ledger()
     committer = Committer(ledger, run.state, every_s=0)
-    for row_ids in ([5, 3, 4], range(4, 12), [2, 0, 1], range(9, 20)):
-        committer.add(run.write(row_ids, lambda row_id: FAILING.get(row_id, "ok")))
+    for item_ids in ([5, 3, 4], range(4, 12), [2, 0, 1], range(9, 20)):
+        committer.add(run.write(item_ids, lambda item_id: FAILING.get(item_id, "ok")))
     committer.flush()
     run.publish(ledger)
     return run
@@ -56,14 +56,14 @@ def test_an_item_that_a_retried_task_delivers_twice_is_written_once(run: SmallRu
 
 
 def test_an_all_failed_part_has_the_same_schema_as_any_other(run: SmallRun) -> None:
-    good, bad = run.write([0, 1]), run.write([2, 3], lambda row_id: "not_found")
+    good, bad = run.write([0, 1]), run.write([2, 3], lambda item_id: "not_found")
     assert read_part(good, run.state).schema == read_part(bad, run.state).schema
     assert bad.statuses == {"not_found": 3}
     assert bad.hosts == {"host3.example": 2, "host2.example": 1}
 
 
 def test_passing_failures_wait_for_a_later_pass_and_lasting_ones_do_not(run: SmallRun) -> None:
-    scores = scored(range(6, 12), lambda row_id: FAILING.get(row_id, "ok"))
+    scores = scored(range(6, 12), lambda item_id: FAILING.get(item_id, "ok"))
     written = write_part(scores, run.plan, run.state, run.target(final=False))
     assert written.deferred == ((7, 8), (9, 10))
     assert written.part is not None
@@ -71,7 +71,7 @@ def test_passing_failures_wait_for_a_later_pass_and_lasting_ones_do_not(run: Sma
 
 
 def test_a_batch_of_passing_failures_alone_writes_no_file(run: SmallRun) -> None:
-    rows = write_batch(scored([7, 9], lambda row_id: "timeout"), run.target(final=False)).to_pylist()
+    rows = write_batch(scored([7, 9], lambda item_id: "timeout"), run.target(final=False)).to_pylist()
     written = read_written(rows[0])
     assert written.part is None
     assert written.deferred == ((7, 8), (9, 10))
@@ -90,7 +90,7 @@ def test_a_batch_whose_images_answer_for_many_rows_becomes_several_parts(
 ) -> None:
     monkeypatch.setattr("pipelines.ledger.parts.ROWS_AT_ONCE", 6)
     monkeypatch.setattr("pipelines.ledger.parts.ITEMS_AT_ONCE", 2)
-    rows = write_batch(scored([*range(13), 3, 0], lambda row_id: FAILING.get(row_id, "ok")), run.target())
+    rows = write_batch(scored([*range(13), 3, 0], lambda item_id: FAILING.get(item_id, "ok")), run.target())
     parts = [read_written(row).part for row in rows.to_pylist()]
     assert [part.items for part in parts if part] == [((0, 4),), ((4, 8),), ((8, 12),), ((12, 13),)]
     assert [part.rows for part in parts if part] == [6, 5, 5, 2]
@@ -186,7 +186,7 @@ def test_a_rerun_replaces_failed_rows_where_they_stand_and_leaves_other_files_al
     items = failed_items(ledger, run.plan, run.table)
     assert items == [(7, 8), (9, 10)]
     ledger.reopen(items)
-    ledger.record([run.write([9, 7], lambda row_id: "denied" if row_id == 9 else "ok", generation=2)])
+    ledger.record([run.write([9, 7], lambda item_id: "denied" if item_id == 9 else "ok", generation=2)])
     run.publish(ledger)
     after = table_of(run)
     assert after["image_id"].equals(before["image_id"])

@@ -21,8 +21,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     run = small_run(tmp_path_factory.mktemp("original") / "predictions")
     ledger = run.ledger()
     ledger.announce()
-    for row_ids in (range(7, 14), range(7), range(14, 20)):
-        ledger.record([run.write(row_ids, lambda row_id: "timeout" if row_id == 8 else "ok")])
+    for item_ids in (range(7, 14), range(7), range(14, 20)):
+        ledger.record([run.write(item_ids, lambda item_id: "timeout" if item_id == 8 else "ok")])
     run.publish(ledger)
     report = {"rows": 27, "statuses": {"ok": 26, "timeout": 1}}
     run.state.put("report.json", json.dumps(report).encode())

@@ -189,8 +189,8 @@ def test_the_whole_story_in_a_bucket(bucket: str) -> None:
     ledger = run.ledger()
     ledger.announce()
     committer = Committer(ledger, run.state, every_s=0)
-    for row_ids in (range(8), range(5, 15), range(14, 20)):
-        committer.add(run.write(row_ids))
+    for item_ids in (range(8), range(5, 15), range(14, 20)):
+        committer.add(run.write(item_ids))
     committer.flush()
     run.publish(ledger)
     failed = [check for check in verify(run.uri).checks if not check.ok]
@@ -264,8 +264,8 @@ def test_a_driver_killed_in_the_middle_is_continued(bucket: str, survives: int) 
         ledger.announce()
         committer = Committer(ledger, state, every_s=0)
         for start, stop in ledger.done.missing():
-            for row_id in range(start, stop, 3):
-                committer.add(run.write(range(row_id, min(stop, row_id + 3)), state=state))
+            for item_id in range(start, stop, 3):
+                committer.add(run.write(range(item_id, min(stop, item_id + 3)), state=state))
         committer.flush()
         publish(ledger, run.plan, state, table, rows_per_file=4)
 

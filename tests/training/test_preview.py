@@ -45,7 +45,7 @@ def test_without_augmentation_the_sheet_shows_the_images_themselves(corpus):
     rows = corpus.data.rows
     for one in preview.augmented_samples(corpus, RECIPE):
         index = rows["uri"].to_pylist().index(one.uri)
-        table = rows.slice(index, 1).append_column("row_id", [[index]])
+        table = rows.slice(index, 1).append_column("item_id", [[index]])
         [original] = pixels.pixels_of(pixels.decode_batch(table, SPEC), SPEC)
         assert np.abs(one.pixels_hwc.astype(int) - original).mean() < 25
 
