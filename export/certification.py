@@ -18,6 +18,7 @@ from export.measurement import Candidate, Evidence, Labels, gather, measure
 from export.reference import torch_reference
 from pipelines.bundle import bundle, providers, session
 from pipelines.bundle.bundle import Bundle, Manifest
+from pipelines.messages import redact
 from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
 from pipelines.storage import storage
 
@@ -73,7 +74,7 @@ def certify(
     }
     warn_of_calibration(documents)
     add(opened, documents)
-    refuse_failed(documents, f"{storage.redact(bundle_uri)}/{bundle.CERTIFICATES}/{provider}.html")
+    refuse_failed(documents, f"{redact(bundle_uri)}/{bundle.CERTIFICATES}/{provider}.html")
     return documents
 
 
@@ -127,7 +128,7 @@ def add_gpu(
     for name in precisions:
         if name == "int8":
             continue
-        bundle_uri = storage.redact(opened.uri)
+        bundle_uri = redact(opened.uri)
         command = f"iab-vision certify {bundle_uri} --images URI --provider cuda --precisions {name}"
         try:
             spec = runtime_spec(measuring, "cuda", name)
@@ -230,7 +231,7 @@ def _evidence_of_run(opened: Bundle, checkpoint_uri: str, images_uri: str, measu
         stated = opened.manifest.source.get("checkpoint_sha256")
         if trained.sha256 != stated:
             raise NoReference(
-                f"{trained.source} has sha256 {trained.sha256}, but {storage.redact(opened.uri)} was "
+                f"{trained.source} has sha256 {trained.sha256}, but {redact(opened.uri)} was "
                 f"exported from sha256 {stated}; give that one with --checkpoint, or export this one"
             )
         own = images.draw(images_uri, count=measuring.sample_images, seed=measuring.seed)

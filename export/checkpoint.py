@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.bundle.bundle import FLAT
+from pipelines.messages import redact
 from pipelines.specs import ImageSpec
-from pipelines.storage import storage
+from pipelines.storage import storage, uris
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import Taxonomy
 
@@ -87,13 +88,13 @@ def opened(uri: str) -> Iterator[Checkpoint]:
     """
     folder = storage.open_storage(uri)
     if not folder.exists("config.json") and folder.exists("best/config.json"):
-        uri = storage.join(uri, "best")
-    if storage.is_local(uri):
-        yield read(storage.local_path(uri), storage.redact(uri))
+        uri = uris.join(uri, "best")
+    if uris.is_local(uri):
+        yield read(uris.local_path(uri), redact(uri))
         return
     with tempfile.TemporaryDirectory(prefix="iab-vision-checkpoint-") as local:
         _download(uri, Path(local))
-        yield read(Path(local), storage.redact(uri))
+        yield read(Path(local), redact(uri))
 
 
 def read(folder: Path, source: str) -> Checkpoint:

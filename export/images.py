@@ -22,9 +22,10 @@ from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import ORIENTATION_TAG
 from pipelines.inventory import tables
 from pipelines.inventory.listing import is_image_name
+from pipelines.messages import redact
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
-from pipelines.storage import storage
+from pipelines.storage import storage, uris
 from pipelines.taxonomy.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
 
 HELD_OUT = ("validation", "test")
@@ -68,7 +69,7 @@ def draw(images_uri: str, *, count: int, seed: int) -> list[Sample]:
     """`count` of the images at a URI: the same ones for the same seed, however storage orders them."""
     places = find(images_uri)
     if not places:
-        raise NoImages(f"{storage.redact(images_uri)} holds no image; give a folder, a table or a dataset")
+        raise NoImages(f"{redact(images_uri)} holds no image; give a folder, a table or a dataset")
     ranked = sorted(places, key=lambda place: hashlib.sha256(f"{seed}:{place.uri}".encode()).digest())
     return list(_read(ranked[:count]))
 
@@ -77,7 +78,7 @@ def find(images_uri: str) -> list[Place]:
     """Every image that may be drawn: the held-out ones of a labelled dataset, or all of them."""
     is_table = tables.format_of(images_uri) is not None
     if not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
-        return find(storage.join(images_uri, DATASET_TABLE))
+        return find(uris.join(images_uri, DATASET_TABLE))
     try:
         rows, _ = readers.read(images_uri, Columns())
     except DatasetError:  # no labels: the images alone will do
@@ -93,19 +94,19 @@ def _in_table(table_uri: str) -> list[Place]:
     schema = tables.schema_of([table_uri])
     column = next((name for name in ("uri", "file") if name in schema.names), None)
     if column is None:
-        raise NoImages(f"{storage.redact(table_uri)} has neither a column uri nor file among {schema.names}")
-    folder, _ = storage.split(table_uri)
+        raise NoImages(f"{redact(table_uri)} has neither a column uri nor file among {schema.names}")
+    folder, _ = uris.split(table_uri)
     names = [
         name for batch in tables.batches([table_uri], schema, [column]) for name in batch[column].to_pylist()
     ]
     return [
-        Place(name if "://" in name or name.startswith("/") else storage.join(folder, name)) for name in names
+        Place(name if "://" in name or name.startswith("/") else uris.join(folder, name)) for name in names
     ]
 
 
 def _in_folder(folder_uri: str) -> list[Place]:
     paths = (entry.path for entry in storage.open_storage(folder_uri).list())
-    return [Place(storage.join(folder_uri, path)) for path in filter(is_image_name, paths)]
+    return [Place(uris.join(folder_uri, path)) for path in filter(is_image_name, paths)]
 
 
 def targets(samples: Sequence[Sample], class_ids: Sequence[str], taxonomy: Taxonomy) -> np.ndarray:

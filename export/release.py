@@ -25,6 +25,7 @@ from export.quantize import Graph
 from pipelines.bundle import bundle
 from pipelines.bundle.bundle import Bundle, Manifest
 from pipelines.bundle.session import OnnxModel
+from pipelines.messages import redact
 from pipelines.specs import Measuring, Precision
 from pipelines.storage import storage
 
@@ -64,7 +65,7 @@ def export(
     """
     measuring = measuring or Measuring()
     if storage.open_storage(output_uri).list():
-        raise OutputExists(f"{storage.redact(output_uri)} exists; name another output, or remove it first")
+        raise OutputExists(f"{redact(output_uri)} exists; name another output, or remove it first")
     with checkpoint.opened(checkpoint_uri) as trained:
         own, further = _drawn(images_uri, measuring, calibrating="int8" in precisions)
         network = trained.network()
@@ -194,7 +195,7 @@ def _refuse_failed(report_uri: str, documents: Documents, labels: pa.Table) -> N
     for (provider, name), document in documents.items():
         folder.put(f"{provider}-{name}.json", report.as_json(document))
     folder.put("report.html", report.render(documents, labels))
-    certification.refuse_failed(documents, f"{storage.redact(report_uri)}/report.html")
+    certification.refuse_failed(documents, f"{redact(report_uri)}/report.html")
 
 
 def _versions() -> Iterator[tuple[str, str]]:

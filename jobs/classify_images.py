@@ -35,10 +35,19 @@ from pipelines.ledger import parts, publish
 from pipelines.ledger.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, State
 from pipelines.ledger.parts import Committer, PartDamaged
 from pipelines.ledger.publish import TableDamaged
-from pipelines.messages import InputError, JobFailed, Refused, Stopped, first_line, root_cause
+from pipelines.messages import (
+    InputError,
+    JobFailed,
+    Refused,
+    Stopped,
+    first_line,
+    redact,
+    redacted,
+    root_cause,
+)
 from pipelines.specs import InventoryOptions, RuntimeSpec
-from pipelines.storage.storage import Storage, is_local, join, open_storage, redact
-from pipelines.storage.uris import redacted
+from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import is_local, join
 from pipelines.training.resources import cores
 from pipelines.training.runs import git_revision
 

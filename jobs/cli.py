@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from jobs.cluster import quieten
 from jobs.errors import EXIT_CODES
 from jobs.signals import stoppable
-from pipelines.messages import CommandError, InputError, JobFailed, Stopped
-from pipelines.storage.uris import redact
+from pipelines.messages import CommandError, InputError, JobFailed, Stopped, redact
 
 if TYPE_CHECKING:
     from jobs.settings import JobConfig

@@ -180,8 +180,9 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
     from jobs.certificate_gate import require_certificate
     from pipelines.bundle import bundle as bundles
     from pipelines.bundle import session
+    from pipelines.messages import redact
     from pipelines.specs import RuntimeSpec
-    from pipelines.storage import storage
+    from pipelines.storage import uris
 
     bundle = bundles.open_bundle(uri)
     spec = RuntimeSpec(
@@ -192,9 +193,9 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
         engine_cache=config.engine_cache,
     )
     certified = require_certificate(bundle, spec, allow_uncertified=config.allow_uncertified)
-    own_table = storage.join(uri, bundles.TAXONOMY_FILE)
+    own_table = uris.join(uri, bundles.TAXONOMY_FILE)
     return Subject(
-        name=f"{storage.redact(uri)} ({bundle.model_id}, {config.precision} on {config.provider})",
+        name=f"{redact(uri)} ({bundle.model_id}, {config.precision} on {config.provider})",
         class_ids=tuple(bundle.class_ids),
         taxonomy=bundle.taxonomy(),
         taxonomy_reference=own_table

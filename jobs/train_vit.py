@@ -89,10 +89,10 @@ def push_to_hub(output: str, repository: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
-    from pipelines.storage import storage
+    from pipelines.storage import storage, uris
     from pipelines.training import runs
 
-    folder = storage.open_storage(storage.join(output, runs.BEST))
+    folder = storage.open_storage(uris.join(output, runs.BEST))
     with tempfile.TemporaryDirectory() as local:
         for entry in folder.list():
             Path(local, entry.path).write_bytes(folder.read(entry.path))

@@ -1,9 +1,19 @@
-"""The errors that a command explains without a traceback, and one line for a person from any other error."""
+"""The errors that a command explains without a traceback, and what of any error may be shown to people."""
 
 import re
+from typing import Any
 
 CAUSE = re.compile(r"^[ \t]+\S.*\n(?P<kind>[\w.]+)(?P<words>:[^\n]*(?:\n\S[^\n]*)*)?$", re.MULTILINE)
 """What stands below the first trace: Ray gives the error's text alone, not the error."""
+
+QUERY_VALUE = re.compile(r"([?&][^=&?\s]*=)[^&\s]+")
+"""All of them: every service has another name for its signatures."""
+
+USERINFO = re.compile(
+    r"(\b[a-z][a-z0-9+.-]{0,20}://)(?:[^/\s?]{0,2000}|[^/\s?:@]{0,200}:(?!\d*/)[^\s?@]{0,2000})@", re.I
+)
+"""Also where a password holds a slash, which no parser takes for a part of it; a port is none. Bounded, or
+a long text made for it would take time quadratic in its length."""
 
 
 def first_line(error: Exception) -> str:
@@ -18,6 +28,20 @@ def root_cause(report: str) -> str:
         return (report.strip().splitlines() or ["no reason given"])[-1]
     kind = found["kind"].rpartition(".")[2]
     return kind + " ".join((found["words"] or "").split("\n"))
+
+
+def redact(text: str) -> str:
+    """The text with user names, passwords and the values of queries taken out of every URI in it."""
+    return QUERY_VALUE.sub(r"\1REDACTED", USERINFO.sub(r"\1", text))
+
+
+def redacted(value: Any) -> Any:
+    """`redact` for every string in plain data, keys included, before it is written as JSON or YAML."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redacted(key): redacted(inner) for key, inner in value.items()}
+    return [redacted(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 class CommandError(Exception):

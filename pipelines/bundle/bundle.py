@@ -30,6 +30,7 @@ from pipelines.bundle.manifest import (
     stored_precision,
 )  # fmt: skip
 from pipelines.bundle.onnx_check import check_graph
+from pipelines.messages import redact
 from pipelines.specs import ImageSpec, Precision, Provider, RuntimeSpec
 from pipelines.storage import storage
 from pipelines.taxonomy import taxonomy
@@ -125,7 +126,7 @@ class Bundle:
         if found is None:
             held = [p for p, file in MODEL_FILES.items() if file in self.manifest.files]
             raise NotCertified(
-                f"{storage.redact(self.uri)} holds no {precision} model (it holds {', '.join(held)}); "
+                f"{redact(self.uri)} holds no {precision} model (it holds {', '.join(held)}); "
                 f"export it again with --precisions {','.join([*held, precision])}"
             )
         return found
@@ -140,7 +141,7 @@ class Bundle:
         model = self.manifest.files.get(model_file(precision, provider))
         wanted = f"{CERTIFICATES}/{provider}-{precision}.json"
         found = next((c for c in self.certificates if c.name == wanted), None)
-        uri = storage.redact(self.uri)
+        uri = redact(self.uri)
         if found is None or model is None:
             reason = f"{uri} has no certificate for {precision} on {provider} (it has: {self._certified()})"
         elif not found.passed:
@@ -158,7 +159,7 @@ class Bundle:
         found = self.certificate_for(spec.provider, spec.precision)
         if gap := found.gap(spec):
             raise NotCertified(
-                f"{storage.redact(self.uri)}/{found.name} does not cover this: {gap}. Give the --batch-size "
+                f"{redact(self.uri)}/{found.name} does not cover this: {gap}. Give the --batch-size "
                 "that was measured, or measure this one on a machine that has the provider: "
                 f"{self._command(spec.provider, spec.precision)} --measuring.batch-size {spec.batch_size}"
             )
@@ -167,7 +168,7 @@ class Bundle:
     def _command(self, provider: Provider, precision: Precision) -> str:
         reference = " --checkpoint RUN" if (provider, precision) == ("cpu", "fp32") else ""
         return (
-            f"iab-vision certify {storage.redact(self.uri)} --images URI --provider {provider} "
+            f"iab-vision certify {redact(self.uri)} --images URI --provider {provider} "
             f"--precisions {precision}{reference}"
         )
 
@@ -183,7 +184,7 @@ def open_bundle(uri: str, *, verify: bool = True) -> Bundle:
     folder = storage.open_storage(uri)
     if not folder.exists(MANIFEST_FILE):
         raise NotABundle(
-            f"{storage.redact(uri)} is not a bundle: it has no {MANIFEST_FILE}; iab-vision export makes one"
+            f"{redact(uri)} is not a bundle: it has no {MANIFEST_FILE}; iab-vision export makes one"
         )
     payload = _read_limited(folder, MANIFEST_FILE)
     manifest = Manifest.from_json(payload)

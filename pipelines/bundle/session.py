@@ -23,7 +23,7 @@ from pipelines.bundle import providers
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.providers import ProviderUnavailable
 from pipelines.specs import RuntimeSpec
-from pipelines.storage.storage import is_local, local_path
+from pipelines.storage.uris import is_local, local_path
 
 INPUT = "pixels"
 OUTPUTS = ["logits", "probabilities"]

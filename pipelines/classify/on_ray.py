@@ -23,8 +23,9 @@ from pipelines.images.prepare import Pixels
 from pipelines.inventory.plan import open_plan
 from pipelines.ledger import parts
 from pipelines.ledger.item_set import Range
+from pipelines.messages import redact
 from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec, RuntimeSpec
-from pipelines.storage.storage import open_storage, redact
+from pipelines.storage.storage import open_storage
 
 CALLS_PER_LOAD_ACTOR = 16
 """Chunks in hand per load actor: while some wait for a slow host's last image, the others are decoded.

@@ -8,8 +8,9 @@ from typing import Any
 from pipelines.inventory.plan import Plan
 from pipelines.ledger.ledger import Ledger, total
 from pipelines.ledger.verify import REPORT_JSON
+from pipelines.messages import redact
 from pipelines.status import TRANSIENT
-from pipelines.storage.storage import Storage, redact
+from pipelines.storage.storage import Storage
 
 
 def is_current(state: Storage, ledger: Ledger) -> bool:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.datasets import splits
 from pipelines.datasets.readers import DatasetError, open_table, read
 from pipelines.datasets.settings import DataSettings, Splits
-from pipelines.storage import storage
+from pipelines.messages import redact
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import Taxonomy
 
@@ -55,7 +55,7 @@ class LabelledData:
 
     def recorded_uris(self) -> list[str]:
         """Every image's URI as it may be written down: without user names and signatures, which change."""
-        return [storage.redact(uri) for uri in self.rows["uri"].to_pylist()]
+        return [redact(uri) for uri in self.rows["uri"].to_pylist()]
 
     def targets(self) -> npt.NDArray[Any]:
         """Class indices int64[N]; multi-label: uint8[N, C]."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from pipelines.messages import redact
 from pipelines.specs import FetchLimits
 from pipelines.status import TRANSIENT, Status
-from pipelines.storage.uris import redact
 
 BACKOFF_FACTOR = 2.5
 """Four attempts 1, 2.5 and 6 seconds apart outlast the usual hiccup without holding a place for long."""

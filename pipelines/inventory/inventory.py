@@ -26,9 +26,10 @@ from pipelines.inventory.plan import (
     open_plan,
     write_plan,
 )
+from pipelines.messages import redact
 from pipelines.schema import RESERVED
 from pipelines.specs import InventoryOptions
-from pipelines.storage.storage import Storage, redact
+from pipelines.storage.storage import Storage
 
 KEYS = ("uri", "image_id")
 TABLE_ROWS_AT_ONCE = 65_536

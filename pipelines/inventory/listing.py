@@ -16,17 +16,10 @@ from urllib.parse import quote
 import pyarrow.fs as pafs
 
 from pipelines.inventory import tables
+from pipelines.messages import redact
 from pipelines.specs import InventoryOptions
-from pipelines.storage.storage import (
-    Entry,
-    Storage,
-    StorageError,
-    is_local,
-    local_path,
-    open_storage,
-    redact,
-    split,
-)
+from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import Entry, StorageError, is_local, local_path, split
 
 IMAGE_SUFFIXES = frozenset({
     "apng", "avif", "bmp", "cur", "dds", "dib", "eps", "gif", "heic", "heics", "heif", "hif",

@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.storage.storage import AlreadyExists, Storage, open_storage
+from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import AlreadyExists
 
 PLAN_JSON = "plan/plan.json"
 FORMAT_VERSION = 2

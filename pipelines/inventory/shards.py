@@ -18,8 +18,8 @@ from typing import TypeVar
 import pyarrow as pa
 
 from pipelines.inventory.listing import InventoryError, is_image_name
+from pipelines.messages import redact
 from pipelines.storage.storage import open_input
-from pipelines.storage.uris import redact
 
 READ_BYTES = 1 << 20
 """Smaller members are read over, larger ones sought over: on an object store a request costs as much."""

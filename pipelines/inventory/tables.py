@@ -15,7 +15,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from pipelines.storage.storage import open_input, redact
+from pipelines.messages import redact
+from pipelines.storage.storage import open_input
 
 SUFFIXES = {
     ".parquet": "parquet",

@@ -39,7 +39,8 @@ from pipelines.ledger.entries import (
     unsealed,
 )
 from pipelines.ledger.item_set import ItemSet, Range, repeated
-from pipelines.storage.storage import AlreadyExists, Storage
+from pipelines.storage.storage import Storage
+from pipelines.storage.uris import AlreadyExists
 
 __all__ = [
     "RUN_JSON", "Ledger", "LedgerDamaged", "LedgerLost", "Part", "RunMismatch", "State", "TableFile", "View",

@@ -36,7 +36,8 @@ from pipelines.ledger.parts import counts, parts_folder, read_part
 from pipelines.ledger.republish import replaced, row_sequence
 from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT
-from pipelines.storage.storage import Storage, Version, is_local, local_path, sha256_of
+from pipelines.storage.storage import Storage, sha256_of
+from pipelines.storage.uris import Version, is_local, local_path
 
 SUCCESS = "_SUCCESS"
 ROWS_PER_GROUP = 65_536

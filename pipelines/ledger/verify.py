@@ -26,7 +26,8 @@ from pipelines.ledger.parts import counts
 from pipelines.ledger.publish import SUCCESS, row_groups
 from pipelines.ledger.republish import item_batches
 from pipelines.messages import first_line
-from pipelines.storage.storage import Storage, join, open_storage, sha256_of
+from pipelines.storage.storage import Storage, open_storage, sha256_of
+from pipelines.storage.uris import join
 
 REPORT_JSON = "report.json"
 KEYS = schema.PREDICTIONS_HEAD

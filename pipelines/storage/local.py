@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from pipelines.storage.stored import AlreadyExists, Entry, StorageError, Version, is_temporary, temporary_name
+from pipelines.storage.uris import AlreadyExists, Entry, StorageError, Version, is_temporary, temporary_name
 
 
 @dataclass(frozen=True)

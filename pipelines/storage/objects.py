@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.storage.stored import AlreadyExists, Entry, StorageError, Version
-from pipelines.storage.uris import join, redact, scheme_of
+from pipelines.messages import redact
+from pipelines.storage.uris import AlreadyExists, Entry, StorageError, Version, join, scheme_of
 
 log = logging.getLogger(__name__)
 

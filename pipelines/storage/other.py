@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipelines.storage.stored import AlreadyExists, Entry, Version, is_temporary, temporary_name
-from pipelines.storage.uris import join
+from pipelines.storage.uris import AlreadyExists, Entry, Version, is_temporary, join, temporary_name
 
 
 @dataclass(frozen=True)

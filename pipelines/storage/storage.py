@@ -3,8 +3,7 @@
 Three back ends: the local filesystem; S3, Google Cloud Storage and Azure through obstore, which has the
 conditional put that the ledger's fence rests on; any other scheme through fsspec, where create-if-absent
 is only a check (`fenced` is False). Credentials come from the environment's usual chains and from nowhere
-else. It knows nothing of tables, plans or ledgers, and fetches no images: that is `fetch.py`. Others
-import from here alone; the modules that it gathers are its own.
+else. It knows nothing of tables, plans or ledgers, and fetches no images: that is `fetch.py`.
 """
 
 import hashlib
@@ -15,15 +14,15 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.storage.local import LocalStorage
-from pipelines.storage.objects import OBJECT_SCHEMES, PATIENCE_S, ObjectStorage, object_store
+from pipelines.storage.objects import OBJECT_SCHEMES, PATIENCE_S, ObjectStorage
 from pipelines.storage.other import FsspecStorage
-from pipelines.storage.stored import AlreadyExists, Entry, StorageError, Version, is_temporary
-from pipelines.storage.uris import is_local, join, local_path, redact, scheme_of, split
-
-__all__ = [
-    "AlreadyExists", "Entry", "Storage", "StorageError", "Version", "is_local", "is_temporary", "join",
-    "local_path", "object_store", "open_storage", "read_uri", "redact", "scheme_of", "sha256_of", "split",
-]  # fmt: skip
+from pipelines.storage.uris import (
+    Entry,
+    Version,
+    local_path,
+    scheme_of,
+    split,
+)
 
 HASHED_AT_ONCE = 8 << 20
 

@@ -1,18 +1,39 @@
-"""The text of URIs: scheme, join, split, local paths, and taking the secrets out. Makes no request."""
+"""What the storages share: the text of URIs, listing entries, versions, errors and temporary names."""
 
 import re
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
-QUERY_VALUE = re.compile(r"([?&][^=&?\s]*=)[^&\s]+")
-"""All of them: every service has another name for its signatures."""
+TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
 
-USERINFO = re.compile(
-    r"(\b[a-z][a-z0-9+.-]{0,20}://)(?:[^/\s?]{0,2000}|[^/\s?:@]{0,200}:(?!\d*/)[^\s?@]{0,2000})@", re.I
-)
-"""Also where a password holds a slash, which no parser takes for a part of it; a port is none. Bounded, or
-a long text made for it would take time quadratic in its length."""
+
+class AlreadyExists(FileExistsError):
+    """The path holds other bytes than those that were to be created there."""
+
+
+class StorageError(OSError):
+    """The storage refused or could not be reached; says which URI and what to look at."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored file as a listing shows it; `path` is relative to the storage's root."""
+
+    path: str
+    size: int
+    etag: str | None
+    last_modified: datetime | None
+
+
+@dataclass(frozen=True)
+class Version:
+    """What tells one state of an object from those before and after it, as its store names them."""
+
+    e_tag: str | None
+    version: str | None
 
 
 def scheme_of(uri: str) -> str:
@@ -43,15 +64,12 @@ def split(uri: str) -> tuple[str, str]:
     return folder or ("/" if uri.startswith("/") else "."), name
 
 
-def redact(text: str) -> str:
-    """The text with user names, passwords and the values of queries taken out of every URI in it."""
-    return QUERY_VALUE.sub(r"\1REDACTED", USERINFO.sub(r"\1", text))
+def temporary_name(path: str) -> str:
+    """A fresh name beside `path` to write under before a rename; no listing shows it."""
+    folder, separator, name = path.rpartition("/")
+    return f"{folder}{separator}.{name}.{uuid.uuid4().hex}.tmp"
 
 
-def redacted(value: Any) -> Any:
-    """`redact` for every string in plain data, keys included, before it is written as JSON or YAML."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redacted(key): redacted(inner) for key, inner in value.items()}
-    return [redacted(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+def is_temporary(path: str) -> bool:
+    """Whether the path is such a name, perhaps left by a process that died while writing."""
+    return TEMPORARY.match(path.rpartition("/")[2]) is not None

@@ -17,7 +17,8 @@ from pipelines.evaluation import calibration, metrics
 from pipelines.evaluation.evaluation import Evaluation, Scored, evaluate
 from pipelines.evaluation.gallery import gallery
 from pipelines.evaluation.report import write_report
-from pipelines.storage import storage
+from pipelines.messages import redact
+from pipelines.storage import uris
 from pipelines.training import logits as scoring
 from pipelines.training import runs
 from pipelines.training.checkpoints import Sidecar
@@ -86,7 +87,7 @@ def evaluations(scores: Scores, sidecar: Sidecar, *, about: Mapping[str, str]) -
             thresholds=sidecar.thresholds,
             about={
                 **about,
-                "dataset": storage.redact(data.settings.uri),
+                "dataset": redact(data.settings.uri),
                 "split": name,
                 "taxonomy": data.taxonomy.name,
             },
@@ -116,7 +117,7 @@ def report(
         balancing=balancing(recipe),
         augmented=augmented_samples(corpus, recipe),
     )
-    write_report(found[split], storage.join(output, runs.REPORT), material)
+    write_report(found[split], uris.join(output, runs.REPORT), material)
 
 
 def class_counts(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, int]]:

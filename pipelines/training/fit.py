@@ -18,7 +18,7 @@ from pipelines.datasets.settings import Ingest
 from pipelines.evaluation import metrics
 from pipelines.messages import root_cause
 from pipelines.specs import ImageSpec
-from pipelines.storage import storage
+from pipelines.storage import storage, uris
 from pipelines.training import checkpoints, decoded, evaluate, layers, ray_checkpoints, runs, sampling
 from pipelines.training import model as vit
 from pipelines.training.checkpoints import Sidecar
@@ -142,7 +142,7 @@ def train(
     from ray.train.torch import TorchTrainer
 
     resources = plan.resources
-    ray_checkpoints.mend(storage.join(plan.output, runs.CHECKPOINTS))
+    ray_checkpoints.mend(uris.join(plan.output, runs.CHECKPOINTS))
     filesystem, path = runs.ray_storage(plan.output)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
     shards = decoded.training_shards(prepared, plan.recipe.balance, seed=plan.recipe.seed)

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.storage.uris import redact
+from pipelines.messages import redact
 
 HEADLINES = (
     "accuracy",

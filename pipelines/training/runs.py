@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
-from pipelines.storage import storage
-from pipelines.storage.uris import redacted
+from pipelines.messages import redacted
+from pipelines.storage import storage, uris
 from pipelines.training.recipe import Recipe
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
@@ -152,8 +152,8 @@ def ray_storage(output: str) -> tuple[pafs.FileSystem, str]:
     Not the storage's own obstore one: its files refuse the buffers in which pyarrow writes (tried, obstore
     0.12). Listings are not cached, for other processes write here too.
     """
-    if storage.is_local(output):
-        return pafs.LocalFileSystem(), str(storage.local_path(output))
+    if uris.is_local(output):
+        return pafs.LocalFileSystem(), str(uris.local_path(output))
     filesystem, path = fsspec.core.url_to_fs(output, use_listings_cache=False)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from pipelines.messages import redact
 from pipelines.storage import storage
 from pipelines.training.runs import HISTORY
 
@@ -76,7 +77,7 @@ def mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
     """MLflow at MLFLOW_TRACKING_URI; a continued run goes on in the same MLflow run."""
     import mlflow
 
-    run_uri = storage.redact(run_uri)
+    run_uri = redact(run_uri)
     named = hashlib.sha256(run_uri.encode()).hexdigest()  # a filter has no way to say a quote in a path
     found = mlflow.search_runs(filter_string=f"tags.run_uri_sha256 = '{named}'", output_format="list")
     mlflow.start_run(
@@ -93,7 +94,7 @@ def wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
     """Weights & Biases as its environment says; a continued run goes on under the same id."""
     import wandb
 
-    run_uri = storage.redact(run_uri)
+    run_uri = redact(run_uri)
     name = hashlib.sha256(run_uri.encode()).hexdigest()[:16]
     run = wandb.init(id=name, name=run_uri.rstrip("/").rsplit("/", 1)[-1], config=settings, resume="allow")
     return lambda values, step: run.log(values, step=step)

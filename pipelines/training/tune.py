@@ -17,10 +17,9 @@ from typing import Any
 import yaml
 
 from pipelines.datasets.settings import Ingest
-from pipelines.messages import root_cause
+from pipelines.messages import redacted, root_cause
 from pipelines.specs import at_least
-from pipelines.storage import storage
-from pipelines.storage.uris import redacted
+from pipelines.storage import storage, uris
 from pipelines.training import decoded, fit, runs
 from pipelines.training.decoded import Corpus
 from pipelines.training.fit import Plan
@@ -271,7 +270,7 @@ def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None
     trial = replace(
         plan,
         recipe=applied(plan.recipe, values),
-        output=storage.join(plan.output, TRIALS, name),
+        output=uris.join(plan.output, TRIALS, name),
         resources=replace(plan.resources, checkpoints_to_keep=1, checkpoint_every_steps=0),
     )
     fit.train(trial, prepared, callbacks=(TuneReportCallback(),))

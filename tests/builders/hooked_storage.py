@@ -6,7 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage.storage import AlreadyExists, Storage, Version
+from pipelines.storage.storage import Storage
+from pipelines.storage.uris import AlreadyExists, Version
 
 Hook = Callable[[str, tuple[Any, ...], Callable[[], Any]], Any]
 """hook(operation, its arguments, proceed) -> result."""

@@ -12,7 +12,8 @@ from pipelines.inventory.plan import Plan, item_schema, write_plan
 from pipelines.ledger.ledger import Ledger, Part
 from pipelines.ledger.parts import Target, distinct_items, write_part
 from pipelines.ledger.publish import failed_items, publish
-from pipelines.storage.storage import Storage, join, open_storage
+from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import join
 from tests.builders.hooked_storage import HookedStorage
 
 CARRIED = pa.schema(

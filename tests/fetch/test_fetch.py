@@ -34,7 +34,8 @@ from pipelines.inventory.inventory import plan
 from pipelines.inventory.listing import InventoryError
 from pipelines.specs import FetchLimits
 from pipelines.status import Status
-from pipelines.storage.storage import StorageError, open_storage
+from pipelines.storage.storage import open_storage
+from pipelines.storage.uris import StorageError
 from tests.builders.fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
 
 LIMITS = FetchLimits(

@@ -23,7 +23,8 @@ from pipelines.ledger.parts import Committer
 from pipelines.ledger.publish import publish
 from pipelines.ledger.verify import verify
 from pipelines.storage.objects import ObjectStorage
-from pipelines.storage.storage import AlreadyExists, Storage, StorageError, join, open_storage, sha256_of
+from pipelines.storage.storage import Storage, open_storage, sha256_of
+from pipelines.storage.uris import AlreadyExists, StorageError, join
 from tests.builders.flaky_proxy import FlakyProxy
 from tests.builders.hooked_storage import HookedStorage, Unfenced
 from tests.builders.predictions import SmallRun, paused_in_the_put, small_run

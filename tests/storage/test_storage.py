@@ -12,9 +12,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.storage import storage
-from pipelines.storage.storage import AlreadyExists, Storage, open_storage
-from pipelines.storage.uris import redacted
+from pipelines.messages import redact, redacted
+from pipelines.storage import uris
+from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import AlreadyExists
 
 
 @pytest.fixture(params=["local", "memory", "fsspec-local"])
@@ -135,21 +136,21 @@ def test_only_real_conditional_puts_call_themselves_fenced(tmp_path: Path) -> No
 
 
 def test_join_and_split_keep_schemes_and_relative_paths() -> None:
-    assert storage.join("s3://b/p/", "x", "/y") == "s3://b/p/x/y"
-    assert storage.split("s3://b/p/x") == ("s3://b/p", "x")
-    assert storage.split("/x") == ("/", "x")
-    assert storage.split("x") == (".", "x")
+    assert uris.join("s3://b/p/", "x", "/y") == "s3://b/p/x/y"
+    assert uris.split("s3://b/p/x") == ("s3://b/p", "x")
+    assert uris.split("/x") == ("/", "x")
+    assert uris.split("x") == (".", "x")
 
 
 def test_redact_takes_out_passwords_and_query_values_and_leaves_the_rest() -> None:
     """Any value may be a signature."""
     text = "GET https://me:pw@h/a.jpg?w=10&Sig=ab: 403, then https://u:p@ss@h/b?verify=t&h=2 or s3://h:80/a@b"
-    assert storage.redact(text) == (
+    assert redact(text) == (
         "GET https://h/a.jpg?w=REDACTED&Sig=REDACTED 403, then https://h/b?verify=REDACTED&h=REDACTED "
         "or s3://h:80/a@b"
     )
-    assert storage.redact("ftp://me:pa/ss@h/x, why? as it is") == "ftp://h/x, why? as it is"
-    assert storage.redact("http://me:it's@h/x?token=ab'cd") == "http://h/x?token=REDACTED"
+    assert redact("ftp://me:pa/ss@h/x, why? as it is") == "ftp://h/x, why? as it is"
+    assert redact("http://me:it's@h/x?token=ab'cd") == "http://h/x?token=REDACTED"
 
 
 def test_redact_of_plain_data_keeps_it_what_it_was() -> None:

@@ -22,7 +22,7 @@ from pipelines.datasets import dataset
 from pipelines.datasets import pixels as ingest
 from pipelines.datasets.settings import DataSettings, Ingest, Splits
 from pipelines.evaluation import metrics
-from pipelines.storage import storage
+from pipelines.storage import uris
 from pipelines.training import decoded, fit, ray_checkpoints, runs
 from pipelines.training import optimizer as optimisation
 from pipelines.training.loop import Diverged
@@ -378,7 +378,7 @@ def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoi
     recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
     plan = planned(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
     prepared = decoded.prepare(plan.data, plan.spec, Ingest(mode="stream", max_broken_share=0.2), seed=0)
-    storage.local_path(plan.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
+    uris.local_path(plan.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
     runs.begin(plan.output, plan.recipe, plan.data)
     killed = threading.Event()
     starts: list[int] = []
