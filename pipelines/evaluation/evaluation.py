@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sk
 
-from pipelines.evaluation import hierarchy, intervals, metrics
+from pipelines.evaluation import hierarchy, metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
 
 CURVE_POINTS = 150
 CURVES_SHOWN = 6
 """Classes with a ROC and a precision-recall curve of their own: more cannot be told apart in one plot."""
-
-LABEL_GIVEN = 0.5
-"""Probability from which a multi-label model is taken to give a label, where no threshold was fitted."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Scored:
     def given_nc(self) -> Array:
         """0/1: the labels that the model gives, one per image or every one that is more likely than not."""
         if self.multi_label:
-            return (self.probabilities_nc >= LABEL_GIVEN).astype(np.uint8)
+            return (self.probabilities_nc >= metrics.LABEL_GIVEN).astype(np.uint8)
         return metrics.indicator(self.predicted, len(self.class_ids))
 
     @cached_property
@@ -180,9 +177,9 @@ def turns(groups: Array) -> Array:
 
 
 def _intervals(scored: Scored) -> dict[str, list[float]]:
-    found = intervals.macro(scored.given_nc, scored.targets_nc)
+    found = metrics.macro_intervals(scored.given_nc, scored.targets_nc)
     right, n = np.array((~scored.wrong).sum()), np.array(len(scored.wrong))
-    found["exact_match" if scored.multi_label else "accuracy"] = intervals.wilson(right, n).tolist()
+    found["exact_match" if scored.multi_label else "accuracy"] = metrics.wilson(right, n).tolist()
     return found
 
 
@@ -241,7 +238,7 @@ def _coverage(scored: Scored) -> dict[str, list[float]]:
 
 def _published(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> dict[str, float]:
     """Count (image, category) pairs: those published, those true, those both."""
-    limits = np.array([thresholds.get(one, LABEL_GIVEN) for one in rollup.ids], np.float32)
+    limits = np.array([thresholds.get(one, metrics.LABEL_GIVEN) for one in rollup.ids], np.float32)
     passing_nr = rollup.apply(scored.probabilities_nc, multi_label=scored.multi_label) >= limits
     truth_nr = hierarchy.widened(scored.targets_nc, rollup)
     right, given, true = (int(pairs.sum()) for pairs in (passing_nr & truth_nr, passing_nr, truth_nr))

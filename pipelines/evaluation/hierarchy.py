@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation import intervals, metrics
+from pipelines.evaluation import metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import Rollup
 
@@ -80,7 +80,7 @@ def by_tier(
 def _of_tier(scores_nc: Array, truth_nc: Array, multi_label: bool) -> dict[str, Any]:
     n = scores_nc.shape[1]
     best = scores_nc.argmax(axis=1)
-    given_nc = (scores_nc >= 0.5) if multi_label else metrics.indicator(best, n) > 0
+    given_nc = (scores_nc >= metrics.LABEL_GIVEN) if multi_label else metrics.indicator(best, n) > 0
     counts = metrics.per_class(given_nc, truth_nc, n)
     occurring = counts.support > 0
     row: dict[str, Any] = {
@@ -90,10 +90,10 @@ def _of_tier(scores_nc: Array, truth_nc: Array, multi_label: bool) -> dict[str, 
         "precision_macro": float(np.nan_to_num(counts.precision[occurring]).mean()),
         "balanced_accuracy": float(counts.recall[occurring].mean()),
         "f1_macro": float(counts.f1[occurring].mean()),
-        "intervals": intervals.macro(given_nc, truth_nc),
+        "intervals": metrics.macro_intervals(given_nc, truth_nc),
     }
     if not multi_label:
         right = int((given_nc & truth_nc).any(axis=1).sum())
         row["accuracy"] = right / len(scores_nc)
-        row["intervals"]["accuracy"] = intervals.wilson(np.array(right), np.array(len(scores_nc))).tolist()
+        row["intervals"]["accuracy"] = metrics.wilson(np.array(right), np.array(len(scores_nc))).tolist()
     return row

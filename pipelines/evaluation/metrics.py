@@ -7,21 +7,24 @@ A number which the data does not define (the ROC-AUC of a class that never occur
 per-class arrays; it is never quietly zero.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import special, stats
 from sklearn import metrics as sk
-
-from pipelines.evaluation.intervals import wilson
 
 Array = npt.NDArray[Any]
 
 ECE_BINS = 15
 """Equal-width confidence bins of the calibration error, as in Guo et al. 2017, section 2."""
+ACCURACY_AT = (3, 5)
+LABEL_GIVEN = 0.5
+"""Probability from which a multi-label model gives a label, where no threshold was fitted."""
+CONFIDENCE = 0.95
+DRAWS = 200
+"""Bootstrap resamples: a standard error from 200 is itself within 5 %."""
 
 
 def probabilities(logits_nc: Array, *, temperature: float = 1.0, multi_label: bool = False) -> Array:
@@ -33,23 +36,14 @@ def probabilities(logits_nc: Array, *, temperature: float = 1.0, multi_label: bo
     return scores_nc
 
 
-def classification(
-    logits_nc: Array,
-    targets: Array,
-    *,
-    temperature: float = 1.0,
-    ks: Sequence[int] = (3, 5),
-    thresholds: float | Array = 0.5,
-) -> dict[str, float]:
+def classification(logits_nc: Array, targets: Array) -> dict[str, float]:
     """Every overall number for raw logits: `single_label` or `multi_label`, by the rank of `targets`."""
-    is_multi_label = targets.ndim == 2
-    scores_nc = probabilities(logits_nc, temperature=temperature, multi_label=is_multi_label)
-    if is_multi_label:
-        return multi_label(scores_nc, targets, thresholds=thresholds)
-    return single_label(scores_nc, targets, ks=ks)
+    if targets.ndim == 2:
+        return multi_label(probabilities(logits_nc, multi_label=True), targets)
+    return single_label(probabilities(logits_nc), targets)
 
 
-def single_label(probabilities_nc: Array, targets: Array, *, ks: Sequence[int] = (3, 5)) -> dict[str, float]:
+def single_label(probabilities_nc: Array, targets: Array) -> dict[str, float]:
     """Overall numbers of a one-label-per-image model; macro averages run over the classes that occur.
 
     `targets` are class indices. An accuracy@k with k beyond the number of classes is left out.
@@ -61,7 +55,7 @@ def single_label(probabilities_nc: Array, targets: Array, *, ks: Sequence[int] =
     macro: dict[str, Any] = {"labels": occurring, "average": "macro", "zero_division": 0}
     numbers = {
         "accuracy": sk.accuracy_score(targets, predicted),
-        **{f"accuracy@{k}": accuracy_at(probabilities_nc, targets, k) for k in ks if k < n_classes},
+        **{f"accuracy@{k}": accuracy_at(probabilities_nc, targets, k) for k in ACCURACY_AT if k < n_classes},
         "balanced_accuracy": sk.recall_score(targets, predicted, **macro),
         "precision_macro": sk.precision_score(targets, predicted, **macro),
         "f1_macro": sk.f1_score(targets, predicted, **macro),
@@ -74,15 +68,13 @@ def single_label(probabilities_nc: Array, targets: Array, *, ks: Sequence[int] =
     return {name: float(value) for name, value in numbers.items()}
 
 
-def multi_label(
-    probabilities_nc: Array, targets_nc: Array, *, thresholds: float | Array = 0.5
-) -> dict[str, float]:
-    """Overall numbers of a multi-label model; a label is given where its probability reaches its threshold.
+def multi_label(probabilities_nc: Array, targets_nc: Array) -> dict[str, float]:
+    """Overall numbers of a multi-label model, which gives a label from a probability of `LABEL_GIVEN`.
 
-    `thresholds` is one number or one per class. `map` is the mean over classes of the average precision.
+    `map` is the mean over classes of the average precision.
     """
     check_aligned(probabilities_nc, targets_nc)
-    given_nc = probabilities_nc >= thresholds
+    given_nc = probabilities_nc >= LABEL_GIVEN
     occurring = np.flatnonzero(targets_nc.any(axis=0))
     macro: dict[str, Any] = {"labels": occurring, "average": "macro", "zero_division": 0}
     micro: dict[str, Any] = {"average": "micro", "zero_division": 0}
@@ -255,6 +247,47 @@ def coverage_curve(scores: Array, right: Array, *, points: int = 200) -> dict[st
         "coverage": ((keep + 1) / len(scores)).tolist(),
         "precision": precision.tolist(),
     }
+
+
+def wilson(successes: Array, trials: Array) -> Array:
+    """Wilson score interval of each proportion, `float[..., 2]`; NaN where there was no trial.
+
+    Wilson 1927, without continuity correction; `scipy.stats.binomtest` gives the same, one at a time.
+    """
+    z = stats.norm.ppf(0.5 + CONFIDENCE / 2)
+    n = np.where(np.asarray(trials) > 0, trials, np.nan)
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return np.stack([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], axis=-1)
+
+
+def macro_intervals(given_nc: Array, targets_nc: Array) -> dict[str, list[float]]:
+    """Bootstrap intervals of macro precision, recall and F1 over the classes that occur: mean +- z errors.
+
+    Both arrays are 0/1 `[N, C]`. An image counts as often as it was drawn, so one matrix product per
+    count serves all resamples. Recall of a class that a resample misses is left out of its average. Not
+    quantiles of the resamples: those lack images of rare classes, so they lie below what was measured.
+    """
+    occurring = targets_nc.any(axis=0)
+    given = given_nc[:, occurring].astype(np.float32)
+    truth = targets_nc[:, occurring].astype(np.float32)
+    n = len(truth)
+    times_dn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float32)
+    times_dn = np.concatenate([np.ones((1, n), np.float32), times_dn])  # first the images as they are
+    correct, chosen, support = times_dn @ (given * truth), times_dn @ given, times_dn @ truth
+    averages = {
+        "precision_macro": np.mean(correct / np.maximum(chosen, 1), axis=1),
+        "balanced_accuracy": np.nanmean(correct / np.where(support > 0, support, np.nan), axis=1),
+        "f1_macro": np.mean(2 * correct / np.maximum(chosen + support, 1), axis=1),
+    }
+    return {name: _normal(values[0], values[1:].std(ddof=1)) for name, values in averages.items()}
+
+
+def _normal(mean: float, error: float) -> list[float]:
+    """The interval of a share in [0, 1] from its standard error."""
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2) * error)
+    return [max(float(mean) - half, 0.0), min(float(mean) + half, 1.0)]
 
 
 def thin(length: int, points: int) -> Array:
