@@ -206,8 +206,7 @@ def _explained(provider: str, name: str, document: Mapping[str, Any]) -> str:
         f"{f['metric']} is {report.number(f['value'])}, limit {report.number(f['limit'])}"
         for f in document["failures"]
     )
-    kinds = "; ".join(f"{f['kind']}: {f['detail']}" for f in document["findings"]) or "no kind stands out"
-    return f"{name} on {provider} is refused: {broken}. Kind of difference: {kinds}"
+    return f"{name} on {provider} is refused: {broken}"
 
 
 def candidate(opened: Bundle, spec: RuntimeSpec) -> Candidate:

@@ -15,14 +15,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from export import diagnosis, images, parity
+from export import images, parity
 from export.images import Sample
-from export.parity import LIMITS, Limits, Scores
+from export.parity import LIMITS, Scores
 from export.reference import Network, activation, named
 from pipelines.bundle.session import OnnxModel
-from pipelines.images.prepare import ORIENTATION_TAG
 from pipelines.specs import ImageSpec, Precision
 
 WORST_IMAGES = 8
@@ -48,14 +47,12 @@ class Labels:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The images of a measurement, the reference's view of them, and the reference to ask further."""
+    """The images of a measurement and what the reference makes of them."""
 
     sample: tuple[Sample, ...]
     undecodable: tuple[str, ...]
     scores: Scores
     targets_nc: np.ndarray
-    network: Network
-    spec: ImageSpec
     description: str
     """What the reference is, in words."""
 
@@ -100,14 +97,12 @@ def gather(
             labels.class_ids, pixels_nhwc, logits_nc, probabilities_nc, labels.temperature, labels.multi_label
         ),
         targets_nc=targets_nc[kept],
-        network=network,
-        spec=spec,
         description=description,
     )
 
 
 def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> dict[str, Any]:
-    """The certificate's document: numbers, limits, verdict, and what explains a refusal."""
+    """The certificate's document: numbers, limits, verdict, worst images."""
     started = time.monotonic()
     limits = LIMITS[precision]
     found = score(evidence.sample, candidate)
@@ -117,7 +112,6 @@ def measure(evidence: Evidence, candidate: Candidate, precision: Precision) -> d
     document = {
         "passed": not failures,
         "failures": [asdict(failure) for failure in failures],
-        "findings": [asdict(finding) for finding in _findings(evidence, found, limits)] if failures else [],
         "reference": evidence.description,
         "images": images_summary(evidence),
         "calibration": calibration_summary(evidence.sample, candidate.calibrated_on),
@@ -218,25 +212,3 @@ def thumbnail(pixels_hwc: np.ndarray) -> str:
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
-
-
-def _findings(evidence: Evidence, found: Scores, limits: Limits) -> list[diagnosis.Finding]:
-    return diagnosis.diagnose(
-        evidence.scores,
-        found,
-        network=evidence.network,
-        spec=evidence.spec,
-        oriented=np.array([_is_oriented(one.payload) for one in evidence.sample]),
-        limits=limits,
-    )
-
-
-def _is_oriented(payload: bytes) -> bool:
-    """Whether the file says that it must be rotated or mirrored to be upright."""
-    try:
-        with Image.open(io.BytesIO(payload)) as image:
-            return bool(image.getexif().get(ORIENTATION_TAG, 1) != 1)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return (
-            False  # `images.prepare` reads formats that plain Pillow does not; none of them rotates by EXIF
-        )

@@ -1,8 +1,7 @@
 """How close a released model comes to the checkpoint, and the limits that it must keep.
 
 Pure functions of arrays: the scores of both sides over the same images become metrics, metrics and
-limits become a verdict. All limits stand here, once, each with its reason. Why a difference arises
-is `diagnosis.py`'s question.
+limits become a verdict. Every limit is stated here, once, with its reason.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Parity refuses every way in which a released model can differ from its checkpoint, and names the way.
+"""Parity refuses every way in which a released model can differ from its checkpoint, and names the limit.
 
 Each fault is planted into a real export of a real small ViT, at the place where such a mistake is made.
 """
@@ -220,28 +220,28 @@ def ignored_exif(monkeypatch) -> None:
 
 
 FAULTS = [
-    (perturbed_weights, "weights", "relative_logit"),
-    (broken_weight, "not_finite", "max_logit"),
-    (permuted_labels, "label_order", None),
-    (permuted_outputs, "label_order", "top1 agreement"),
-    (swapped_mean_and_std, "normalisation", "max_logit"),
-    (lost_normalisation, "normalisation", "max_logit"),
-    (bgr, "channel_order", "max_logit"),
-    (lost_temperature, "temperature", "activation_error"),
-    (softmax_twice, "activation_twice", "activation_error"),
-    (sigmoid_for_softmax, "activation", "activation_error"),
-    (other_resize, "resize", "pixels_differ"),
-    (cropped_instead_of_stretched, "resize", "pixels_differ"),
-    (ignored_exif, "orientation", "pixels_differ"),
+    (perturbed_weights, "relative_logit"),
+    (broken_weight, "max_logit"),
+    (permuted_labels, "max_logit"),
+    (permuted_outputs, "top1 agreement"),
+    (swapped_mean_and_std, "max_logit"),
+    (lost_normalisation, "max_logit"),
+    (bgr, "max_logit"),
+    (lost_temperature, "activation_error"),
+    (softmax_twice, "activation_error"),
+    (sigmoid_for_softmax, "activation_error"),
+    (other_resize, "pixels_differ"),
+    (cropped_instead_of_stretched, "pixels_differ"),
+    (ignored_exif, "pixels_differ"),
 ]
 
 
 OUTSIDE_THE_GRAPH = (permuted_labels, other_resize, cropped_instead_of_stretched, ignored_exif)
 
 
-@pytest.mark.parametrize(("plant", "kind", "metric"), FAULTS, ids=[plant.__name__ for plant, _, _ in FAULTS])
-def test_planted_fault_is_refused_and_named(
-    trained, pictures, faithful_graph, tmp_path, monkeypatch, capsys, plant, kind, metric
+@pytest.mark.parametrize(("plant", "metric"), FAULTS, ids=[plant.__name__ for plant, _ in FAULTS])
+def test_planted_fault_is_refused_and_the_limit_named(
+    trained, pictures, faithful_graph, tmp_path, monkeypatch, capsys, plant, metric
 ):
     if plant in OUTSIDE_THE_GRAPH:
         monkeypatch.setattr(convert, "convert", lambda *_: faithful_graph)
@@ -249,11 +249,9 @@ def test_planted_fault_is_refused_and_named(
     assert export(trained, pictures, tmp_path / "bundle") == 3
     assert not (tmp_path / "bundle").exists()
     document = json.loads((tmp_path / "bundle-refused" / "cpu-fp32.json").read_text())
-    assert [finding["kind"] for finding in document["findings"]] == [kind]
-    if metric:
-        assert metric in [failure["metric"] for failure in document["failures"]]
-    assert kind in capsys.readouterr().err
-    assert f"<b>{kind}</b>" in (tmp_path / "bundle-refused" / "report.html").read_text()
+    assert metric in [failure["metric"] for failure in document["failures"]]
+    assert f"{metric} is" in capsys.readouterr().err
+    assert f"<li>{metric}: " in (tmp_path / "bundle-refused" / "report.html").read_text()
 
 
 def test_swap_within_the_margin_is_a_tie_and_beyond_it_a_difference():
