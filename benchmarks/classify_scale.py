@@ -31,8 +31,8 @@ from jobs import classify_images
 from jobs.config import ClassifyConfig
 from pipelines.classify.on_ray import work_list
 from pipelines.classify.sizing import CPU_CHUNK
+from pipelines.ledger.entries import Part
 from pipelines.ledger.item_set import Range
-from pipelines.ledger.ledger import Part
 
 ROWS_OF_A_PART = 78 * 256
 """What one part of the finished share held, in whole gaps."""

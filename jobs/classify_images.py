@@ -32,9 +32,9 @@ from pipelines.classify.sizing import size_pools
 from pipelines.inventory import inventory
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
-from pipelines.ledger.ledger import Ledger, LedgerDamaged, LedgerLost, RunMismatch, State
-from pipelines.ledger.parts import Committer, PartDamaged
-from pipelines.ledger.publish import TableDamaged
+from pipelines.ledger.entries import Phase
+from pipelines.ledger.ledger import Ledger
+from pipelines.ledger.parts import Committer
 from pipelines.messages import (
     InputError,
     JobFailed,
@@ -77,8 +77,6 @@ def run(config: ClassifyConfig) -> int:
     kept = "what is recorded stays recorded, and the same command continues it"
     try:
         return carry_out(prepare(config))
-    except (LedgerLost, LedgerDamaged, PartDamaged, TableDamaged) as error:
-        raise JobFailed(str(error)) from error
     except RayError as error:
         raise JobFailed(f"{root_cause(str(error))}; {kept}") from error
     except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
@@ -120,7 +118,7 @@ def prepare(config: ClassifyConfig) -> Run:
 def refuse_strangers(state: Storage, table: Storage) -> None:
     """A table without a ledger is not ours; said before anything is written beside it."""
     if not state.list("ledger"):
-        found = [entry.path for entry in table.list() if publish.readers_see(entry.path)]
+        found = [entry.path for entry in table.list() if publish.is_visible(entry.path)]
         if found:
             raise InputError(
                 f"{table.uri} holds files that are not of this run and that readers would count too "
@@ -133,10 +131,7 @@ def open_ledger(
 ) -> Ledger:
     """The run's ledger, which must be of the same plan, bundle and settings."""
     details = {"config": resolved(config), "certified": certified, **surroundings()}
-    try:
-        return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
-    except RunMismatch as error:
-        raise InputError(str(error)) from error
+    return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
 
 
 def surroundings() -> dict[str, Any]:
@@ -186,7 +181,7 @@ def resolved(config: ClassifyConfig) -> Any:
 
 def carry_out(run: Run) -> int:
     """Classify what is missing, check the error budget, publish, report."""
-    if run.ledger.view.state is State.PUBLISHED:
+    if run.ledger.state.phase is Phase.PUBLISHED:
         publish.finish(run.ledger, run.state, run.table)
         if not reopen_failed(run):
             if not run_report.is_current(run.state, run.ledger):  # the driver died before it could report
@@ -195,7 +190,7 @@ def carry_out(run: Run) -> int:
             return 0
     else:
         run.ledger.announce(session(run))
-    if run.ledger.view.state is State.RUNNING:
+    if run.ledger.state.phase is Phase.RUNNING:
         if not run.ledger.done.full:
             with ray_cluster(run.config.ray_address, num_cpus=run.config.num_cpus):
                 classify_on_cluster(run)
@@ -218,9 +213,9 @@ def reopen_failed(run: Run) -> bool:
     """With `--retry-failed`, open a generation for rows that failed in passing; whether there are any."""
     if not run.config.retry_failed:
         return False
-    failed = publish.failed_items(run.ledger, run.plan, run.table)
+    failed = publish.find_failed_items(run.ledger, run.plan, run.table)
     if failed:
-        run.ledger.reopen(failed, session(run))
+        run.ledger.start_generation(failed, session(run))
     return bool(failed)
 
 
@@ -271,9 +266,9 @@ def dataflow(run: Run, *, final: bool) -> Any:
         raise JobFailed(str(error)) from error
     fetch = plain(config.fetch).shared_by(pools.load_actors)
     source = Source(run.state.uri, bundle.image_spec, plain(config.decode), fetch)
-    target = parts.Target(
+    target = parts.PartContext(
         state_uri=run.state.uri,
-        generation=run.ledger.view.generation,
+        generation=run.ledger.state.generation,
         model_id=bundle.model_id,
         taxonomy=bundle.taxonomy_name,
         cattax=bundle.cattax,
@@ -285,9 +280,9 @@ def dataflow(run: Run, *, final: bool) -> Any:
 
 def check_budget(run: Run) -> None:
     """Refuse to publish too many rows without a label; a rerun of failed rows can only mend a table."""
-    if run.ledger.view.generation > 1:
+    if run.ledger.state.generation > 1:
         return
-    over = parts.over_budget(
+    over = parts.exceeded_error_budget(
         run.ledger.statuses(),
         run.ledger.hosts(),
         max_error_rate=run.config.max_error_rate,
@@ -302,7 +297,7 @@ def check_budget(run: Run) -> None:
 
 def report(run: Run) -> None:
     seconds = {name: round(value, 3) for name, value in run.seconds.items()}
-    sessions = run.ledger.view.sessions
+    sessions = run.ledger.state.sessions
     about = {
         "model_id": run.bundle.model_id,
         "taxonomy": run.bundle.taxonomy_name,

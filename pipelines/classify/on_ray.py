@@ -80,7 +80,9 @@ class BundleReplaced(RuntimeError):
     """Another model lies where the run's model was."""
 
 
-def classify(chunks: pa.Table, source: Source, model: Model, target: parts.Target, pools: Pools) -> Dataset:
+def classify(
+    chunks: pa.Table, source: Source, model: Model, target: parts.PartContext, pools: Pools
+) -> Dataset:
     """The whole dataflow, in the order the rows move; consuming it yields one row per written part.
 
     Args:

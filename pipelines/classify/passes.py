@@ -18,13 +18,13 @@ from ray.data import Dataset
 
 from pipelines.ledger.item_set import count
 from pipelines.ledger.ledger import Ledger, LedgerLost
-from pipelines.ledger.parts import Committer, Written, read_written
+from pipelines.ledger.parts import Committer, WriteResult, read_result
 from pipelines.messages import JobFailed, Stopped
 from pipelines.status import Status
 
 log = logging.getLogger(__name__)
 
-Arrival = Written | BaseException | None
+Arrival = WriteResult | BaseException | None
 """A part, the error that ended the dataflow, or None at its end."""
 
 
@@ -110,7 +110,7 @@ def flushed(committer: Committer) -> Iterator[None]:
         raise
 
 
-def take(written: Written | None, committer: Committer, progress: Progress) -> None:
+def take(written: WriteResult | None, committer: Committer, progress: Progress) -> None:
     """One arrival into the ledger and onto the screen; None is the clock's."""
     kept = committer.add(written.part) if written and written.part else None
     if kept:
@@ -121,7 +121,7 @@ def take(written: Written | None, committer: Committer, progress: Progress) -> N
     progress.show()
 
 
-def arrivals(parts: Dataset, *, every_s: float) -> Iterator[Written | None]:
+def arrivals(parts: Dataset, *, every_s: float) -> Iterator[WriteResult | None]:
     """Every written part as it comes, and None whenever `every_s` seconds passed without one."""
     arrived: queue.Queue[Arrival] = queue.Queue()
     threading.Thread(target=consume, args=(parts, arrived), name="consume", daemon=True).start()
@@ -142,7 +142,7 @@ def consume(parts: Dataset, arrived: "queue.Queue[Arrival]") -> None:
     try:
         for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
-                arrived.put(read_written(row))
+                arrived.put(read_result(row))
         arrived.put(None)
     except BaseException as error:  # raised again where the run is driven
         arrived.put(error)

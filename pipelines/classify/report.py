@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.inventory.plan import Plan
-from pipelines.ledger.ledger import Ledger, total
+from pipelines.ledger.entries import sum_counts
+from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.verify import REPORT_JSON
 from pipelines.messages import redact
 from pipelines.status import TRANSIENT
@@ -18,7 +19,7 @@ def is_current(state: Storage, ledger: Ledger) -> bool:
     if not state.exists(REPORT_JSON):
         return False
     generation: int = json.loads(state.read(REPORT_JSON))["generation"]
-    return generation == ledger.view.generation
+    return generation == ledger.state.generation
 
 
 def write(
@@ -31,7 +32,7 @@ def write(
         about: model, provider and the like, copied.
     """
     statuses = counts(ledger)
-    labels = total(file.labels for file in ledger.view.files.values())
+    labels = sum_counts(file.labels for file in ledger.state.files.values())
     classify_s = session.get("seconds", {}).get("classify", 0.0)
     report = {
         "rows": plan.n_rows,
@@ -39,7 +40,7 @@ def write(
         "statuses": dict(sorted(statuses.items())),
         "retryable_rows": sum(statuses[status.value] for status in TRANSIENT),
         "labels": dict(labels.most_common()),
-        "generation": ledger.view.generation,
+        "generation": ledger.state.generation,
         "last_session": {
             **session,
             "images_per_second": round(session["images"] / classify_s, 1) if classify_s else None,
@@ -51,7 +52,7 @@ def write(
 
 def counts(ledger: Ledger) -> Counter[str]:
     """Published rows by status."""
-    return total(file.statuses for file in ledger.view.files.values())
+    return sum_counts(file.statuses for file in ledger.state.files.values())
 
 
 def one_line(ledger: Ledger, plan: Plan, table: Storage) -> str:

@@ -1,7 +1,7 @@
-"""One entry of the ledger: its fields, its sealed bytes, and what the run looks like after it. Pure, no I/O.
+"""One ledger entry: its fields, its encoded bytes, and the run's state after it. Pure, no I/O.
 
-An entry is one JSON object that ends in its own sha256 and repeats that of the entry before, so that none
-can be lost, altered or exchanged unnoticed. `after` is the whole arithmetic of a run; `ledger.py` keeps it.
+An entry is one JSON object that ends in its own sha256 and repeats the sha256 of the entry before, so a
+lost, altered or exchanged entry is noticed. `apply` is the whole arithmetic of a run.
 """
 
 import hashlib
@@ -13,15 +13,16 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from pipelines.ledger.item_set import Range
+from pipelines.messages import JobFailed
 
 Kind = Literal["start", "parts", "close", "file", "published"]
 
 
-class LedgerDamaged(ValueError):
+class LedgerDamaged(JobFailed):
     """The entries are not what any driver wrote: one is missing, altered or out of order."""
 
 
-class State(StrEnum):
+class Phase(StrEnum):
     """How far the current generation is."""
 
     RUNNING = "running"
@@ -40,13 +41,13 @@ class Part:
     sha256: str
     bytes: int
     items: tuple[Range, ...]
-    """Row ids of the plan, in file order."""
+    """Item ids of the plan, in file order."""
     rows: int
     """Table rows: an item answers for one row or more."""
     statuses: Mapping[str, int]
     """Table rows by status."""
     hosts: Mapping[str, int]
-    """Table rows without a label by the host they come from, the most frequent ones."""
+    """Table rows without a label by host, the most frequent hosts."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TableFile:
 
 
 @dataclass(frozen=True)
-class View:
+class LedgerState:
     """What the entries so far say."""
 
     entries: int = 0
@@ -73,7 +74,7 @@ class View:
     """Checksum of the last entry, which the next one repeats."""
     generation: int = 1
     """1 for the first run; each rerun of failed rows is another."""
-    state: State = State.RUNNING
+    phase: Phase = Phase.RUNNING
     parts: tuple[Part, ...] = ()
     """Recorded in this generation, in order."""
     files: Mapping[str, TableFile] = field(default_factory=dict)
@@ -87,15 +88,15 @@ class View:
     """What each driver that started said of itself, in order."""
 
 
-def sealed(entry: Mapping[str, Any]) -> tuple[bytes, str]:
+def encode(entry: Mapping[str, Any]) -> tuple[bytes, str]:
     """An entry's stored bytes, one JSON object that ends in its own sha256, and that checksum."""
     body = json.dumps(entry, separators=(",", ":"))
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f'{body[:-1]},"sha256":"{digest}"}}'.encode(), digest
 
 
-def unsealed(payload: bytes) -> tuple[dict[str, Any], str]:
-    """The inverse of `sealed`. Raises LedgerDamaged if a byte was changed."""
+def decode(payload: bytes) -> tuple[dict[str, Any], str]:
+    """The inverse of `encode`. Raises LedgerDamaged if a byte was changed."""
     body, _, tail = payload.decode(errors="replace").rpartition(',"sha256":"')
     body, digest = body + "}", tail.removesuffix('"}')
     if hashlib.sha256(body.encode()).hexdigest() != digest:
@@ -103,65 +104,64 @@ def unsealed(payload: bytes) -> tuple[dict[str, Any], str]:
     return json.loads(body), digest
 
 
-def after(view: View, entry: Mapping[str, Any], digest: str) -> View:
-    """The view once `entry`, whose checksum is `digest`, is in the ledger.
+def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerState:
+    """The state once `entry`, whose checksum is `digest`, is in the ledger.
 
     Raises:
         LedgerDamaged: no driver could have written this entry here.
     """
     number, kind = entry["number"], entry["kind"]
-    if number != view.entries or entry["previous"] != view.digest:
+    if number != state.entries or entry["previous"] != state.digest:
         raise LedgerDamaged(
             f"ledger entry {number:06d} does not follow the one before it: one was lost or altered"
         )
-    allowed: dict[str, Iterable[State]] = {"start": State, "parts": [State.RUNNING], "close": [State.RUNNING]}
-    if view.state not in allowed.get(kind, [State.PUBLISHING]):
-        raise LedgerDamaged(f"ledger entry {number:06d} says {kind!r}, but the run was already {view.state}")
-    view = replace(view, entries=number + 1, digest=digest)
+    allowed: dict[str, Iterable[Phase]] = {"start": Phase, "parts": [Phase.RUNNING], "close": [Phase.RUNNING]}
+    if state.phase not in allowed.get(kind, [Phase.PUBLISHING]):
+        raise LedgerDamaged(f"ledger entry {number:06d} says {kind!r}, but the run was already {state.phase}")
+    state = replace(state, entries=number + 1, digest=digest)
     match kind:
         case "start":
-            return started(view, entry)
+            return _apply_start(state, entry)
         case "parts":
-            return replace(view, parts=(*view.parts, *(part_of(part) for part in entry["parts"])))
+            return replace(state, parts=(*state.parts, *map(read_part_entry, entry["parts"])))
         case "close":
-            return replace(view, state=State.PUBLISHING, rows_per_file=entry["rows_per_file"])
+            return replace(state, phase=Phase.PUBLISHING, rows_per_file=entry["rows_per_file"])
         case "file":
-            file = file_of(entry["file"])
-            return replace(view, files={**view.files, file.name: file})
+            file = _read_file_entry(entry["file"])
+            return replace(state, files={**state.files, file.name: file})
         case _:
-            return replace(view, state=State.PUBLISHED)
+            return replace(state, phase=Phase.PUBLISHED)
 
 
-def started(view: View, entry: Mapping[str, Any]) -> View:
-    """A driver announced itself; with `reopened` it also opened the next generation."""
-    view = replace(view, driver=entry["driver"], sessions=(*view.sessions, entry["session"]))
+def _apply_start(state: LedgerState, entry: Mapping[str, Any]) -> LedgerState:
+    """A driver announced itself; with `reopened` it also started the next generation."""
+    state = replace(state, driver=entry["driver"], sessions=(*state.sessions, entry["session"]))
     if not entry["reopened"]:
-        return view
+        return state
     return replace(
-        view,
-        generation=view.generation + 1,
-        state=State.RUNNING,
+        state,
+        generation=state.generation + 1,
+        phase=Phase.RUNNING,
         parts=(),
-        reopened=ranges_from(entry["reopened"]),
+        reopened=read_ranges(entry["reopened"]),
     )
 
 
-def part_of(written: Mapping[str, Any]) -> Part:
+def read_part_entry(written: Mapping[str, Any]) -> Part:
     """A part from its JSON form."""
-    return Part(**{**written, "items": ranges_from(written["items"])})
+    return Part(**{**written, "items": read_ranges(written["items"])})
 
 
-def file_of(written: Mapping[str, Any]) -> TableFile:
-    """A table file from its JSON form."""
-    return TableFile(**{**written, "items": ranges_from(written["items"])})
+def _read_file_entry(written: Mapping[str, Any]) -> TableFile:
+    return TableFile(**{**written, "items": read_ranges(written["items"])})
 
 
-def ranges_from(written: Iterable[Sequence[int]]) -> tuple[Range, ...]:
-    """Ranges from JSON, which knows no tuples."""
+def read_ranges(written: Iterable[Sequence[int]]) -> tuple[Range, ...]:
+    """Ranges from JSON, which has no tuples."""
     return tuple((start, stop) for start, stop in written)
 
 
-def total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+def sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
     """The sum of counts by name."""
     summed: Counter[str] = Counter()
     for each in counts:

@@ -74,7 +74,7 @@ class ItemSet:
                 + start
             )
             found.extend(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-        return merged(found)
+        return join_adjacent(found)
 
     def _unpacked(self, start: int, stop: int) -> np.ndarray:
         first = start // 8
@@ -109,13 +109,13 @@ def count(ranges: Iterable[Range]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def repeated(ranges: Sequence[Range]) -> bool:
+def overlap(ranges: Sequence[Range]) -> bool:
     """Whether any item is in two of the ranges."""
     ordered = sorted(ranges)
     return any(earlier[1] > later[0] for earlier, later in pairwise(ordered))
 
 
-def merged(ranges: Iterable[Range]) -> list[Range]:
+def join_adjacent(ranges: Iterable[Range]) -> list[Range]:
     """The same items with neighbouring ranges joined, order kept."""
     joined: list[Range] = []
     for start, stop in ranges:

@@ -1,15 +1,22 @@
-"""What of a run counts: an append-only log of entries, each created if absent and chained to the one before.
+"""Which parts and files of a run count: an append-only log, each entry created if absent and chained.
 
     state/run.json             what the run is; a resume must agree with it
     state/ledger/000000.json …  start | parts | close | file | published
 
-A file counts only if an entry lists it, and a row id is listed once. The next number can be taken once,
-so a driver that finds it taken knows that another is at work and stops (`LedgerLost`): whoever started last
-goes on, and a driver that was paused cannot add anything when it wakes. The arithmetic is `entries.py`'s,
-whose names others import from here; what is inside the files, `output.py`'s and `publishing.py`'s.
+A file counts only if an entry lists it, and an item is listed once. Each number can be taken once, so one
+create-if-absent log also fences two drivers: the one that finds its next number taken stops
+(`LedgerLost`), and a driver that was paused can add nothing when it wakes.
 
-After any exception, between any two lines, the same Ledger may be used again: an entry in hand is kept,
-byte for byte, until the storage is known to hold it.
+After any exception, between any two lines, the same Ledger may be used again: a pending entry is kept, byte
+for byte, until the storage is known to hold it.
+
+Why not Delta's log, which is also numbered JSON, created if absent, that lists the files that count? The
+table's readers would need Delta, or read files that the log has removed; with this log they need plain
+Parquet and `_SUCCESS`. An entry lists the plan's items in each file, which resume, the removal of repeats and
+`verify` need and Delta's add action has no field for. Parts are recorded long before anything is
+readable: in a Delta table they would be visible, or need a second log. And delta-rs commits a stale retry of
+a transaction again (delta-rs#2580), so the fence would still be ours. A Delta view over a published table
+is 12 lines.
 """
 
 import json
@@ -26,42 +33,32 @@ from typing import Any
 
 from pipelines.ledger.entries import (
     Kind,
-    LedgerDamaged,
+    LedgerState,
     Part,
-    State,
+    Phase,
     TableFile,
-    View,
-    after,
-    part_of,
-    ranges_from,
-    sealed,
-    total,
-    unsealed,
+    apply,
+    decode,
+    encode,
+    read_ranges,
+    sum_counts,
 )
-from pipelines.ledger.item_set import ItemSet, Range, repeated
+from pipelines.ledger.item_set import ItemSet, Range, overlap
+from pipelines.messages import InputError, JobFailed
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import AlreadyExists
-
-__all__ = [
-    "RUN_JSON", "Ledger", "LedgerDamaged", "LedgerLost", "Part", "RunMismatch", "State", "TableFile", "View",
-    "part_of", "ranges_from", "total",
-]  # fmt: skip
 
 RUN_JSON = "run.json"
 READERS = 32
 """Entries read at once on a resume: a night of entries from an object store is then seconds."""
 
 
-class RunMismatch(ValueError):
-    """The folder holds the run of something else; the message names what differs."""
-
-
-class LedgerLost(RuntimeError):
+class LedgerLost(JobFailed):
     """Another driver has written the next entry: this one must stop."""
 
 
 @dataclass(frozen=True)
-class InHand:
+class Pending:
     """An entry that is being written: kept until it is known to be stored."""
 
     entry: Mapping[str, Any]
@@ -72,21 +69,21 @@ class InHand:
 class Ledger:
     """Owns the log of one state folder, as one driver sees and extends it."""
 
-    def __init__(self, state: Storage, n_items: int) -> None:
-        self._state = state
-        self._in_hand: InHand | None = None
+    def __init__(self, storage: Storage, n_items: int) -> None:
+        self._storage = storage
+        self._pending: Pending | None = None
         self._driver = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-        self.view = View()
+        self.state = LedgerState()
         self.done = ItemSet(n_items)
         """Items that are recorded, in this generation or an earlier one."""
         self._paths: set[str] = set()
-        for payload in read_entries(state):
-            self._take(*unsealed(payload))
+        for payload in _read_entries(storage):
+            self._take(*decode(payload))
 
     @classmethod
     def open(
         cls,
-        state: Storage,
+        storage: Storage,
         identity: Mapping[str, Any],
         *,
         n_items: int,
@@ -96,51 +93,51 @@ class Ledger:
 
         Args:
             identity: flat, JSON-able settings that decide what the rows will say.
-            details: more about the run, kept beside the identity but not compared.
+            details: more about the run, stored with the identity but not compared.
 
         Raises:
-            RunMismatch: the folder holds a run of another identity.
+            InputError: the folder holds a run of another identity.
             LedgerDamaged: entries are missing or altered.
         """
         described = {"identity": dict(identity), "n_items": n_items, **(details or {})}
         try:
-            state.create(RUN_JSON, json.dumps(described, indent=1, sort_keys=True).encode())
+            storage.create(RUN_JSON, json.dumps(described, indent=1, sort_keys=True).encode())
         except AlreadyExists:
-            refuse_other(json.loads(state.read(RUN_JSON))["identity"], identity, state.uri)
-        return cls(state, n_items)
+            _refuse_other_run(json.loads(storage.read(RUN_JSON))["identity"], identity, storage.uri)
+        return cls(storage, n_items)
 
     def announce(self, session: Mapping[str, Any] | None = None) -> None:
         """Take the run over, before anything costly starts.
 
         Args:
-            session: what the driver says of itself that may differ from one to the next; JSON-able.
+            session: what may differ from one driver to the next; JSON-able.
 
         Raises:
             LedgerLost: another driver did so since this one read the ledger.
         """
         self._append("start", reopened=[], session=dict(session or {}))
 
-    def reopen(self, items: Sequence[Range], session: Mapping[str, Any] | None = None) -> None:
-        """Open the next generation of a published run, in which these items are run again."""
-        if self.view.state is not State.PUBLISHED or not items:
+    def start_generation(self, items: Sequence[Range], session: Mapping[str, Any] | None = None) -> None:
+        """Start the next generation of a published run, in which these items are run again."""
+        if self.state.phase is not Phase.PUBLISHED or not items:
             raise ValueError(
-                f"only failed rows of a published run can be rerun; this run is {self.view.state}"
+                f"only failed rows of a published run can be rerun; this run is {self.state.phase}"
             )
         self._append("start", reopened=items, session=dict(session or {}))
 
     def record(self, parts: Sequence[Part]) -> None:
-        """Make the parts count, in one entry; a part that counts already is passed over.
+        """Make the parts count, in one entry; a part that is recorded already is skipped.
 
         Raises:
             LedgerLost: another driver is at work; none of the parts counts.
             ValueError: a part repeats an item that is recorded.
         """
-        self._settle()
+        self._write_pending()
         new = [part for part in parts if part.path not in self._paths]
         claimed = [span for part in new for span in part.items]
-        if self.done.present(claimed) or repeated(claimed):
+        if self.done.present(claimed) or overlap(claimed):
             raise ValueError(
-                f"{new[0].path} and its neighbours repeat recorded items; repair them before recording"
+                f"{new[0].path} and the parts after it repeat recorded items; remove those before recording"
             )
         if new:
             self._append("parts", parts=[asdict(part) for part in new])
@@ -162,18 +159,18 @@ class Ledger:
         self._append("file", file=asdict(file))
 
     def publish(self) -> None:
-        """Say that the table is complete."""
+        """Record that the table is complete."""
         self._append("published")
 
     def check(self) -> None:
-        """Find a rival early, when there is nothing to record. Raises LedgerLost."""
-        self._settle()
-        if self._state.exists(entry_path(self.view.entries)):
-            raise LedgerLost(self._rival())
+        """Look for a rival's entry when there is nothing to record. Raises LedgerLost."""
+        self._write_pending()
+        if self._storage.exists(_entry_path(self.state.entries)):
+            raise LedgerLost(self._describe_rival())
 
     @contextmanager
-    def explaining_loss(self) -> Iterator[None]:
-        """Where a file is gone or not as it was because of a rival, say that instead. Raises LedgerLost."""
+    def detect_rival(self) -> Iterator[None]:
+        """Where a file is gone or changed because of a rival, raise LedgerLost instead."""
         try:
             yield
         except (FileNotFoundError, AlreadyExists):
@@ -182,69 +179,69 @@ class Ledger:
 
     def statuses(self) -> Counter[str]:
         """Rows by status, in the parts of this generation."""
-        return total(part.statuses for part in self.view.parts)
+        return sum_counts(part.statuses for part in self.state.parts)
 
     def hosts(self) -> Counter[str]:
         """Rows without a label by host, in the parts of this generation."""
-        return total(part.hosts for part in self.view.parts)
+        return sum_counts(part.hosts for part in self.state.parts)
 
     def _append(self, kind: Kind, **fields: Any) -> None:
-        self._settle()
+        self._write_pending()
         entry = {
             "format_version": 1,
-            "number": self.view.entries,
-            "previous": self.view.digest,
+            "number": self.state.entries,
+            "previous": self.state.digest,
             "kind": kind,
             "driver": self._driver,
             "nonce": uuid.uuid4().hex,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             **fields,
         }
-        after(self.view, entry, "")  # what would be damage later is a mistake now
-        self._in_hand = InHand(entry, *sealed(entry))
-        self._settle()
+        apply(self.state, entry, "")  # raises now what a reader would call damage later
+        self._pending = Pending(entry, *encode(entry))
+        self._write_pending()
 
-    def _settle(self) -> None:
-        """Bring an entry in hand to an end; the storage takes these very bytes twice without complaint."""
-        if self._in_hand is None:
+    def _write_pending(self) -> None:
+        """Store the pending entry, if there is one; the storage accepts the same bytes twice."""
+        if self._pending is None:
             return
-        hand = self._in_hand
-        if hand.entry["number"] == self.view.entries:
+        pending = self._pending
+        if pending.entry["number"] == self.state.entries:
             try:
-                self._state.create(entry_path(hand.entry["number"]), hand.payload)
+                self._storage.create(_entry_path(pending.entry["number"]), pending.payload)
             except AlreadyExists:
-                raise LedgerLost(self._rival()) from None
-            self._take(hand.entry, hand.digest)
-        self._in_hand = None
+                raise LedgerLost(self._describe_rival()) from None
+            self._take(pending.entry, pending.digest)
+        self._pending = None
 
     def _take(self, entry: Mapping[str, Any], digest: str) -> None:
-        """Bits first: setting them twice is harmless, and the view decides whether the entry was taken."""
-        view = after(self.view, entry, digest)
-        self.done.remove(ranges_from(entry.get("reopened", ())))
+        """Bits first: setting them twice is harmless, and the state says whether the entry was taken."""
+        state = apply(self.state, entry, digest)
+        self.done.remove(read_ranges(entry.get("reopened", ())))
         for part in entry.get("parts", ()):
-            self.done.add(ranges_from(part["items"]))
+            self.done.add(read_ranges(part["items"]))
             self._paths.add(part["path"])
-        self.view = view
+        self.state = state
 
-    def _rival(self) -> str:
-        path = entry_path(self.view.entries)
-        rival, _ = unsealed(self._state.read(path))
+    def _describe_rival(self) -> str:
+        path = _entry_path(self.state.entries)
+        rival, _ = decode(self._storage.read(path))
         who = f"{rival['driver']['host']}, pid {rival['driver']['pid']}"
         return (
-            f"another driver ({who}) is at work on {self._state.uri}: it wrote {path} at {rival['at']}. "
+            f"another driver ({who}) is at work on {self._storage.uri}: it wrote {path} at {rival['at']}. "
             "This one stops; what it recorded until then stays recorded"
         )
 
 
-def read_entries(state: Storage) -> list[bytes]:
-    """Every entry's bytes in order; a gap shows when they are applied."""
-    paths = [entry.path for entry in state.list("ledger") if entry.path.endswith(".json")]
+def _read_entries(storage: Storage) -> list[bytes]:
+    """Every entry's bytes in order; a gap is found when they are applied."""
+    paths = [entry.path for entry in storage.list("ledger") if entry.path.endswith(".json")]
     with ThreadPoolExecutor(READERS) as readers:
-        return list(readers.map(state.read, sorted(paths)))
+        return list(readers.map(storage.read, sorted(paths)))
 
 
-def refuse_other(found: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
-    """Raise RunMismatch that names every setting in which two runs differ."""
+def _refuse_other_run(found: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -> None:
+    """Raise InputError that names every setting in which two runs differ."""
     asked = json.loads(json.dumps(dict(asked)))
     differing = [
         f"{name} was {found.get(name)!r} and is now {asked.get(name)!r}"
@@ -252,12 +249,12 @@ def refuse_other(found: Mapping[str, Any], asked: Mapping[str, Any], uri: str) -
         if found.get(name) != asked.get(name)
     ]
     if differing:
-        raise RunMismatch(
+        raise InputError(
             f"{uri} holds a different run: {'; '.join(differing)}. Use another output folder, "
             "or the same inventory, bundle and settings to continue that run"
         )
 
 
-def entry_path(number: int) -> str:
-    """Where an entry lies below the state folder."""
+def _entry_path(number: int) -> str:
+    """Path of an entry below the state folder."""
     return f"ledger/{number:06d}.json"

@@ -1,8 +1,8 @@
 """Scored items -> part files joined with the caller's rows; parts -> ledger entries; counts -> error budget.
 
-A part holds whole items, ascending by row id, under a fresh name: writing one twice makes a second file,
-which the ledger will not list. Beside the table's columns it keeps the row id, so that a part that repeats
-recorded items can be rewritten without them. What happens after the last part is `publishing.py`.
+A part holds whole items, ascending by item id, under a fresh name: writing one twice makes a second file,
+which the ledger will not list. It has the item id in front of the table's columns, so that a part that
+repeats recorded items can be rewritten without them. `publish` makes the table out of the parts.
 """
 
 import hashlib
@@ -22,13 +22,15 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan, open_plan
+from pipelines.ledger.entries import Part, read_part_entry, read_ranges
 from pipelines.ledger.item_set import ItemSet, Range, count, ids_of, ranges_of
-from pipelines.ledger.ledger import Ledger, Part, part_of, ranges_from
+from pipelines.ledger.ledger import Ledger
+from pipelines.messages import JobFailed
 from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import Storage, open_storage
 
-HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
+_HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
 HOSTS_KEPT = 20
 """Failing hosts that a part names: enough to find the culprit, too few to swell the ledger."""
 
@@ -38,13 +40,9 @@ ITEMS_AT_ONCE = 256
 """Items whose rows are counted together."""
 
 
-class PartDamaged(ValueError):
-    """A part's bytes are not those that were recorded."""
-
-
 @dataclass(frozen=True)
-class Target:
-    """Where parts go, and what every row of the run says."""
+class PartContext:
+    """Where parts go, and the values that every row of the run has."""
 
     state_uri: str
     generation: int
@@ -56,24 +54,24 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What became of one batch: the part, if any row was written, and the items left for a later pass."""
+class WriteResult:
+    """The outcome of one batch: the part, if any row was written, and the items left for a later pass."""
 
     part: Part | None
     deferred: tuple[Range, ...]
 
 
-def write_batch(scored: pa.Table, target: Target) -> pa.Table:
+def write_batch(scored: pa.Table, context: PartContext) -> pa.Table:
     """One batch of `schema.SCORED` -> part files -> for each a row of text columns for the driver."""
-    state, plan = opened(target.state_uri)
-    pieces = cut_by_rows(distinct_items(scored), plan)
-    written = [write_part(piece, plan, state, target) for piece in pieces]
+    state, plan = _open_state(context.state_uri)
+    pieces = _split_by_rows(drop_repeats(scored), plan)
+    written = [write_part(piece, plan, state, context) for piece in pieces]
     parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
     deferred = [json.dumps(one.deferred) for one in written]
     return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
 
 
-def cut_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
+def _split_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     """Distinct items in pieces that answer for ROWS_AT_ONCE rows, or for those of ITEMS_AT_ONCE items."""
     start = n_rows = 0
     for at in range(0, scored.num_rows, ITEMS_AT_ONCE):
@@ -87,52 +85,54 @@ def cut_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     yield scored.slice(start)
 
 
-def read_written(row: Mapping[str, str | None]) -> Written:
+def read_result(row: Mapping[str, str | None]) -> WriteResult:
     """The inverse of `write_batch`'s row."""
-    part = part_of(json.loads(row["part"])) if row["part"] else None
-    return Written(part, ranges_from(json.loads(row["deferred"] or "[]")))
+    part = read_part_entry(json.loads(row["part"])) if row["part"] else None
+    return WriteResult(part, read_ranges(json.loads(row["deferred"] or "[]")))
 
 
 @lru_cache(maxsize=2)
-def opened(state_uri: str) -> tuple[Storage, Plan]:
+def _open_state(state_uri: str) -> tuple[Storage, Plan]:
     """The state folder and its frozen plan, opened once per worker process."""
     state = open_storage(state_uri)
     return state, open_plan(state)
 
 
-def write_part(scored: pa.Table, plan: Plan, state: Storage, target: Target) -> Written:
+def write_part(scored: pa.Table, plan: Plan, state: Storage, context: PartContext) -> WriteResult:
     """Join distinct scored items, ascending, with the plan's rows and write them as one Parquet file."""
     deferred: tuple[Range, ...] = ()
-    if not target.final:
+    if not context.final:
         passing = pc.is_in(scored["status"], pa.array([status.value for status in TRANSIENT]))
         deferred = tuple(ranges_of(scored.filter(passing)["item_id"].to_numpy()))
         scored = scored.filter(pc.invert(passing))
     if not scored.num_rows:
-        return Written(None, deferred)
-    return Written(store_part(joined(scored, plan, target), state, target.generation), deferred)
+        return WriteResult(None, deferred)
+    return WriteResult(
+        _store_part(join_plan_rows(scored, plan, context), state, context.generation), deferred
+    )
 
 
-def distinct_items(scored: pa.Table) -> pa.Table:
-    """One row per item, ascending by row id: the first where a retried task brought several."""
+def drop_repeats(scored: pa.Table) -> pa.Table:
+    """One row per item, ascending by item id: the first where a retried task brought several."""
     _, first = np.unique(scored["item_id"].to_numpy(), return_index=True)
     return scored.cast(schema.SCORED).take(first)
 
 
-def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
-    """Every table row that these items answer for, with its row id in front of the table's own columns."""
+def join_plan_rows(scored: pa.Table, plan: Plan, context: PartContext) -> pa.Table:
+    """Every table row that these items answer for, with its item id in front of the table's columns."""
     items = plan.items(ranges_of(scored["item_id"].to_numpy()), ["uri", "table_rows"])
     rows = items["table_rows"].combine_chunks()
     owners = pc.list_parent_indices(rows)
     results = scored.take(owners)
-    fields = part_schema(plan.carried)
+    fields = _part_schema(plan.carried)
     constants = {
-        "cattax": target.cattax,
-        "model_id": target.model_id,
-        "taxonomy": target.taxonomy,
+        "cattax": context.cattax,
+        "model_id": context.model_id,
+        "taxonomy": context.taxonomy,
         "classified_at": datetime.now(UTC),
     }
     columns = {ITEM_ID: results["item_id"], "uri": items["uri"].take(owners)}
-    given = rows.flatten()  # its fields by position: pyarrow would take a name like `.a` for a path
+    given = rows.flatten()  # its fields by position: pyarrow takes a name like `.a` for a path
     columns |= {field.name: pc.struct_field(given, [index]) for index, field in enumerate(given.type)}
     columns |= {name: results[name] for name in schema.PREDICTIONS_TAIL.names if name not in constants}
     for name, value in constants.items():
@@ -140,13 +140,13 @@ def joined(scored: pa.Table, plan: Plan, target: Target) -> pa.Table:
     return pa.table([columns[name] for name in fields.names], schema=fields)
 
 
-def part_schema(carried: pa.Schema) -> pa.Schema:
-    """The schema of a part: the row id, then the published columns."""
+def _part_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema of a part: the item id, then the published columns."""
     return pa.schema([pa.field(ITEM_ID, pa.int64(), nullable=False), *schema.predictions_schema(carried)])
 
 
-def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
-    """Write rows of `part_schema` under a fresh name in one atomic put."""
+def _store_part(table: pa.Table, state: Storage, generation: int) -> Part:
+    """Write rows of `_part_schema` under a fresh name in one atomic put."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     payload = buffer.getvalue()
@@ -158,47 +158,47 @@ def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
         bytes=len(payload),
         items=tuple(ranges_of(np.unique(table[ITEM_ID].to_numpy()))),
         rows=table.num_rows,
-        statuses=counts(table["status"]),
-        hosts=failing_hosts(table),
+        statuses=count_values(table["status"]),
+        hosts=_count_failing_hosts(table),
     )
 
 
 def parts_folder(generation: int) -> str:
-    """Parts of different generations lie apart, so that clearing one up never touches the next."""
+    """One folder per generation, so that clearing one up never touches the next."""
     return f"parts/g{generation:04d}"
 
 
 def read_part(part: Part, state: Storage) -> pa.Table:
-    """The rows of a part. Raises PartDamaged if its bytes are not those that were recorded."""
+    """The rows of a part. Raises JobFailed if its bytes are not those that were recorded."""
     payload = state.read(part.path)
     digest = hashlib.sha256(payload).hexdigest()
     if digest != part.sha256:
-        raise PartDamaged(
+        raise JobFailed(
             f"{state.uri}/{part.path} has sha256 {digest}, the ledger says {part.sha256}; restore it"
         )
     return pq.ParquetFile(pa.BufferReader(payload)).read()
 
 
-def without_items(part: Part, state: Storage, repeated: Sequence[Range], generation: int) -> Part | None:
+def _drop_items(part: Part, state: Storage, repeats: Sequence[Range], generation: int) -> Part | None:
     """A new part without the repeated items, or None if nothing else is in it."""
-    if count(repeated) == count(part.items):
+    if count(repeats) == count(part.items):
         return None
     table = read_part(part, state)
-    outside = pc.invert(pc.is_in(table[ITEM_ID], pa.array(ids_of(repeated))))
-    return store_part(table.filter(outside), state, generation)
+    outside = pc.invert(pc.is_in(table[ITEM_ID], pa.array(ids_of(repeats))))
+    return _store_part(table.filter(outside), state, generation)
 
 
-def counts(column: pa.ChunkedArray) -> dict[str, int]:
+def count_values(column: pa.ChunkedArray) -> dict[str, int]:
     """How often each value occurs, nulls left out, by value."""
     found = pc.value_counts(column.drop_null())
     pairs = zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True)
     return dict(sorted(pairs))
 
 
-def failing_hosts(table: pa.Table) -> dict[str, int]:
+def _count_failing_hosts(table: pa.Table) -> dict[str, int]:
     """The hosts (or buckets) that most rows without a label come from."""
     failed = table.filter(pc.not_equal(table["status"], Status.OK.value))
-    by_host = counts(pc.struct_field(pc.extract_regex(failed["uri"], HOST), "host"))
+    by_host = count_values(pc.struct_field(pc.extract_regex(failed["uri"], _HOST), "host"))
     return dict(sorted(by_host.items(), key=lambda pair: -pair[1])[:HOSTS_KEPT])
 
 
@@ -220,11 +220,11 @@ class Committer:
         self._claimed: ItemSet = ledger.done.copy()
 
     def add(self, part: Part) -> Part | None:
-        """Take a written part in, less what it repeats; returns what will be recorded, if anything."""
+        """Accept a written part without what it repeats; returns what will be recorded, if anything."""
         kept: Part | None = part
-        if repeated := self._claimed.present(part.items):
-            with self._ledger.explaining_loss():
-                kept = without_items(part, self._state, repeated, self._ledger.view.generation)
+        if repeats := self._claimed.present(part.items):
+            with self._ledger.detect_rival():
+                kept = _drop_items(part, self._state, repeats, self._ledger.state.generation)
         if kept:
             self._pending.append(kept)
             self._claimed.add(kept.items)
@@ -232,7 +232,7 @@ class Committer:
         return kept
 
     def tick(self) -> None:
-        """Write the entry if it is time, and look for a rival even when there is nothing to write."""
+        """Write the entry if it is time; with nothing to write, look for a rival."""
         if self._clock() - self._written_at < self._every_s:
             return
         if self._pending:
@@ -248,7 +248,7 @@ class Committer:
         del self._pending[: len(pending)]
 
 
-def over_budget(
+def exceeded_error_budget(
     statuses: Mapping[str, int],
     hosts: Mapping[str, int],
     *,
@@ -269,10 +269,10 @@ def over_budget(
     ]
     if not over:
         return None
-    return f"{'; '.join(over)}. Top reasons: {top(failed)}. Top hosts: {top(hosts)}"
+    return f"{'; '.join(over)}. Top reasons: {_format_top(failed)}. Top hosts: {_format_top(hosts)}"
 
 
-def top(counted: Mapping[str, int], names: int = 5) -> str:
+def _format_top(counted: Mapping[str, int], names: int = 5) -> str:
     """The most frequent names with their counts, as text."""
     ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))[:names]
     return ", ".join(f"{name} {n:,}" for name, n in ordered) or "none"

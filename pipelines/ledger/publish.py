@@ -30,10 +30,12 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan
-from pipelines.ledger.item_set import ItemSet, Range, ids_of, merged, ranges_of
-from pipelines.ledger.ledger import Ledger, Part, State, TableFile, View
-from pipelines.ledger.parts import counts, parts_folder, read_part
-from pipelines.ledger.republish import replaced, row_sequence
+from pipelines.ledger.entries import LedgerState, Part, Phase, TableFile
+from pipelines.ledger.item_set import ItemSet, Range, ids_of, join_adjacent, ranges_of
+from pipelines.ledger.ledger import Ledger
+from pipelines.ledger.parts import count_values, parts_folder, read_part
+from pipelines.ledger.republish import list_row_items, replace_rows
+from pipelines.messages import InputError, JobFailed
 from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage, sha256_of
@@ -44,20 +46,8 @@ ROWS_PER_GROUP = 65_536
 """Rows of a Parquet row group: large enough for column scans, small enough to hold one in memory."""
 
 
-class TableOccupied(ValueError):
-    """The table's folder holds files that this run did not write."""
-
-
-class TableDamaged(ValueError):
-    """A published file's bytes are not those that the ledger lists."""
-
-
-class NotComplete(ValueError):
-    """Items are missing, so there is nothing to publish."""
-
-
 @dataclass(frozen=True)
-class Content:
+class FileContent:
     """A table file before it is written."""
 
     name: str
@@ -70,23 +60,20 @@ def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_
     """Bring the table to completion, from wherever an earlier attempt stopped.
 
     Raises:
-        NotComplete: items are not recorded yet.
-        TableOccupied: readers would see files that are not this run's.
+        ValueError: items are not recorded yet.
+        InputError: readers would see files that are not this run's.
         LedgerLost: another driver has taken over.
-        PartDamaged, TableDamaged: bytes have changed since they were recorded.
+        JobFailed: bytes have changed since they were recorded.
     """
-    if ledger.view.state is State.RUNNING:
-        if not ledger.done.full:
-            left = f"{ledger.done.n_items - len(ledger.done):,} of {ledger.done.n_items:,}"
-            raise NotComplete(f"{left} items are not recorded yet; run classify again before publishing")
+    if ledger.state.phase is Phase.RUNNING:
         ledger.close(rows_per_file)
-    if ledger.view.state is State.PUBLISHING:
+    if ledger.state.phase is Phase.PUBLISHING:
         refuse_foreign_files(ledger, table)
-        with ledger.explaining_loss():
-            for content in unwritten(ledger, plan, state, table):
+        with ledger.detect_rival():
+            for content in files_to_write(ledger, plan, state, table):
                 seen = table.version(content.name)
                 ledger.check()  # after looking: what lies there is then none of a successor's
-                ledger.record_file(write_file(content, seen, ledger.view.generation, plan, state, table))
+                ledger.record_file(_write_file(content, seen, ledger.state.generation, plan, state, table))
         ledger.publish()
     finish(ledger, state, table)
 
@@ -95,68 +82,67 @@ def finish(ledger: Ledger, state: Storage, table: Storage) -> None:
     """What remains once the ledger says `published`: the marker, and removing what is no longer needed."""
     if not table.exists(SUCCESS):
         table.put(SUCCESS, b"")
-    for generation in range(1, ledger.view.generation + 1):
+    for generation in range(1, ledger.state.generation + 1):
         for folder in (parts_folder(generation), spool_folder(generation)):
             state.delete(*[entry.path for entry in state.list(folder)])
 
 
-def failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:
+def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:
     """The items of a published table whose rows failed for passing reasons."""
     failed = ItemSet(plan.n_items)
-    for file in ledger.view.files.values():
+    for file in ledger.state.files.values():
         if any(status.value in file.statuses for status in TRANSIENT):
             statuses = pq.read_table(table.open_input(file.name), columns=["status"])["status"]
             passing = pc.is_in(statuses, pa.array([status.value for status in TRANSIENT])).to_numpy()
-            failed.add(ranges_of(np.unique(row_sequence(file.items, plan)[passing])))
+            failed.add(ranges_of(np.unique(list_row_items(file.items, plan)[passing])))
     return failed.present([(0, plan.n_items)])
 
 
 def refuse_foreign_files(ledger: Ledger, table: Storage) -> None:
-    """Raise TableOccupied if readers of the table would see files that this run has not written."""
-    ours = set(ledger.view.files)
-    if ledger.view.state is State.PUBLISHING:
-        ours |= {file_name(number) for number in range(len(layout(ledger.view)))}
-    foreign = [entry.path for entry in table.list() if entry.path not in ours and readers_see(entry.path)]
+    """Raise InputError if readers of the table would see files that this run has not written."""
+    ours = set(ledger.state.files)
+    if ledger.state.phase is Phase.PUBLISHING:
+        ours |= {file_name(number) for number in range(len(assign_parts(ledger.state)))}
+    foreign = [entry.path for entry in table.list() if entry.path not in ours and is_visible(entry.path)]
     if foreign:
-        raise TableOccupied(
+        raise InputError(
             f"{table.uri} holds files that are not of this run and that readers would count too "
             f"({len(foreign)}, as {foreign[0]}); move them away or choose another output folder"
         )
 
 
-def readers_see(path: str) -> bool:
+def is_visible(path: str) -> bool:
     """Whether a reader of the folder would take the file for data."""
     return not path.rpartition("/")[2].startswith((".", "_"))
 
 
-def unwritten(ledger: Ledger, plan: Plan, state: Storage, table: Storage) -> Iterator[Content]:
+def files_to_write(ledger: Ledger, plan: Plan, state: Storage, table: Storage) -> Iterator[FileContent]:
     """The table files that this generation has yet to write, in order."""
-    view = ledger.view
-    if view.generation > 1:
-        for file in stale_files(view):
-            rows = replaced(file, ledger, plan, state, table)
-            yield Content(file.name, file.items, rows, replaces=file)
+    if ledger.state.generation > 1:
+        for file in _stale_files(ledger.state):
+            rows = replace_rows(file, ledger, plan, state, table)
+            yield FileContent(file.name, file.items, rows, replaces=file)
         return
-    for number, parts in enumerate(layout(view)):
-        if file_name(number) not in view.files:
-            items = tuple(merged(span for part in parts for span in part.items))
+    for number, parts in enumerate(assign_parts(ledger.state)):
+        if file_name(number) not in ledger.state.files:
+            items = tuple(join_adjacent(span for part in parts for span in part.items))
             rows = (read_part(part, state).drop_columns([ITEM_ID]) for part in parts)
-            yield Content(file_name(number), items, rows)
+            yield FileContent(file_name(number), items, rows)
 
 
-def stale_files(view: View) -> list[TableFile]:
+def _stale_files(state: LedgerState) -> list[TableFile]:
     """Files that hold rerun items and are not rewritten yet."""
-    reopened = ids_of(view.reopened)
-    older = [file for file in view.files.values() if file.generation < view.generation]
+    reopened = ids_of(state.reopened)
+    older = [file for file in state.files.values() if file.generation < state.generation]
     return [file for file in older if np.isin(ids_of(file.items), reopened).any()]
 
 
-def layout(view: View) -> list[list[Part]]:
+def assign_parts(state: LedgerState) -> list[list[Part]]:
     """Which parts make up which file: whole parts in ledger order, until one fills the file."""
     files: list[list[Part]] = [[]]
     rows = 0
-    for part in view.parts:
-        if rows >= view.rows_per_file:
+    for part in state.parts:
+        if rows >= state.rows_per_file:
             files.append([])
             rows = 0
         files[-1].append(part)
@@ -169,27 +155,27 @@ def file_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def write_file(
-    content: Content, seen: Version | None, generation: int, plan: Plan, state: Storage, table: Storage
+def _write_file(
+    content: FileContent, seen: Version | None, generation: int, plan: Plan, state: Storage, table: Storage
 ) -> TableFile:
     """Write one table file under its final name in one atomic put, in place of what was `seen` there.
 
     Raises:
-        TableDamaged: the file that it replaces is not the one that the ledger lists.
+        JobFailed: the file that it replaces is not the one that the ledger lists.
         AlreadyExists: another driver has written the file since it was seen.
     """
     statuses: Counter[str] = Counter()
     labels: Counter[str] = Counter()
-    with spooled(state, generation) as spool:
+    with _open_spool(state, generation) as spool:
         fields = schema.predictions_schema(plan.carried)
         with pq.ParquetWriter(spool, fields, compression="zstd") as writer:
             for group in row_groups(content.tables, fields):
                 writer.write_table(group, row_group_size=ROWS_PER_GROUP)
-                statuses.update(counts(group["status"]))
-                labels.update(counts(group["top_id"]))
+                statuses.update(count_values(group["status"]))
+                labels.update(count_values(group["top_id"]))
         with spool.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        refuse_damaged(content.replaces, sha256, table)
+        _refuse_damaged(content.replaces, sha256, table)
         size = spool.stat().st_size
         table.put_file_over(content.name, spool, seen)
     return TableFile(
@@ -209,13 +195,13 @@ def row_groups(tables: Iterable[pa.Table], fields: pa.Schema) -> Iterator[pa.Tab
         yield waiting.combine_chunks()
 
 
-def refuse_damaged(replaces: TableFile | None, written: str, table: Storage) -> None:
+def _refuse_damaged(replaces: TableFile | None, written: str, table: Storage) -> None:
     """A rewritten file must have been made from the listed one, or be there already from before a crash."""
     if replaces is None:
         return
     found = sha256_of(table, replaces.name)
     if found not in (replaces.sha256, written):
-        raise TableDamaged(
+        raise JobFailed(
             f"{table.uri}/{replaces.name} has sha256 {found}, the ledger lists {replaces.sha256}: "
             "it was altered after it was published; restore it before rerunning its failed rows"
         )
@@ -227,7 +213,7 @@ def spool_folder(generation: int) -> str:
 
 
 @contextmanager
-def spooled(state: Storage, generation: int) -> Iterator[Path]:
+def _open_spool(state: Storage, generation: int) -> Iterator[Path]:
     """A local file to write: on the state's own disk if that is local, so that a rename can publish it."""
     name = f"{uuid.uuid4().hex}.parquet"
     if is_local(state.uri):

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan
+from pipelines.ledger.entries import Part, TableFile
 from pipelines.ledger.item_set import Range, ids_of
-from pipelines.ledger.ledger import Ledger, Part, TableFile
+from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import read_part
 from pipelines.schema import ITEM_ID
 from pipelines.storage.storage import Storage
@@ -22,7 +23,7 @@ from pipelines.storage.storage import Storage
 ITEMS_AT_ONCE = 65_536
 
 
-def row_sequence(items: Sequence[Range], plan: Plan) -> np.ndarray:
+def list_row_items(items: Sequence[Range], plan: Plan) -> np.ndarray:
     """The item that each table row answers for, int64 [rows], for items in file order."""
     item_ids = ids_of(items)
     rows_each = [pc.list_value_length(batch["table_rows"]).to_numpy() for batch in item_batches(items, plan)]
@@ -30,7 +31,7 @@ def row_sequence(items: Sequence[Range], plan: Plan) -> np.ndarray:
 
 
 def item_batches(items: Sequence[Range], plan: Plan) -> Iterator[pa.Table]:
-    """The plan's `uri` and `rows` of these items in their order, a bounded number at a time."""
+    """The plan's `uri` and `table_rows` of these items in their order, a bounded number at a time."""
     waiting: list[Range] = []
     room = ITEMS_AT_ONCE
     for start, stop in items:
@@ -44,15 +45,15 @@ def item_batches(items: Sequence[Range], plan: Plan) -> Iterator[pa.Table]:
         yield plan.items(waiting, ["uri", "table_rows"])
 
 
-def replaced(
+def replace_rows(
     file: TableFile, ledger: Ledger, plan: Plan, state: Storage, table: Storage
 ) -> Iterator[pa.Table]:
-    """The published file row group by row group, the rerun items' rows replaced where they stand."""
-    sequence = row_sequence(file.items, plan)
-    changed = np.isin(sequence, ids_of(ledger.view.reopened))
+    """The published file row group by row group, with the rerun items' rows replaced in place."""
+    sequence = list_row_items(file.items, plan)
+    changed = np.isin(sequence, ids_of(ledger.state.reopened))
     fields = schema.predictions_schema(plan.carried)
-    fresh = fresh_rows(ledger.view.parts, sequence[changed], state)
-    fresh = in_file_order(fresh, sequence[changed]).cast(fields)
+    fresh = _read_fresh_rows(ledger.state.parts, sequence[changed], state)
+    fresh = _sort_in_file_order(fresh, sequence[changed]).cast(fields)
     source = pq.ParquetFile(table.open_input(file.name))
     start = used = 0
     for number in range(source.num_row_groups):
@@ -65,7 +66,7 @@ def replaced(
         start, used = start + group.num_rows, used + new
 
 
-def fresh_rows(parts: Sequence[Part], item_ids: np.ndarray, state: Storage) -> pa.Table:
+def _read_fresh_rows(parts: Sequence[Part], item_ids: np.ndarray, state: Storage) -> pa.Table:
     """The rows of these items out of the parts that hold any of them."""
     wanted = pa.array(np.unique(item_ids))
     holding = [part for part in parts if np.isin(ids_of(part.items), item_ids).any()]
@@ -73,8 +74,8 @@ def fresh_rows(parts: Sequence[Part], item_ids: np.ndarray, state: Storage) -> p
     return pa.concat_tables([rows.filter(pc.is_in(rows[ITEM_ID], wanted)) for rows in tables])
 
 
-def in_file_order(fresh: pa.Table, item_ids: np.ndarray) -> pa.Table:
-    """Rows put in the order in which their items follow each other in the file, without the row id."""
+def _sort_in_file_order(fresh: pa.Table, item_ids: np.ndarray) -> pa.Table:
+    """Rows put in the order in which their items follow each other in the file, without the item id."""
     distinct, first = np.unique(item_ids, return_index=True)
     rank = first[np.searchsorted(distinct, fresh[ITEM_ID].to_numpy())]
     return fresh.take(np.argsort(rank, kind="stable")).drop_columns([ITEM_ID])

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.inventory.plan import PLAN_JSON, NoPlan, Plan, hash_of, open_plan
-from pipelines.ledger.item_set import ItemSet, repeated
-from pipelines.ledger.ledger import RUN_JSON, Ledger, LedgerDamaged, State, TableFile, total
-from pipelines.ledger.parts import counts
+from pipelines.ledger.entries import LedgerDamaged, Phase, TableFile, sum_counts
+from pipelines.ledger.item_set import ItemSet, overlap
+from pipelines.ledger.ledger import RUN_JSON, Ledger
+from pipelines.ledger.parts import count_values
 from pipelines.ledger.publish import SUCCESS, row_groups
 from pipelines.ledger.republish import item_batches
 from pipelines.messages import first_line
@@ -75,7 +76,7 @@ class Predictions:
     @property
     def files(self) -> list[TableFile]:
         """The listed files by name."""
-        return sorted(self.ledger.view.files.values(), key=lambda file: file.name)
+        return sorted(self.ledger.state.files.values(), key=lambda file: file.name)
 
 
 def verify(predictions_uri: str) -> Report:
@@ -89,7 +90,7 @@ def verify_table(table: Storage, state: Storage) -> Report:
     if not any(state.exists(path) for path in (RUN_JSON, PLAN_JSON)):
         raise NotPredictions(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
     try:
-        plan = checked_plan(state)
+        plan = _open_checked_plan(state)
     except (PlanDamaged, NoPlan) as error:
         return Report((Check("plan", False, str(error)),))
     planned = Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows")
@@ -102,14 +103,14 @@ def verify_table(table: Storage, state: Storage) -> Report:
     return Report((planned, started, *(check(found) for check in CHECKS)))
 
 
-def outcome(name: str, problems: Iterator[str], fine: str) -> Check:
+def _make_check(name: str, problems: Iterator[str], fine: str) -> Check:
     """A check that passes when there are no problems; of many, the first three are named."""
     found = list(problems)
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     return Check(name, not found, "; ".join(found[:3]) + more if found else fine)
 
 
-def checked_plan(state: Storage) -> Plan:
+def _open_checked_plan(state: Storage) -> Plan:
     """The plan, its files' bytes compared with what `plan.json` lists. Raises PlanDamaged or NoPlan."""
     plan = open_plan(state)
     for file in plan.files:
@@ -137,28 +138,30 @@ def check_run(plan: Plan, state: Storage) -> Check:
                 f"{plan.hash} of {plan.n_items}: another plan was put under the ledger"
             )
 
-    return outcome("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
+    return _make_check("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
 
 
 def check_ledger(found: Predictions) -> Check:
     """The entries follow each other; reading them has shown that. Items must not be recorded twice."""
-    spans = [span for part in found.ledger.view.parts for span in part.items]
-    problems = iter(["parts in the ledger repeat each other's items"] if repeated(spans) else [])
-    return outcome("ledger", problems, f"{found.ledger.view.entries} entries, none missing or altered")
+    spans = [span for part in found.ledger.state.parts for span in part.items]
+    problems = iter(["parts in the ledger repeat each other's items"] if overlap(spans) else [])
+    return _make_check("ledger", problems, f"{found.ledger.state.entries} entries, none missing or altered")
 
 
 def check_published(found: Predictions) -> Check:
     """The run is finished and says so to readers."""
 
     def problems() -> Iterator[str]:
-        view = found.ledger.view
-        if view.state is not State.PUBLISHED:
+        state = found.ledger.state
+        if state.phase is not Phase.PUBLISHED:
             left = found.plan.n_items - len(found.ledger.done)
-            yield f"generation {view.generation} is still {view.state}, {left:,} images are not recorded"
+            yield f"generation {state.generation} is still {state.phase}, {left:,} images are not recorded"
         if not found.table.exists(SUCCESS):
             yield f"{SUCCESS} is missing"
 
-    return outcome("published", problems(), f"{SUCCESS} is there, generation {found.ledger.view.generation}")
+    return _make_check(
+        "published", problems(), f"{SUCCESS} is there, generation {found.ledger.state.generation}"
+    )
 
 
 def check_listing(found: Predictions) -> Check:
@@ -167,7 +170,7 @@ def check_listing(found: Predictions) -> Check:
     listed = {file.name for file in found.files}
     problems = [f"{name} is missing" for name in sorted(listed - there)]
     problems += [f"{name} is in no ledger entry" for name in sorted(there - listed)]
-    return outcome("files", iter(problems), f"{len(listed)}, as the ledger lists them")
+    return _make_check("files", iter(problems), f"{len(listed)}, as the ledger lists them")
 
 
 def check_items(found: Predictions) -> Check:
@@ -182,12 +185,12 @@ def check_items(found: Predictions) -> Check:
             except IndexError as error:
                 yield f"{file.name}: {error}"
                 continue
-            if again or repeated(file.items):
+            if again or overlap(file.items):
                 yield f"{file.name} repeats images of another file or its own"
         if not seen.full:
             yield f"{found.plan.n_items - len(seen):,} images are in no file"
 
-    return outcome("images", problems(), f"all {found.plan.n_items:,}, each in one file")
+    return _make_check("images", problems(), f"all {found.plan.n_items:,}, each in one file")
 
 
 def check_bytes(found: Predictions) -> Check:
@@ -201,13 +204,13 @@ def check_bytes(found: Predictions) -> Check:
                 yield f"{file.name} has changed since it was published"
 
     size = sum(file.bytes for file in found.files)
-    return outcome("checksums", problems(), f"{size:,} bytes unchanged")
+    return _make_check("checksums", problems(), f"{size:,} bytes unchanged")
 
 
 def check_rows(found: Predictions) -> Check:
     """Every file has the schema, and the plan's rows in the listed order with the listed statuses."""
     problems = (f"{file.name} {problem}" for file in found.files for problem in row_problems(file, found))
-    return outcome("rows", problems, f"{found.plan.n_rows:,}, each the plan's, schema as stated")
+    return _make_check("rows", problems, f"{found.plan.n_rows:,}, each the plan's, schema as stated")
 
 
 def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
@@ -226,7 +229,7 @@ def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
             if actual is None or expected is None or not actual.select(KEYS.names).equals(expected):
                 yield f"does not hold the plan's rows in order ({source.metadata.num_rows:,} rows)"
                 return
-            statuses.update(counts(actual["status"]))
+            statuses.update(count_values(actual["status"]))
         if statuses != Counter(file.statuses):
             yield f"counts {dict(statuses)}, the ledger says {dict(file.statuses)}"
     except (OSError, pa.ArrowException) as error:
@@ -250,13 +253,13 @@ def check_report(found: Predictions) -> Check:
             yield f"{REPORT_JSON} is missing"
             return
         report: Mapping[str, Any] = json.loads(found.state.read(REPORT_JSON))
-        statuses = dict(total(file.statuses for file in found.files))
+        statuses = dict(sum_counts(file.statuses for file in found.files))
         if report.get("rows") != sum(statuses.values()) or report.get("statuses") != statuses:
             yield f"it says {report.get('rows')} rows, {report.get('statuses')}; the table has {statuses}"
         if sum(statuses.values()) != found.plan.n_rows:
             yield f"the table has {sum(statuses.values()):,} rows, the plan {found.plan.n_rows:,}"
 
-    return outcome("report", problems(), "its counts are the table's")
+    return _make_check("report", problems(), "its counts are the table's")
 
 
 CHECKS = (check_ledger, check_published, check_listing, check_items, check_bytes, check_rows, check_report)

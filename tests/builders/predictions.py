@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from pipelines import schema
 from pipelines.inventory.plan import Plan, item_schema, write_plan
-from pipelines.ledger.ledger import Ledger, Part
-from pipelines.ledger.parts import Target, distinct_items, write_part
-from pipelines.ledger.publish import failed_items, publish
+from pipelines.ledger.entries import Part
+from pipelines.ledger.ledger import Ledger
+from pipelines.ledger.parts import PartContext, drop_repeats, write_part
+from pipelines.ledger.publish import find_failed_items, publish
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import join
 from tests.builders.hooked_storage import HookedStorage
@@ -49,8 +50,8 @@ class SmallRun:
     def ledger(self, state: Storage | None = None) -> Ledger:
         return Ledger.open(state or self.state, self.identity, n_items=self.plan.n_items)
 
-    def target(self, *, generation: int = 1, final: bool = True) -> Target:
-        return Target(self.state.uri, generation, "m1", "iab-content-3.1", 9, final)
+    def context(self, *, generation: int = 1, final: bool = True) -> PartContext:
+        return PartContext(self.state.uri, generation, "m1", "iab-content-3.1", 9, final)
 
     def write(
         self,
@@ -60,8 +61,8 @@ class SmallRun:
         generation: int = 1,
         state: Storage | None = None,
     ) -> Part:
-        scores = distinct_items(scored(item_ids, status))
-        written = write_part(scores, self.plan, state or self.state, self.target(generation=generation))
+        scores = drop_repeats(scored(item_ids, status))
+        written = write_part(scores, self.plan, state or self.state, self.context(generation=generation))
         assert written.part is not None
         return written.part
 
@@ -124,7 +125,7 @@ def paused_in_the_put(run: SmallRun) -> None:
             successor = run.ledger()
             successor.announce()
             run.publish(successor)
-            successor.reopen(failed_items(successor, run.plan, run.table))
+            successor.start_generation(find_failed_items(successor, run.plan, run.table))
             successor.record([run.write(range(run.plan.n_items), generation=2)])
             run.publish(successor)
         return proceed()

@@ -19,10 +19,11 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
+from pipelines.ledger.entries import LedgerDamaged, Phase
 from pipelines.ledger.item_set import ids_of
-from pipelines.ledger.ledger import Ledger, LedgerDamaged, LedgerLost, State
+from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.ledger.parts import Committer
-from pipelines.ledger.publish import failed_items, publish
+from pipelines.ledger.publish import find_failed_items, publish
 from pipelines.ledger.verify import verify
 from pipelines.storage.storage import Storage
 from tests.builders.hooked_storage import BlindBucket, Bucket, Hook, HookedStorage, Unfenced
@@ -44,9 +45,9 @@ class Crash(BaseException):
 def drive(run: SmallRun, state: Storage, table: Storage) -> None:
     """One driver from start to end, or until something stops it."""
     ledger = run.ledger(state)
-    if ledger.view.state is not State.PUBLISHED:
+    if ledger.state.phase is not Phase.PUBLISHED:
         ledger.announce()
-    if ledger.view.state is State.RUNNING:
+    if ledger.state.phase is Phase.RUNNING:
         committer = Committer(ledger, state, every_s=0)
         try:
             classify(run, ledger, committer, state)
@@ -221,9 +222,9 @@ def half_failed(new_run: Callable[[], SmallRun]) -> SmallRun:
 def drive_rerun(run: SmallRun, state: Storage, table: Storage) -> None:
     """What `--retry-failed` does, from wherever an earlier attempt stopped."""
     ledger = run.ledger(state)
-    if ledger.view.state is State.PUBLISHED and (failed := failed_items(ledger, run.plan, table)):
-        ledger.reopen(failed)
-    if ledger.view.state is State.RUNNING:
+    if ledger.state.phase is Phase.PUBLISHED and (failed := find_failed_items(ledger, run.plan, table)):
+        ledger.start_generation(failed)
+    if ledger.state.phase is Phase.RUNNING:
         for start, stop in ledger.done.missing():
             ledger.record([run.write(range(start, stop), generation=2, state=state)])
     publish(ledger, run.plan, state, table, rows_per_file=4)
@@ -250,7 +251,7 @@ def test_a_crash_at_any_write_of_a_rerun_is_made_good_and_readers_see_every_row_
     assert survives > 10
 
 
-TRACED = ("entries.py", "ledger.py", "output.py", "publishing.py", "local_storage.py")
+TRACED = ("ledger/entries.py", "ledger/ledger.py", "ledger/parts.py", "ledger/publish.py", "storage/local.py")
 
 
 @dataclass
@@ -305,9 +306,9 @@ def test_a_signal_between_any_two_lines_loses_and_doubles_nothing(
 def three_parts(run: SmallRun, state: Storage, table: Storage) -> None:
     """A driver over a run of three parts of one item each."""
     ledger = run.ledger(state)
-    if ledger.view.state is not State.PUBLISHED:
+    if ledger.state.phase is not Phase.PUBLISHED:
         ledger.announce()
-    if ledger.view.state is State.RUNNING:
+    if ledger.state.phase is Phase.RUNNING:
         committer = Committer(ledger, state, every_s=0)
         for item_id in ids_of(ledger.done.missing()).tolist():
             committer.add(run.write([item_id], state=state))
@@ -397,17 +398,17 @@ def unpublished(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
 def publish_and_rerun(run: SmallRun, state: Storage, table: Storage) -> None:
     """A driver that publishes what is recorded, or takes a rerun of it to its end."""
     ledger = run.ledger(state)
-    if ledger.view.state is not State.PUBLISHED:
+    if ledger.state.phase is not Phase.PUBLISHED:
         ledger.announce()
     publish_next(run, ledger, state, table)
-    if failed := failed_items(ledger, run.plan, table):
-        ledger.reopen(failed)
+    if failed := find_failed_items(ledger, run.plan, table):
+        ledger.start_generation(failed)
         publish_next(run, ledger, state, table)
 
 
 def publish_next(run: SmallRun, ledger: Ledger, state: Storage, table: Storage) -> None:
-    if ledger.view.state is State.RUNNING and not ledger.done.full:
-        ledger.record([run.write([0], generation=ledger.view.generation, state=state)])
+    if ledger.state.phase is Phase.RUNNING and not ledger.done.full:
+        ledger.record([run.write([0], generation=ledger.state.generation, state=state)])
     publish(ledger, run.plan, state, table, rows_per_file=100)
 
 

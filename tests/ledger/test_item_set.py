@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ledger.item_set import ItemSet, ids_of, merged, ranges_of, repeated
+from pipelines.ledger.item_set import ItemSet, ids_of, join_adjacent, overlap, ranges_of
 
 N = 100
 RANGES = st.lists(
@@ -51,12 +51,12 @@ def test_a_range_outside_the_plan_is_refused_and_changes_nothing() -> None:
 def test_ranges_and_row_ids_are_inverse(rows: set[int]) -> None:
     ids = np.array(sorted(rows), np.int64)
     assert ids_of(ranges_of(ids)).tolist() == ids.tolist()
-    assert ranges_of(ids) == merged(ranges_of(ids))
+    assert ranges_of(ids) == join_adjacent(ranges_of(ids))
 
 
 def test_repeated_finds_overlap_and_not_adjacency() -> None:
-    assert not repeated([(5, 9), (0, 5)])
-    assert repeated([(5, 9), (0, 6)])
+    assert not overlap([(5, 9), (0, 5)])
+    assert overlap([(5, 9), (0, 6)])
 
 
 def test_a_billion_rows_are_125_megabytes() -> None:

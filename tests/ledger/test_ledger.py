@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.ledger.ledger import Ledger, LedgerDamaged, LedgerLost, Part, RunMismatch, State
+from pipelines.ledger.entries import LedgerDamaged, Part, Phase
+from pipelines.ledger.ledger import Ledger, LedgerLost
+from pipelines.messages import InputError
 from pipelines.storage.storage import open_storage
 from tests.builders.predictions import IDENTITY, SmallRun, small_run
 
@@ -29,13 +31,13 @@ def test_a_resume_sees_what_was_recorded(run: SmallRun) -> None:
     first.record([part(0, 2), part(4, 5)])
     second = run.ledger()
     assert second.done.missing() == [(2, 4), (5, 6)]
-    assert second.view.parts == first.view.parts
+    assert second.state.parts == first.state.parts
     assert second.statuses() == {"ok": 3}
 
 
 def test_another_run_on_the_folder_is_refused_naming_what_differs(run: SmallRun) -> None:
     run.ledger()
-    with pytest.raises(RunMismatch, match=r"top_k was 2 and is now 5") as refusal:
+    with pytest.raises(InputError, match=r"top_k was 2 and is now 5") as refusal:
         Ledger.open(run.state, {**run.identity, "top_k": 5}, n_items=6)
     assert "model_id" not in str(refusal.value)
 
@@ -57,7 +59,7 @@ def test_the_driver_that_was_overtaken_stops_at_its_next_word_and_says_by_whom(r
         with pytest.raises(LedgerLost):
             word()
     new.record([part(0, 1)])
-    assert run.ledger().view.parts == new.view.parts
+    assert run.ledger().state.parts == new.state.parts
 
 
 def test_of_two_drivers_started_at_once_one_goes_on_twenty_times(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_of_two_drivers_started_at_once_one_goes_on_twenty_times(tmp_path: Path)
             start.wait()
             try:
                 ledger.announce()
-                ledger.record([part(0, 3, ledger.view.driver["id"])])
+                ledger.record([part(0, 3, ledger.state.driver["id"])])
             except LedgerLost as error:
                 lost.append(str(error))
 
@@ -81,7 +83,7 @@ def test_of_two_drivers_started_at_once_one_goes_on_twenty_times(tmp_path: Path)
         for thread in threads:
             thread.join()
         assert len(lost) == 3
-        assert len(run.ledger().view.parts) == 1
+        assert len(run.ledger().state.parts) == 1
 
 
 def test_a_part_that_repeats_an_item_is_refused(run: SmallRun) -> None:
@@ -100,7 +102,7 @@ def test_a_closed_ledger_takes_no_parts(run: SmallRun) -> None:
     ledger.close(10)
     with pytest.raises(LedgerDamaged, match="already publishing"):
         ledger._append("parts", parts=[])
-    assert run.ledger().view.state is State.PUBLISHING
+    assert run.ledger().state.phase is Phase.PUBLISHING
 
 
 def test_it_does_not_close_while_items_are_missing(run: SmallRun) -> None:
@@ -134,8 +136,8 @@ def test_a_signal_in_mid_write_costs_nothing_when_the_record_is_repeated(
     ledger.record([part(0, 2)])
     ledger.record([part(2, 3)])
     again = run.ledger()
-    assert again.view.entries == 2
-    assert [each.path for each in again.view.parts] == ["parts/0", "parts/2"]
+    assert again.state.entries == 2
+    assert [each.path for each in again.state.parts] == ["parts/0", "parts/2"]
 
 
 @pytest.mark.parametrize("damage", ["gap", "byte", "cut", "swap"])
@@ -172,14 +174,14 @@ def test_reopening_needs_a_published_run_and_starts_a_generation(run: SmallRun) 
     ledger = run.ledger()
     ledger.record([part(0, 6)])
     with pytest.raises(ValueError, match="only failed rows of a published run"):
-        ledger.reopen([(1, 2)])
+        ledger.start_generation([(1, 2)])
     ledger.close(10)
     ledger.publish()
-    ledger.reopen([(1, 2), (4, 5)])
+    ledger.start_generation([(1, 2), (4, 5)])
     again = run.ledger()
-    assert (again.view.generation, again.view.state) == (2, State.RUNNING)
+    assert (again.state.generation, again.state.phase) == (2, Phase.RUNNING)
     assert again.done.missing() == [(1, 2), (4, 5)]
-    assert again.view.parts == ()
+    assert again.state.parts == ()
 
 
 def test_a_storage_without_conditional_put_still_keeps_a_ledger(tmp_path: Path) -> None:

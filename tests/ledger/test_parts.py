@@ -12,9 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import schema
-from pipelines.ledger.ledger import LedgerLost, State
-from pipelines.ledger.parts import Committer, over_budget, read_part, read_written, write_batch, write_part
-from pipelines.ledger.publish import NotComplete, TableDamaged, TableOccupied, failed_items
+from pipelines.ledger.entries import Phase
+from pipelines.ledger.ledger import LedgerLost
+from pipelines.ledger.parts import (
+    Committer,
+    exceeded_error_budget,
+    read_part,
+    read_result,
+    write_batch,
+    write_part,
+)
+from pipelines.ledger.publish import find_failed_items
+from pipelines.messages import InputError, JobFailed
 from pipelines.storage.storage import open_storage
 from tests.builders.predictions import CARRIED, SmallRun, paused_in_the_put, row, scored, small_run
 
@@ -64,23 +73,23 @@ def test_an_all_failed_part_has_the_same_schema_as_any_other(run: SmallRun) -> N
 
 def test_passing_failures_wait_for_a_later_pass_and_lasting_ones_do_not(run: SmallRun) -> None:
     scores = scored(range(6, 12), lambda item_id: FAILING.get(item_id, "ok"))
-    written = write_part(scores, run.plan, run.state, run.target(final=False))
+    written = write_part(scores, run.plan, run.state, run.context(final=False))
     assert written.deferred == ((7, 8), (9, 10))
     assert written.part is not None
     assert written.part.items == ((6, 7), (8, 9), (10, 12))
 
 
 def test_a_batch_of_passing_failures_alone_writes_no_file(run: SmallRun) -> None:
-    rows = write_batch(scored([7, 9], lambda item_id: "timeout"), run.target(final=False)).to_pylist()
-    written = read_written(rows[0])
+    rows = write_batch(scored([7, 9], lambda item_id: "timeout"), run.context(final=False)).to_pylist()
+    written = read_result(rows[0])
     assert written.part is None
     assert written.deferred == ((7, 8), (9, 10))
     assert run.state.list("parts") == []
 
 
 def test_write_batch_carries_the_part_to_the_driver_as_text(run: SmallRun) -> None:
-    rows = write_batch(scored([3, 4]), run.target()).to_pylist()
-    part = read_written(rows[0]).part
+    rows = write_batch(scored([3, 4]), run.context()).to_pylist()
+    part = read_result(rows[0]).part
     assert part is not None
     assert read_part(part, run.state).num_rows == part.rows
 
@@ -90,8 +99,8 @@ def test_a_batch_whose_images_answer_for_many_rows_becomes_several_parts(
 ) -> None:
     monkeypatch.setattr("pipelines.ledger.parts.ROWS_AT_ONCE", 6)
     monkeypatch.setattr("pipelines.ledger.parts.ITEMS_AT_ONCE", 2)
-    rows = write_batch(scored([*range(13), 3, 0], lambda item_id: FAILING.get(item_id, "ok")), run.target())
-    parts = [read_written(row).part for row in rows.to_pylist()]
+    rows = write_batch(scored([*range(13), 3, 0], lambda item_id: FAILING.get(item_id, "ok")), run.context())
+    parts = [read_result(row).part for row in rows.to_pylist()]
     assert [part.items for part in parts if part] == [((0, 4),), ((4, 8),), ((8, 12),), ((12, 13),)]
     assert [part.rows for part in parts if part] == [6, 5, 5, 2]
 
@@ -107,7 +116,7 @@ def test_the_committer_cuts_out_what_is_recorded_or_pending(run: SmallRun) -> No
     assert committer.add(run.write([3, 4, 5])).items == ((4, 6),)
     committer.flush()
     assert ledger.done.missing() == [(6, 20)]
-    assert [part.rows for part in run.ledger().view.parts] == [first.rows, 2, 2]
+    assert [part.rows for part in run.ledger().state.parts] == [first.rows, 2, 2]
 
 
 def test_the_committer_writes_every_few_seconds_and_not_more_often(run: SmallRun) -> None:
@@ -117,21 +126,21 @@ def test_the_committer_writes_every_few_seconds_and_not_more_often(run: SmallRun
     for item in range(12):
         committer.add(run.write([item]))
         now[0] += 1
-    assert ledger.view.entries == 2
+    assert ledger.state.entries == 2
     committer.flush()
-    assert ledger.view.entries == 3
+    assert ledger.state.entries == 3
 
 
 def test_publish_before_everything_is_recorded_is_refused(run: SmallRun) -> None:
     ledger = run.ledger()
     ledger.record([run.write(range(19))])
-    with pytest.raises(NotComplete, match="1 of 20"):
+    with pytest.raises(ValueError, match="1 of 20"):
         run.publish(ledger)
 
 
 def test_publish_refuses_a_folder_with_files_of_somebody_else(run: SmallRun) -> None:
     run.table.put("old.parquet", b"not ours")
-    with pytest.raises(TableOccupied, match=r"old\.parquet"):
+    with pytest.raises(InputError, match=r"old\.parquet"):
         finished(run)
     assert run.table.read("old.parquet") == b"not ours"
 
@@ -183,9 +192,9 @@ def test_a_rerun_replaces_failed_rows_where_they_stand_and_leaves_other_files_al
     before = table_of(finished(run))
     old_files = {entry.path: run.table.read(entry.path) for entry in run.table.list()}
     ledger = run.ledger()
-    items = failed_items(ledger, run.plan, run.table)
+    items = find_failed_items(ledger, run.plan, run.table)
     assert items == [(7, 8), (9, 10)]
-    ledger.reopen(items)
+    ledger.start_generation(items)
     ledger.record([run.write([9, 7], lambda item_id: "denied" if item_id == 9 else "ok", generation=2)])
     run.publish(ledger)
     after = table_of(run)
@@ -195,13 +204,13 @@ def test_a_rerun_replaces_failed_rows_where_they_stand_and_leaves_other_files_al
     rewritten = {name for name, payload in old_files.items() if run.table.read(name) != payload}
     assert 0 < len(rewritten) < len(old_files) - 1
     assert set(old_files) == {entry.path for entry in run.table.list()}
-    assert failed_items(run.ledger(), run.plan, run.table) == []
+    assert find_failed_items(run.ledger(), run.plan, run.table) == []
 
 
 def test_a_rerun_interrupted_after_a_file_was_replaced_ends_the_same(run: SmallRun) -> None:
     finished(run)
     ledger = run.ledger()
-    ledger.reopen(failed_items(ledger, run.plan, run.table))
+    ledger.start_generation(find_failed_items(ledger, run.plan, run.table))
     ledger.record([run.write([7, 9], generation=2)])
     unfinished = {entry.path: run.state.read(entry.path) for entry in run.state.list()}
     run.publish(ledger)
@@ -216,14 +225,14 @@ def test_a_rerun_interrupted_after_a_file_was_replaced_ends_the_same(run: SmallR
 def test_a_rerun_refuses_to_build_on_an_altered_file(run: SmallRun) -> None:
     finished(run)
     ledger = run.ledger()
-    ledger.reopen(failed_items(ledger, run.plan, run.table))
+    ledger.start_generation(find_failed_items(ledger, run.plan, run.table))
     ledger.record([run.write([7, 9], generation=2)])
-    for name in ledger.view.files:
+    for name in ledger.state.files:
         original = pq.read_table(f"{run.uri}/table/{name}")
         pq.write_table(original, f"{run.uri}/table/{name}", compression="snappy")
-    with pytest.raises(TableDamaged, match="altered after it was published"):
+    with pytest.raises(JobFailed, match="altered after it was published"):
         run.publish(ledger)
-    assert ledger.view.state is State.PUBLISHING
+    assert ledger.state.phase is Phase.PUBLISHING
 
 
 def test_a_publisher_that_was_paused_does_not_write_over_a_rerun(run: SmallRun) -> None:
@@ -234,7 +243,7 @@ def test_a_publisher_that_was_paused_does_not_write_over_a_rerun(run: SmallRun) 
 
 def test_rows_per_file_bounds_the_files(run: SmallRun) -> None:
     finished(run)
-    rows = [pq.read_metadata(f"{run.uri}/table/{name}").num_rows for name in run.ledger().view.files]
+    rows = [pq.read_metadata(f"{run.uri}/table/{name}").num_rows for name in run.ledger().state.files]
     assert sum(rows) == run.plan.n_rows
     assert len(rows) > 1
 
@@ -247,7 +256,7 @@ def test_the_whole_story_on_a_storage_without_conditional_put(tmp_path: Path) ->
 
 
 def budget(statuses: dict[str, int], rate: float = 0.5, of: dict[str, float] | None = None) -> str | None:
-    return over_budget(
+    return exceeded_error_budget(
         statuses, {"slow.example": 7, "x.example": 1}, max_error_rate=rate, max_error_rate_of=of or {}
     )
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.ledger.publish import failed_items
+from pipelines.ledger.publish import find_failed_items
 from pipelines.ledger.verify import NotPredictions, Report, verify
 from pipelines.storage.storage import sha256_of
 from tests.builders.predictions import SmallRun, small_run
@@ -196,11 +196,11 @@ def test_every_changed_byte_of_a_table_file_is_noticed(run: SmallRun) -> None:
 def test_rows_are_compared_with_the_plan_even_when_the_checksum_was_forged(run: SmallRun) -> None:
     """Checksums alone would trust whatever the ledger says; the rows must be the plan's too."""
     ledger = run.ledger()
-    ledger.reopen(failed_items(ledger, run.plan, run.table))
+    ledger.start_generation(find_failed_items(ledger, run.plan, run.table))
     ledger.record([run.write([8], generation=2)])
     ledger.close(8)
     swap_two_rows(run)
-    listed = ledger.view.files["part-00000.parquet"]
+    listed = ledger.state.files["part-00000.parquet"]
     ledger.record_file(replace(listed, generation=2, sha256=sha256_of(run.table, listed.name)))
     ledger.publish()
     assert failed(verify(run.uri)) == {"rows"}
@@ -215,5 +215,5 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
 
 def test_a_rerun_that_was_not_finished_is_noticed(run: SmallRun) -> None:
     ledger = run.ledger()
-    ledger.reopen(failed_items(ledger, run.plan, run.table))
+    ledger.start_generation(find_failed_items(ledger, run.plan, run.table))
     assert failed(verify(run.uri)) == {"published"}

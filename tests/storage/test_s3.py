@@ -18,7 +18,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.ledger.ledger import LedgerDamaged, LedgerLost
+from pipelines.ledger.entries import LedgerDamaged
+from pipelines.ledger.ledger import LedgerLost
 from pipelines.ledger.parts import Committer
 from pipelines.ledger.publish import publish
 from pipelines.ledger.verify import verify
