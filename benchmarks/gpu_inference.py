@@ -1,11 +1,11 @@
-"""On a GPU machine: certify a ViT-B/16-224 on CUDA and TensorRT, and measure it beside PyTorch and the floor.
+"""On a GPU machine: certify a ViT-B/16-224 on CUDA, and compare its speed with PyTorch's and the floor.
 
-    python benchmarks/gpu_inference.py --images photos [--checkpoint RUN] [--providers cuda]
+    python benchmarks/gpu_inference.py --images photos [--checkpoint RUN]
 
 One NVIDIA GPU, planned for under ten minutes on an H100: what would begin after `--minutes` is left out and
 named, and what fails is printed. Pixels start in host memory for every variant. The floor is arithmetic: 35.1
 GFLOP per image over the matrix rate that a large fp16 product reaches here. Not run in the gate:
-needs no network, but `pip install 'onnxruntime-gpu[cuda,cudnn]' 'tensorrt-cu13<11'` and a torch for CUDA.
+needs no network, but `pip install 'onnxruntime-gpu[cuda,cudnn]'` and a torch for CUDA.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from export.checkpoint import opened
 from pipelines.bundle.bundle import Bundle, open_bundle
 from pipelines.bundle.providers import gpu_name
 from pipelines.bundle.session import load
-from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
+from pipelines.specs import ImageSpec, Measuring, Precision, RuntimeSpec
 
 FLOP_PER_IMAGE = 35.1e9
 """ViT-B/16 at 224 pixels: 17.6 G multiply-adds."""
-VARIANTS: tuple[tuple[Provider, Precision], ...] = (("cuda", "fp32"), ("cuda", "fp16"), ("tensorrt", "fp16"))
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 COMPILED = (torch.float16, torch.bfloat16)
 COMPILE_MODE = "reduce-overhead"
 """CUDA graphs around Inductor's kernels, half a minute a shape. max-autotune takes minutes a shape, and the
 large products come from cuBLAS in both."""
 BATCHES = "256,32,1"
-"""The most telling first. Each is two engines of TensorRT; those of 256 are the certified ones."""
+"""256 first: with its tail of 32 it is the certified one."""
 MEASURING = Measuring(sample_images=200, threads=8)
 
 Run = Callable[[np.ndarray], object]
@@ -48,18 +48,16 @@ def main() -> None:
     )
     parser.add_argument("--images", required=True)
     parser.add_argument("--checkpoint", help="run folder; without it ViT-B with random weights")
-    parser.add_argument("--providers", default="cuda,tensorrt")
     parser.add_argument("--batches", default=BATCHES)
     parser.add_argument("--minutes", type=float, default=9)
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
-    providers = arguments.providers.split(",")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or random_vit_base(Path(folder) / "checkpoint")
         bundle = release.export(
             checkpoint, arguments.images, f"{folder}/bundle", precisions=("fp32", "fp16"), measuring=MEASURING
         )
-        certify(bundle.uri, arguments.images, providers)
+        certify(bundle.uri, arguments.images)
         rate = matrix_rate() if torch.cuda.is_available() else math.nan
         print(
             f"\n{gpu_name(0)}, torch {torch.__version__}: floor {rate / FLOP_PER_IMAGE:.0f} images/s "
@@ -67,7 +65,7 @@ def main() -> None:
             flush=True,
         )
         for size in map(int, arguments.batches.split(",")):
-            variants = [*exported(open_bundle(bundle.uri), providers, size), *pytorch(checkpoint)]
+            variants = [*exported(open_bundle(bundle.uri), size), *pytorch(checkpoint)]
             speeds(variants, bundle.image_spec, size, floor=rate / FLOP_PER_IMAGE, deadline=deadline)
 
 
@@ -79,18 +77,17 @@ def random_vit_base(folder: Path) -> str:
     return str(folder)
 
 
-def certify(bundle_uri: str, images: str, providers: list[str]) -> None:
+def certify(bundle_uri: str, images: str) -> None:
     """What passes and what does not; neither keeps the speeds from being measured."""
-    for provider, precision in VARIANTS:
-        if provider in providers:
-            try:
-                documents = certification.certify(
-                    bundle_uri, images, provider=provider, precisions=(precision,), measuring=MEASURING
-                )
-            except Exception as error:  # whatever it is, the others are measured
-                print(f"{precision} on {provider}: no certificate: {described(error)}", flush=True)
-            else:
-                print(certification.one_line(provider, precision, documents[provider, precision]), flush=True)
+    for precision in PRECISIONS:
+        try:
+            documents = certification.certify(
+                bundle_uri, images, provider="cuda", precisions=(precision,), measuring=MEASURING
+            )
+        except Exception as error:  # whatever it is, the others are measured
+            print(f"{precision} on cuda: no certificate: {described(error)}", flush=True)
+        else:
+            print(certification.one_line("cuda", precision, documents["cuda", precision]), flush=True)
 
 
 def speeds(variants: list[Variant], spec: ImageSpec, size: int, *, floor: float, deadline: float) -> None:
@@ -103,7 +100,7 @@ def speeds(variants: list[Variant], spec: ImageSpec, size: int, *, floor: float,
             continue
         try:
             rate = images_per_second(make(), pixels_nhwc)
-        except Exception as error:  # Inductor, CUDA and TensorRT have a type each
+        except Exception as error:  # Inductor and CUDA have a type each
             print(f"{line} {described(error)}", flush=True)
         else:
             print(f"{line} {rate:9.0f} images/s  {rate / floor:6.1%} of the floor", flush=True)
@@ -114,11 +111,10 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def exported(bundle: Bundle, providers: list[str], size: int) -> Iterator[Variant]:
-    for provider, precision in VARIANTS:
-        if provider in providers:
-            spec = RuntimeSpec(provider, precision, batch_size=size)
-            yield f"{provider} {precision}", lambda spec=spec: load(bundle, spec).run
+def exported(bundle: Bundle, size: int) -> Iterator[Variant]:
+    for precision in PRECISIONS:
+        spec = RuntimeSpec("cuda", precision, batch_size=size)
+        yield f"cuda {precision}", lambda spec=spec: load(bundle, spec).run
 
 
 def pytorch(checkpoint: str) -> Iterator[Variant]:

@@ -63,7 +63,7 @@ def certify(
     opened = bundle.open_bundle(bundle_uri)
     specs = [runtime_spec(measuring, provider, name) for name in precisions]
     for spec in specs:
-        opened.model_record(spec.precision, provider)
+        opened.model_record(spec.precision)
     if checkpoint_uri is None:
         evidence = _evidence_of_bundle(opened, images_uri, measuring, specs)
     else:
@@ -159,12 +159,9 @@ def evidence_of_checkpoint(trained: Checkpoint, network: Any, own: Sequence[Samp
     )
 
 
-def labels_of(
-    manifest: Manifest, class_ids: Sequence[str], provider: Provider, precision: Precision
-) -> Labels:
-    """What the file that `provider` runs for `precision` says its outputs are."""
-    temperature = manifest.temperatures[bundle.stored_precision(precision, provider)]
-    return Labels(tuple(class_ids), manifest.multi_label, temperature)
+def labels_of(manifest: Manifest, class_ids: Sequence[str], precision: Precision) -> Labels:
+    """What the file of a precision says its outputs are."""
+    return Labels(tuple(class_ids), manifest.multi_label, manifest.temperatures[precision])
 
 
 def runtime_spec(measuring: Measuring, provider: Provider, precision: Precision) -> RuntimeSpec:
@@ -175,7 +172,6 @@ def runtime_spec(measuring: Measuring, provider: Provider, precision: Precision)
         batch_size=measuring.batch_size,
         threads=measuring.threads,
         device_id=measuring.device_id,
-        engine_cache=measuring.engine_cache,
     )
 
 
@@ -213,7 +209,7 @@ def candidate(opened: Bundle, spec: RuntimeSpec) -> Candidate:
     """The bundle as a reader of it would run it."""
     return Candidate(
         session.load(opened, spec),
-        labels_of(opened.manifest, opened.class_ids, spec.provider, spec.precision),
+        labels_of(opened.manifest, opened.class_ids, spec.precision),
         opened.image_spec,
         calibrated_on=calibrated_on(opened.manifest, spec.precision),
     )

@@ -28,7 +28,7 @@ from pipelines.specs import ImageSpec
 OPSET = 23
 """First with `Attention`, last that torch 2.13 writes; ONNX Runtime 1.31 serves it on CPU and CUDA."""
 IR_VERSION = 10
-"""onnx 1.23 would write 14; ONNX Runtime 1.31 reads up to 13, TensorRT 10 up to 10."""
+"""onnx 1.23 would write 14; ONNX Runtime 1.31 reads up to 13, older runtimes up to 10."""
 ATTENTION = "iab_vision_attention"
 """Name under which a conversion registers its attention function with transformers."""
 
@@ -60,7 +60,7 @@ class PixelClassifier(nn.Module):  # type: ignore[misc]
         self.scale = nn.Parameter(1 / (std * 255), requires_grad=False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Cast first: TensorRT takes uint8 at the input alone, and nothing but a cast may read it.
+        # Cast first: some runtimes take uint8 at the input alone, and nothing but a cast may read it.
         normalised = (pixels.float().permute(0, 3, 1, 2) - self.shift) * self.scale
         dtype = next(self.network.parameters()).dtype
         logits = self.network(pixel_values=normalised.to(dtype)).logits.float()

@@ -114,7 +114,7 @@ def _drawn(images_uri: str, measuring: Measuring, *, calibrating: bool) -> tuple
 def _graphs(
     trained: Checkpoint, network: Any, precisions: Sequence[Precision], further: Sequence[Sample]
 ) -> Iterator[tuple[Precision, Graph]]:
-    """The ONNX graphs asked for; float32 is always one, as int8 and TensorRT come from it."""
+    """The ONNX graphs asked for; float32 is always one: int8 comes from it, and `certify` compares with it."""
     around = Surroundings(trained.image_spec, trained.temperature, trained.multi_label)
 
     def metadata(name: Precision) -> dict[str, str]:
@@ -181,8 +181,8 @@ def _candidate(
     """A precision as a reader of the bundle would run it: everything comes from the files to be written."""
     class_ids = bundle.read_labels(files[bundle.LABELS_FILE])["id"].to_pylist()
     spec = certification.runtime_spec(measuring, "cpu", name)
-    labels = certification.labels_of(manifest, class_ids, "cpu", name)
-    model = OnnxModel(files[bundle.model_file(name)], spec)
+    labels = certification.labels_of(manifest, class_ids, name)
+    model = OnnxModel(files[bundle.MODEL_FILES[name]], spec)
     calibrated_on = certification.calibrated_on(manifest, name)
     return Candidate(model, labels, manifest.image_spec, calibrated_on=calibrated_on)
 

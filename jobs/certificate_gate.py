@@ -16,7 +16,7 @@ def require_certificate(bundle: Bundle, spec: RuntimeSpec, *, allow_uncertified:
         Refused: the bundle lacks the file, or nothing covers it; the message has the command that helps.
     """
     try:
-        bundle.model_record(spec.precision, spec.provider)
+        bundle.model_record(spec.precision)
     except NotCertified as error:
         raise Refused(str(error)) from error
     try:

@@ -97,7 +97,6 @@ def prepare(config: ClassifyConfig) -> Run:
             precision=config.precision,
             batch_size=config.batch_size,
             threads=config.threads_per_session,
-            engine_cache=config.engine_cache,
         )
         certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
         output_uri = open_storage(config.output).uri

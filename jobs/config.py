@@ -222,13 +222,11 @@ class ClassifyConfig(RayConfig):
     precision: specs.Precision = "fp32"
     """Which file of the bundle runs."""
     provider: specs.Provider = "cpu"
-    """Execution provider; `cuda` and `tensorrt` put one session on each GPU."""
+    """Execution provider; `cuda` puts one session on each GPU."""
     batch_size: int = Field(default=0, ge=0)
     """Most images per session run; 0 is 16 on CPU and 256 on GPU. The certificate must cover it."""
     threads_per_session: int = Field(default=1, ge=1)
     """CPU threads of each ONNX session."""
-    engine_cache: str = ""
-    """Folder on each node for TensorRT engines; empty: beside a local bundle, else `~/.cache/iab-vision/`."""
     allow_uncertified: bool = False
     """Run a precision and provider that no certificate covers; recorded in run.json and the report."""
     max_error_rate: float = Field(default=0.5, ge=0, le=1)
@@ -314,8 +312,6 @@ class EvaluateConfig(JobConfig):
     """Most images per session run of the bundle; 0 is 16 on CPU and 256 on GPU."""
     threads: int = Field(default=0, ge=0)
     """Decoding threads and CPU threads of the model; 0 is one per core."""
-    engine_cache: str = ""
-    """Folder for TensorRT engines; empty: beside a local bundle, else `~/.cache/iab-vision/engines`."""
     allow_uncertified: bool = False
     """Judge a precision and provider that no certificate covers; the report says so."""
 

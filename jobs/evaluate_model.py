@@ -23,7 +23,7 @@ from pipelines.training.resources import cores
 
 log = logging.getLogger(__name__)
 
-OF_A_BUNDLE = {"precision", "provider", "batch_size", "engine_cache", "allow_uncertified"}
+OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 """Settings without a meaning for a checkpoint."""
 
 
@@ -190,7 +190,6 @@ def bundle_subject(config: EvaluateConfig, uri: str) -> Subject:
         precision=config.precision,
         batch_size=config.batch_size,
         threads=config.threads or cores(),
-        engine_cache=config.engine_cache,
     )
     certified = require_certificate(bundle, spec, allow_uncertified=config.allow_uncertified)
     own_table = uris.join(uri, bundles.TAXONOMY_FILE)

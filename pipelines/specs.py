@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from typing import Literal
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "int8"]
 
-DEFAULT_BATCH: dict[Provider, int] = {"cpu": 16, "cuda": 256, "tensorrt": 256}
+DEFAULT_BATCH: dict[Provider, int] = {"cpu": 16, "cuda": 256}
 """Images per session run. More than 16 are no faster on a core; a data-centre GPU wants hundreds."""
 
 
@@ -163,20 +163,13 @@ class RuntimeSpec:
     threads: int = 1
     """Intra-op threads of a CPU session."""
     device_id: int = 0
-    """GPU of a CUDA or TensorRT session, as visible to the process."""
+    """GPU of a CUDA session, as visible to the process."""
     allow_tf32: bool = False
     """Let CUDA round float32 products to TF32."""
-    engine_cache: str = ""
-    """Local folder for TensorRT engines; empty: beside a local bundle, else `~/.cache/iab-vision/engines`."""
 
     def __post_init__(self) -> None:
         if self.precision == "int8" and self.provider != "cpu":
             raise ValueError(f"int8 does not run on {self.provider}; it is made for cpu: use fp16 on a GPU")
-        if (self.provider, self.precision) == ("tensorrt", "fp32"):
-            raise ValueError(
-                "fp32 on tensorrt would be TF32: TensorRT rounds float32 products, and ONNX Runtime has no "
-                "option against it; use --precision fp16, or --provider cuda for float32"
-            )
         at_least("batch_size", self.batch_size, 0)
         object.__setattr__(self, "batch_size", self.batch_size or DEFAULT_BATCH[self.provider])
         at_least("threads", self.threads, 1)
@@ -205,11 +198,6 @@ class RuntimeSpec:
             else min(n, self.batch_size)
         )
 
-    @property
-    def tf32(self) -> bool:
-        """Whether float32 products may be rounded: TensorRT does so to what fp16 leaves in float32."""
-        return self.allow_tf32 or self.provider == "tensorrt"
-
 
 @dataclass(frozen=True)
 class Measuring:
@@ -226,9 +214,7 @@ class Measuring:
     threads: int = 1
     """CPU threads of a session; what classify uses."""
     device_id: int = 0
-    """GPU of a CUDA or TensorRT session."""
-    engine_cache: str = ""
-    """Local folder for TensorRT engines; empty: beside a local bundle, else `~/.cache/iab-vision/engines`."""
+    """GPU of a CUDA session."""
 
     def __post_init__(self) -> None:
         for name in ("sample_images", "calibration_images", "threads"):

@@ -24,10 +24,8 @@ from pipelines.bundle.manifest import (
     Manifest,
     NotABundle,
     NotCertified,
-    model_file,
     record,
     sealed,
-    stored_precision,
 )  # fmt: skip
 from pipelines.bundle.onnx_check import check_graph
 from pipelines.messages import redact
@@ -40,8 +38,7 @@ __all__ = [
     "CERTIFICATES", "FLAT", "LABELS", "LABELS_FILE", "MANIFEST_FILE", "MODEL_FILES", "TAXONOMY_FILE",
     "Bundle",
     "BundleDamaged", "Certificate", "FileRecord", "Manifest", "NotABundle", "NotCertified", "add_certificate",
-    "labels_bytes", "model_file", "open_bundle", "read_labels", "record",
-    "stored_precision", "write_bundle",
+    "labels_bytes", "open_bundle", "read_labels", "record", "write_bundle",
 ]  # fmt: skip
 
 LABELS_FILE = "labels.parquet"
@@ -115,14 +112,14 @@ class Bundle:
         version = hashlib.sha256(payload).hexdigest()[:12]
         return Taxonomy(self.taxonomy_name, version, self.cattax, taxonomy.parse(payload.decode()))
 
-    def model_bytes(self, precision: Precision, provider: Provider = "cpu") -> bytes:
-        """The verified bytes of the ONNX file that `provider` runs for `precision`."""
-        expected = self.model_record(precision, provider)
-        return _read_verified(storage.open_storage(self.uri), model_file(precision, provider), expected)
+    def model_bytes(self, precision: Precision) -> bytes:
+        """The verified bytes of the ONNX file of a precision."""
+        expected = self.model_record(precision)
+        return _read_verified(storage.open_storage(self.uri), MODEL_FILES[precision], expected)
 
-    def model_record(self, precision: Precision, provider: Provider = "cpu") -> FileRecord:
+    def model_record(self, precision: Precision) -> FileRecord:
         """What that file must be; raises `NotCertified` when the bundle was made without it."""
-        found = self.manifest.files.get(model_file(precision, provider))
+        found = self.manifest.files.get(MODEL_FILES[precision])
         if found is None:
             held = [p for p, file in MODEL_FILES.items() if file in self.manifest.files]
             raise NotCertified(
@@ -138,7 +135,7 @@ class Bundle:
         """
         if (provider, precision) != ("cpu", "fp32"):
             self.certificate_for("cpu", "fp32")
-        model = self.manifest.files.get(model_file(precision, provider))
+        model = self.manifest.files.get(MODEL_FILES[precision])
         wanted = f"{CERTIFICATES}/{provider}-{precision}.json"
         found = next((c for c in self.certificates if c.name == wanted), None)
         uri = redact(self.uri)
@@ -226,7 +223,7 @@ def add_certificate(
         "provider": provider,
         "precision": precision,
         "manifest_sha256": hashlib.sha256(manifest.to_json()).hexdigest(),
-        "model_sha256": manifest.files[model_file(precision, provider)].sha256,
+        "model_sha256": manifest.files[MODEL_FILES[precision]].sha256,
     }
     storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", sealed(document))
 

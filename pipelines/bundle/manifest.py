@@ -160,8 +160,8 @@ class Certificate:
         on_cpu = spec.provider == "cpu"
         if spec.batch_size > max(sizes) or not (on_cpu or set(spec.buckets) <= set(sizes)):
             return f"it measured batches of {_listed(sizes)} images, and {_listed(spec.buckets)} would run"
-        if not on_cpu and measured.get("allow_tf32") is not spec.tf32:
-            return f"it was measured with TF32 {measured.get('allow_tf32')}, and {spec.tf32} would run"
+        if not on_cpu and measured.get("allow_tf32") is not spec.allow_tf32:
+            return f"it was measured with TF32 {measured.get('allow_tf32')}, and {spec.allow_tf32} would run"
         return ""
 
     @classmethod
@@ -201,20 +201,6 @@ def sealed(document: Mapping[str, Any]) -> bytes:
 def _digest(document: Mapping[str, Any]) -> str:
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def stored_precision(precision: Precision, provider: Provider) -> Precision:
-    """The precision of the file that `provider` runs for `precision`.
-
-    TensorRT lowers the portable float32 graph to fp16 itself: its parser does not know the fused
-    operators of the fp16 file, which are written for the CUDA provider.
-    """
-    return "fp32" if provider == "tensorrt" else precision
-
-
-def model_file(precision: Precision, provider: Provider = "cpu") -> str:
-    """Name of the ONNX file that `provider` runs for `precision`."""
-    return MODEL_FILES[stored_precision(precision, provider)]
 
 
 def record(payload: bytes) -> FileRecord:

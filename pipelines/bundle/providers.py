@@ -1,18 +1,11 @@
 """ONNX Runtime's execution providers: what each is asked for, and proof that it is the one that runs.
 
-Options, libraries, placement of the nodes, and where TensorRT keeps its engines. It runs no model
-(`runtime.py` does), and everything but `gpu_name`, `load_libraries` and a real session works without a GPU.
+Options and placement of the nodes. It runs no model, and everything but `gpu_name` works without a GPU.
 """
 
-import fcntl
-import hashlib
-import importlib
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime as ort
@@ -22,7 +15,6 @@ from pipelines.specs import Provider, RuntimeSpec
 EP_NAMES: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
 }
 _QUIET = 3  # errors only: the warnings about shape nodes come once per session and mean nothing to a user
 
@@ -63,49 +55,18 @@ def session_entries(spec: RuntimeSpec) -> dict[str, str]:
     return entries
 
 
-def requested(spec: RuntimeSpec, engines: Path | None) -> list[tuple[str, dict[str, str]]]:
-    """Providers and their options, in the order in which they are offered the graph.
-
-    CUDA behind TensorRT only makes the refusal of `check_placement` name what TensorRT does not know.
-    """
+def requested(spec: RuntimeSpec) -> list[tuple[str, dict[str, str]]]:
+    """The one provider that may run the graph, and its options."""
     if spec.provider == "cpu":
         return [(EP_NAMES["cpu"], {})]
-    cuda = {
+    options = {
         "device_id": str(spec.device_id),
         "use_tf32": "1" if spec.allow_tf32 else "0",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
+        "enable_cuda_graph": "1",
     }
-    if engines is None:
-        return [(EP_NAMES["cuda"], {**cuda, "enable_cuda_graph": "1"})]
-    tensorrt = {
-        "device_id": str(spec.device_id),
-        "trt_fp16_enable": "True",  # this parser knows True and False alone, CUDA's 1 and 0 too
-        "trt_layer_norm_fp32_fallback": "True",
-        "trt_cuda_graph_enable": "True",
-        "trt_engine_cache_enable": "True",
-        "trt_engine_cache_path": str(engines),
-        "trt_timing_cache_enable": "True",
-        "trt_timing_cache_path": str(engines.parent),  # what one batch size has timed helps the next
-    }
-    return [(EP_NAMES["tensorrt"], tensorrt), (EP_NAMES["cuda"], cuda)]
-
-
-def load_libraries(provider: Provider) -> None:
-    """Put the CUDA (and TensorRT) libraries of the Python packages where the provider finds them."""
-    if provider == "cpu":
-        return
-    ort.preload_dlls()
-    if provider == "tensorrt":
-        tensorrt_version()
-
-
-def tensorrt_version() -> str:
-    """Version of the TensorRT package, whose import loads libnvinfer."""
-    try:
-        return str(importlib.import_module("tensorrt").__version__)
-    except ImportError as error:
-        raise ProviderUnavailable("TensorRT is not installed: pip install 'tensorrt-cu13<11'") from error
+    return [(EP_NAMES["cuda"], options)]
 
 
 def check_placement(session: ort.InferenceSession, spec: RuntimeSpec) -> None:
@@ -126,63 +87,6 @@ def placement(session: ort.InferenceSession) -> dict[str, list[str]]:
     for subgraph in session.get_provider_graph_assignment_info():
         found.setdefault(subgraph.ep_name, []).extend(node.op_type for node in subgraph.get_nodes())
     return found
-
-
-def engine_folder(model: bytes, spec: RuntimeSpec, bucket: int) -> Path | None:
-    """Folder of the TensorRT engines of this model, batch size and kind of GPU; None on other providers.
-
-    Raises:
-        ProviderUnavailable: someone else could write there.
-    """
-    if spec.provider != "tensorrt":
-        return None
-    root = Path(spec.engine_cache or Path.home() / ".cache" / "iab-vision" / "engines")
-    machine = f"{gpu_name(spec.device_id)} tensorrt {tensorrt_version()}"
-    return private_engine_folder(root, model, machine, bucket)
-
-
-def private_engine_folder(root: Path, model: bytes, machine: str, bucket: int) -> Path:
-    """`root`/model and machine/batch size, made when missing, each of them this user's alone.
-
-    An engine is native code for one GPU, one TensorRT and one shape. ONNX Runtime names its file after the
-    graph's nodes, not their shapes, and would load the engine of another batch size from the same folder.
-    Whoever may write into the folder runs code in this process.
-
-    Raises:
-        ProviderUnavailable: a folder cannot be made, is of another user, or others may write to it.
-    """
-    model_folder = (
-        root / f"{hashlib.sha256(model).hexdigest()[:16]}-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}"
-    )
-    folder = model_folder / f"batch-{bucket}"
-    remedy = "name a folder of your own with --engine-cache (--measuring.engine-cache in certify)"
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        for path in (root, model_folder, folder):
-            path.mkdir(mode=0o700, exist_ok=True)
-            status = path.stat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                raise ProviderUnavailable(
-                    f"{path} is of user {status.st_uid} with mode {status.st_mode & 0o777:o}; TensorRT's "
-                    f"engines are native code, which nobody but user {os.getuid()} may write: {remedy}"
-                )
-    except OSError as error:
-        raise ProviderUnavailable(f"TensorRT's engines have no place in {root}: {error}; {remedy}") from error
-    return folder
-
-
-@contextmanager
-def alone_with(engines: Path | None) -> Iterator[None]:
-    """One process of this machine at a time: several GPUs' sessions start at once, and one builds for all.
-
-    ONNX Runtime writes an engine in place, and would read the half of one that another is writing.
-    """
-    if engines is None:
-        yield
-        return
-    with (engines.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def cpu_name() -> str:

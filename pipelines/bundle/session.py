@@ -7,13 +7,11 @@ on a GPU a smaller one is padded. It neither opens bundles' files nor decodes im
 
 import ctypes
 import gc
-import hashlib
 import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +21,6 @@ from pipelines.bundle import providers
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.providers import ProviderUnavailable
 from pipelines.specs import RuntimeSpec
-from pipelines.storage.uris import is_local, local_path
 
 INPUT = "pixels"
 OUTPUTS = ["logits", "probabilities"]
@@ -38,10 +35,8 @@ _OUT_OF_MEMORY = (
     "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_…
     "cudaerrormemoryallocation",
     "smaller than requested bytes",
-    "failed to create context",  # TensorRT says no reason; the activations are allocated there
-    "could not build execution context",
 )
-"""How ONNX Runtime's arenas, CUDA's libraries, TensorRT and C++ word it: it has no exception type."""
+"""How ONNX Runtime's arenas, CUDA's libraries and C++ word it: it has no exception type."""
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -113,14 +108,9 @@ class OnnxModel:
             "batch_size": self.batch_size,
             "buckets": self.spec.buckets,
             "threads": self.spec.threads,
-            "allow_tf32": self.spec.tf32,
+            "allow_tf32": self.spec.allow_tf32,
             "machine": providers.cpu_name() if on_cpu else providers.gpu_name(self.spec.device_id),
             "nodes": {name: len(kinds) for name, kinds in providers.placement(largest.session).items()},
-            "engines": {
-                f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest()
-                for session in self._sessions.values()
-                for file in session.engine_files()
-            },
         }
 
     def _open(self) -> "Session":
@@ -161,13 +151,8 @@ class OnnxModel:
 
 
 def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
-    """The model of an opened bundle; whether it is certified is for the caller to have checked.
-
-    TensorRT's engines are kept beside a local bundle, in the folder of its name with `.engines` behind it.
-    """
-    if spec.provider == "tensorrt" and not spec.engine_cache and is_local(bundle.uri):
-        spec = replace(spec, engine_cache=f"{local_path(bundle.uri)}.engines")
-    return OnnxModel(bundle.model_bytes(spec.precision, spec.provider), spec)
+    """The model of an opened bundle; whether it is certified is for the caller to have checked."""
+    return OnnxModel(bundle.model_bytes(spec.precision), spec)
 
 
 class Session:
@@ -175,16 +160,15 @@ class Session:
 
     def __init__(self, model: bytes, spec: RuntimeSpec, bucket: int) -> None:
         self.bucket = bucket
-        providers.load_libraries(spec.provider)
-        self._engines = providers.engine_folder(model, spec, bucket)
+        if spec.provider != "cpu":
+            ort.preload_dlls()  # the CUDA libraries of the Python packages, which the provider would not find
         try:
-            with providers.alone_with(self._engines):
-                self.session = ort.InferenceSession(
-                    model,
-                    providers.session_options(spec, bucket),
-                    providers=providers.requested(spec, self._engines),
-                    enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
-                )
+            self.session = ort.InferenceSession(
+                model,
+                providers.session_options(spec, bucket),
+                providers=providers.requested(spec),
+                enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
+            )
             _check_signature(self.session)
             providers.check_placement(self.session, spec)
             height, width, channels = self.session.get_inputs()[0].shape[1:]
@@ -208,10 +192,6 @@ class Session:
         self._device_input.update_inplace(self._staging)
         self.session.run_with_iobinding(self._binding)
         return [value.numpy()[:n] for value in self._device_outputs]
-
-    def engine_files(self) -> list[Path]:
-        """TensorRT's engines that this session runs; none on other providers."""
-        return sorted(self._engines.glob("*.engine")) if self._engines else []
 
     def _bind(self, device_id: int) -> None:
         """Buffers at fixed addresses, as CUDA graphs need; the host side is page-locked for a faster copy."""

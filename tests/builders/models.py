@@ -119,7 +119,7 @@ def small_graph(n_classes: int = 5, height: int = 4, width: int = 6) -> bytes:
     """An ONNX file with our inputs and outputs, made without torch: one random product."""
     weight = np.random.default_rng(0).normal(0, 1e-2, (height * width * 3, n_classes)).astype(np.float32)
     nodes = [
-        helper.make_node("Cast", ["pixels"], ["values"], to=TensorProto.FLOAT),  # TensorRT: nothing before it
+        helper.make_node("Cast", ["pixels"], ["values"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["values"], ["flat"]),
         helper.make_node("MatMul", ["flat", "weight"], ["logits"]),
         helper.make_node("Softmax", ["logits"], ["probabilities"]),
