@@ -114,7 +114,7 @@ def _drawn(images_uri: str, measuring: Measuring, *, calibrating: bool) -> tuple
 def _graphs(
     trained: Checkpoint, network: Any, precisions: Sequence[Precision], further: Sequence[Sample]
 ) -> Iterator[tuple[Precision, Graph]]:
-    """The ONNX graphs asked for; float32 is always one: int8 comes from it, and `certify` compares with it."""
+    """The ONNX graphs asked for; float32 is always one: int8 comes from it, certify compares with it."""
     around = Surroundings(trained.image_spec, trained.temperature, trained.multi_label)
 
     def metadata(name: Precision) -> dict[str, str]:

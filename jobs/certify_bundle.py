@@ -10,12 +10,11 @@ float32 model on CPU; that one itself is certified anew only against its run: `-
 from jobs.config import CertifyConfig
 from jobs.errors import checking_input
 from jobs.settings import plain
-from pipelines.messages import JobFailed, Refused
+from pipelines.messages import Refused
 
 
 def run(config: CertifyConfig) -> int:
     from export import certification
-    from pipelines.bundle.providers import ProviderUnavailable
 
     with checking_input():
         try:
@@ -29,8 +28,6 @@ def run(config: CertifyConfig) -> int:
             )
         except certification.ParityRefused as error:
             raise Refused(str(error)) from error
-        except ProviderUnavailable as error:
-            raise JobFailed(str(error)) from error
     for (provider, precision), document in documents.items():
         print(certification.one_line(provider, precision, document))
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from pipelines.messages import JobFailed
 from pipelines.specs import Provider, RuntimeSpec
 
 EP_NAMES: dict[Provider, str] = {
@@ -19,7 +20,7 @@ EP_NAMES: dict[Provider, str] = {
 _QUIET = 3  # errors only: the warnings about shape nodes come once per session and mean nothing to a user
 
 
-class ProviderUnavailable(RuntimeError):
+class ProviderUnavailable(JobFailed):
     """The provider that was asked for is not the one that would run the model."""
 
 

@@ -1,53 +1,27 @@
-"""The one place that runs a released model: classify, predict and the parity measurement all come here.
+"""The one place that runs a released model: classify, predict and the parity measurement all use it.
 
 An `OnnxModel` turns uint8 pixels of any number into logits and probabilities, on the provider that was
-asked for (`providers.py`) or not at all. Batches have a few fixed sizes, which halve where memory runs out;
-on a GPU a smaller one is padded. It neither opens bundles' files nor decodes images, nor imports torch.
+asked for or not at all. Batches have a few fixed sizes; on a GPU a smaller one is padded. It opens no
+bundle, decodes no image and imports no torch.
 """
 
 import ctypes
-import gc
-import logging
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from pipelines.bundle import providers
 from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.manifest import BundleDamaged
 from pipelines.bundle.providers import ProviderUnavailable
+from pipelines.messages import JobFailed, first_line
 from pipelines.specs import RuntimeSpec
 
 INPUT = "pixels"
 OUTPUTS = ["logits", "probabilities"]
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "out_of_memory",
-    "failed to allocate",
-    "bad_alloc",
-    "bad allocation",
-    "allocation failed",
-    "alloc_failed",  # CUBLAS_STATUS_…, CUDNN_STATUS_…
-    "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_…
-    "cudaerrormemoryallocation",
-    "smaller than requested bytes",
-)
-"""How ONNX Runtime's arenas, CUDA's libraries and C++ word it: it has no exception type."""
-
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
-
-
-class ModelUnusable(ValueError):
-    """The graph is not one of ours: wrong inputs, wrong outputs, or the runtime cannot load it."""
-
-
-class OutOfMemory(RuntimeError):
-    """Not even one image fits into memory beside the model."""
+_GPU_ADVICE = "Check nvidia-smi, and install the CUDA 13 libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 class OnnxModel:
@@ -55,22 +29,20 @@ class OnnxModel:
 
     Raises:
         ProviderUnavailable: the session would run anything on another provider than `spec.provider`.
-        ModelUnusable: the bytes are not a graph of this project.
-        OutOfMemory: not even batches of one image fit.
+        BundleDamaged: the bytes are not a graph of this project.
+        JobFailed: the first batch did not run, as when memory is too small for `spec.batch_size`.
     """
 
     def __init__(self, model: bytes, spec: RuntimeSpec) -> None:
         self.spec = spec
-        """How it runs; its batch size halves when memory runs out."""
-        self._model = model
-        self._sessions: dict[int, Session] = {}
-        largest = None
-        while largest is None:
-            largest = self._within_memory(self._open)
-        self.providers: list[str] = largest.session.get_providers()
-        self.metadata: dict[str, str] = largest.session.get_modelmeta().custom_metadata_map
-        self.height, self.width, _ = largest.image_shape
-        self.n_classes = int(largest.session.get_outputs()[0].shape[1])
+        sizes = [spec.batch_size] if spec.provider == "cpu" else spec.buckets[::-1]
+        self._sessions = {size: Session(model, spec, size) for size in sizes}
+        self._largest = self._sessions[spec.batch_size]
+        session = self._largest.session
+        self.providers: list[str] = session.get_providers()
+        self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+        self.height, self.width, _ = self._largest.image_shape
+        self.n_classes = int(session.get_outputs()[0].shape[1])
 
     @property
     def batch_size(self) -> int:
@@ -84,108 +56,74 @@ class OnnxModel:
             raise ValueError(
                 f"pixels are {pixels_nhwc.dtype} {pixels_nhwc.shape}; the model takes uint8 [n, {expected}]"
             )
-        logits_nc, probabilities_nc = (
-            np.empty((len(pixels_nhwc), self.n_classes), np.float32) for _ in OUTPUTS
-        )
+        n = len(pixels_nhwc)
+        logits_nc, probabilities_nc = (np.empty((n, self.n_classes), np.float32) for _ in OUTPUTS)
         start = 0
-        while start < len(pixels_nhwc):
-            batch = pixels_nhwc[start : start + self.spec.next_batch(len(pixels_nhwc) - start)]
-            outputs = self._within_memory(partial(self._answer, batch))
-            if outputs is not None:
-                stop = start + len(batch)
-                logits_nc[start:stop], probabilities_nc[start:stop] = outputs
-                start = stop
+        while start < n:
+            stop = start + self.spec.next_batch(n - start)
+            batch_nhwc = pixels_nhwc[start:stop]
+            logits_nc[start:stop], probabilities_nc[start:stop] = self._session(len(batch_nhwc))(batch_nhwc)
+            start = stop
         return logits_nc, probabilities_nc
 
     def environment(self) -> dict[str, Any]:
         """What a certificate must say about how and where this model ran."""
-        largest = self._open()
-        on_cpu = self.spec.provider == "cpu"
+        session, on_cpu = self._largest.session, self.spec.provider == "cpu"
         return {
             "onnxruntime": ort.__version__,
             "providers": self.providers,
-            "provider_options": largest.session.get_provider_options(),
+            "provider_options": session.get_provider_options(),
             "batch_size": self.batch_size,
             "buckets": self.spec.buckets,
             "threads": self.spec.threads,
             "allow_tf32": self.spec.allow_tf32,
             "machine": providers.cpu_name() if on_cpu else providers.gpu_name(self.spec.device_id),
-            "nodes": {name: len(kinds) for name, kinds in providers.placement(largest.session).items()},
+            "nodes": {name: len(kinds) for name, kinds in providers.placement(session).items()},
         }
 
-    def _open(self) -> "Session":
-        """The session of the largest batches, which run first; those that are missing are made and warmed."""
-        keys = [0] if self.spec.provider == "cpu" else self.spec.buckets
-        for key in reversed(keys):
-            if key not in self._sessions:
-                self._sessions[key] = Session(self._model, self.spec, key)
-        return self._sessions[keys[-1]]
-
-    def _answer(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
-        self._open()  # after a halving there are none
-        bucket = next(size for size in self.spec.buckets if size >= len(batch_nhwc))
-        return self._sessions[0 if self.spec.provider == "cpu" else bucket](batch_nhwc)
-
-    def _within_memory(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` gives; None when memory ran out: then no session is left, and batches are halved."""
-        try:
-            return work()
-        except Exception as error:  # ORT raises several unrelated types for one full memory
-            if not _is_out_of_memory(error):
-                raise
-            reason = str(error)
-        # Behind the handler: the error's traceback would keep the session alive that has to go.
-        size = self.batch_size
-        if size == 1:
-            raise OutOfMemory(
-                f"one image does not fit into the memory of {self.spec.provider} beside the model: {reason}"
-            )
-        self._sessions.clear()
-        gc.collect()
-        self.spec = replace(self.spec, batch_size=size // 2)
-        log.warning(
-            "memory ran out on %s at batches of %d images; going on with %d: %s",
-            self.spec.provider, size, size // 2, reason,
-        )  # fmt: skip
-        return None
+    def _session(self, n: int) -> "Session":
+        """The session with the smallest batch that holds `n` images."""
+        return self._sessions[min(size for size in self._sessions if size >= n)]
 
 
 def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
-    """The model of an opened bundle; whether it is certified is for the caller to have checked."""
+    """The model of an opened bundle; the caller must have checked that it is certified."""
     return OnnxModel(bundle.model_bytes(spec.precision), spec)
 
 
 class Session:
-    """One warm ONNX Runtime session; with `bucket` > 0 frozen to that batch size with its buffers bound."""
+    """One warm ONNX Runtime session: up to `size` images a run on CPU, padded to `size` on a GPU."""
 
-    def __init__(self, model: bytes, spec: RuntimeSpec, bucket: int) -> None:
-        self.bucket = bucket
+    def __init__(self, model: bytes, spec: RuntimeSpec, size: int) -> None:
+        self.size = size
+        self._spec = spec
+        self.session = _create(model, spec, size)
+        _check_signature(self.session)
+        providers.check_placement(self.session, spec)
+        height, width, channels = self.session.get_inputs()[0].shape[1:]
+        self.image_shape = (int(height), int(width), int(channels))
         if spec.provider != "cpu":
-            ort.preload_dlls()  # the CUDA libraries of the Python packages, which the provider would not find
-        try:
-            self.session = ort.InferenceSession(
-                model,
-                providers.session_options(spec, bucket),
-                providers=providers.requested(spec),
-                enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
-            )
-            _check_signature(self.session)
-            providers.check_placement(self.session, spec)
-            height, width, channels = self.session.get_inputs()[0].shape[1:]
-            self.image_shape = (int(height), int(width), int(channels))
-            if bucket:
-                self._bind(spec.device_id)
-            self(np.zeros((bucket or 1, *self.image_shape), np.uint8))  # captures the CUDA graph
-        except (ModelUnusable, ProviderUnavailable, MemoryError):
-            raise
-        except Exception as error:  # ORT has an unrelated type per reason; all mean no
-            raise _refusal(spec, error) from error
+            self._bind(spec.device_id)
+        # A full batch: too little memory is found now and not in an hour. On a GPU it captures the graph.
+        self(np.zeros((size, *self.image_shape), np.uint8))
 
     def __call__(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
-        """Logits and probabilities of a batch, which a frozen session pads."""
-        if not self.bucket:
-            outputs: list[np.ndarray] = self.session.run(OUTPUTS, {INPUT: np.ascontiguousarray(batch_nhwc)})
-            return outputs
+        """Logits and probabilities of at most `size` images.
+
+        Raises:
+            JobFailed: the run failed; out of memory is one reason, which ONNX Runtime has no type for.
+        """
+        run = self._run_cpu if self._spec.provider == "cpu" else self._run_bound
+        try:
+            return run(batch_nhwc)
+        except Exception as error:  # ORT raises an unrelated type for each reason
+            raise _run_failed(self._spec, len(batch_nhwc), error) from error
+
+    def _run_cpu(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
+        outputs: list[np.ndarray] = self.session.run(OUTPUTS, {INPUT: np.ascontiguousarray(batch_nhwc)})
+        return outputs
+
+    def _run_bound(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
         n = len(batch_nhwc)
         self._staging[:n] = batch_nhwc
         self._staging[n:] = 0
@@ -196,38 +134,51 @@ class Session:
     def _bind(self, device_id: int) -> None:
         """Buffers at fixed addresses, as CUDA graphs need; the host side is page-locked for a faster copy."""
         device = ("cuda", device_id)
-        self._staging = _page_locked((self.bucket, *self.image_shape))
+        self._staging = _page_locked((self.size, *self.image_shape))
         self._device_input = ort.OrtValue.ortvalue_from_numpy(self._staging, *device)
         self._binding = self.session.io_binding()
         self._binding.bind_ortvalue_input(INPUT, self._device_input)
         self._device_outputs = []
         for output in self.session.get_outputs():
-            shape = [self.bucket, int(output.shape[1])]
+            shape = [self.size, int(output.shape[1])]
             value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, *device)
             self._binding.bind_ortvalue_output(output.name, value)
             self._device_outputs.append(value)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+def _create(model: bytes, spec: RuntimeSpec, size: int) -> ort.InferenceSession:
+    if spec.provider != "cpu":
+        ort.preload_dlls()  # the CUDA libraries of the Python packages, which the provider would not find
+    try:
+        return ort.InferenceSession(
+            model,
+            providers.session_options(spec, size),
+            providers=providers.requested(spec),
+            enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
+        )
+    except Exception as error:  # ORT raises an unrelated type for each reason
+        if spec.provider == "cpu":
+            raise BundleDamaged(f"ONNX Runtime {ort.__version__} cannot load the model: {error}") from error
+        raise ProviderUnavailable(
+            f"ONNX Runtime {ort.__version__} cannot load the model on {spec.provider} {spec.device_id}: "
+            f"{error}. {_GPU_ADVICE}"
+        ) from error
 
 
 def _check_signature(session: ort.InferenceSession) -> None:
     inputs = [(value.name, value.type, len(value.shape)) for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
     if inputs != [(INPUT, "tensor(uint8)", 4)] or outputs != OUTPUTS:
-        raise ModelUnusable(
+        raise BundleDamaged(
             f"the graph maps {inputs} to {outputs}; ours map uint8 [batch, height, width, 3] to {OUTPUTS}"
         )
 
 
-def _refusal(spec: RuntimeSpec, error: Exception) -> Exception:
-    if spec.provider == "cpu":
-        return ModelUnusable(f"ONNX Runtime {ort.__version__} cannot load the model: {error}")
-    return ProviderUnavailable(
-        f"ONNX Runtime {ort.__version__} cannot run the model on {spec.provider} {spec.device_id}: {error}. "
-        "Check nvidia-smi, and install the CUDA 13 libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+def _run_failed(spec: RuntimeSpec, n: int, error: Exception) -> JobFailed:
+    return JobFailed(
+        f"ONNX Runtime {ort.__version__} could not run a batch of {n} images on {spec.provider}: "
+        f"{first_line(error)}. If memory is too small, lower --batch-size (--measuring.batch-size in export "
+        f"and certify). {_GPU_ADVICE if spec.provider != 'cpu' else ''}".rstrip()
     )
 
 
