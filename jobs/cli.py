@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cluster import quieten
-from jobs.errors import EXIT_CODES
+from jobs.errors import exit_code
 from jobs.signals import stoppable
 from pipelines.messages import CommandError, InputError, JobFailed, Stopped, redact
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"iab-vision {name}: {redact(str(error))}", file=sys.stderr)
-        return EXIT_CODES[type(error)]
+        return exit_code(error)
     except KeyboardInterrupt:
         print(f"iab-vision {name}: interrupted", file=sys.stderr)
         return 1

@@ -11,6 +11,11 @@ from pipelines.messages import CommandError, InputError, JobFailed, Refused
 EXIT_CODES: dict[type[CommandError], int] = {JobFailed: 1, InputError: 2, Refused: 3}
 
 
+def exit_code(error: CommandError) -> int:
+    """The exit code of an error, or of the error that it is a kind of."""
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
 @contextmanager
 def checking_input() -> Iterator[None]:
     """Report what the libraries below raise for a wrong value or path as an `InputError`."""
