@@ -37,8 +37,8 @@ from process_tree import ProcessTree
 from pipelines.bundle import session
 from pipelines.bundle.bundle import open_bundle
 from pipelines.images.prepare import prepare
+from pipelines.machine import cores
 from pipelines.specs import RuntimeSpec
-from pipelines.training.resources import cores
 
 BATCH = 16
 IMAGES_AT_ONCE = 32

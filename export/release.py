@@ -5,7 +5,6 @@ the bundle with its certificates last. A refusal leaves a report beside the outp
 measured later, on other machines, is `certification.py`'s business.
 """
 
-import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,23 +24,15 @@ from export.quantize import Graph
 from pipelines.bundle import bundle
 from pipelines.bundle.bundle import Bundle, Manifest
 from pipelines.bundle.session import OnnxModel
+from pipelines.machine import library_versions
 from pipelines.messages import redact
 from pipelines.specs import Measuring, Precision
 from pipelines.storage import storage
 
 REFUSED_SUFFIX = "-refused"
 """The report of a refusal lies in a folder of the output's name with this behind it."""
-_LIBRARIES = (
-    "iab-vision",
-    "torch",
-    "transformers",
-    "onnx",
-    "onnxscript",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "pillow",
-)
-
+_WITHOUT_EFFECT = {"ray", "numpy", "pyarrow", "obstore"}
+"""Libraries that no byte of a model depends on: another version must not change the bundle's `model_id`."""
 logger = logging.getLogger(__name__)
 
 
@@ -149,7 +140,7 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
         temperatures={name: graph.temperature for name, graph in graphs.items()},
         opset=convert.OPSET,
         ir_version=convert.IR_VERSION,
-        versions=dict(_versions()),
+        versions={n: v for n, v in library_versions().items() if n not in _WITHOUT_EFFECT},
         source={
             "architecture": trained.architecture,
             "checkpoint_sha256": trained.sha256,
@@ -196,11 +187,3 @@ def _refuse_failed(report_uri: str, documents: Documents, labels: pa.Table) -> N
         folder.put(f"{provider}-{name}.json", report.as_json(document))
     folder.put("report.html", report.render(documents, labels))
     certification.refuse_failed(documents, f"{redact(report_uri)}/report.html")
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in _LIBRARIES:
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # onnxruntime comes under one of two names

@@ -7,11 +7,9 @@ On two CPU cores about 100 images/s with a ViT-tiny at 224 pixels (BENCHMARKS.md
 interrupted run and does nothing to a finished one.
 """
 
-import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import ray
@@ -35,6 +33,7 @@ from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import Committer
+from pipelines.machine import cores, git_revision, library_versions
 from pipelines.messages import (
     InputError,
     JobFailed,
@@ -48,8 +47,6 @@ from pipelines.messages import (
 from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import is_local, join
-from pipelines.training.resources import cores
-from pipelines.training.runs import git_revision
 
 log = logging.getLogger(__name__)
 
@@ -129,18 +126,13 @@ def open_ledger(
     state: Storage, plan: Plan, bundle: Bundle, config: ClassifyConfig, *, certified: bool
 ) -> Ledger:
     """The run's ledger, which must be of the same plan, bundle and settings."""
-    details = {"config": resolved(config), "certified": certified, **surroundings()}
+    details = {
+        "config": resolved(config),
+        "certified": certified,
+        "git_revision": git_revision(),
+        "versions": library_versions(),
+    }
     return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
-
-
-def surroundings() -> dict[str, Any]:
-    """What else made the run: code and libraries."""
-    libraries = ("iab-vision", "ray", "onnxruntime-gpu", "onnxruntime", "pyarrow", "pillow", "obstore")
-    versions = {}
-    for name in libraries:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {"git_revision": git_revision(), "versions": versions}
 
 
 def inventory_options(config: ClassifyConfig) -> InventoryOptions:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jobs.signals import handlers_kept
-from pipelines.training.resources import cores
+from pipelines.machine import cores
 
 LOGICAL_CPUS_PER_CORE = 4
 QUIET = {

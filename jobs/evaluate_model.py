@@ -18,8 +18,8 @@ from typing import Any
 from jobs.config import EvaluateConfig
 from jobs.errors import checking_input
 from jobs.settings import plain
+from pipelines.machine import cores
 from pipelines.messages import InputError, JobFailed
-from pipelines.training.resources import cores
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from jobs.config import TuneConfig
 from jobs.errors import checking_input
 from jobs.settings import plain
 from jobs.train_vit import labelled, recipe_of
+from pipelines.machine import cores
 from pipelines.messages import JobFailed
-from pipelines.training.resources import cores
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Where a training run happens: cores, workers, devices, checkpoints. None of it changes what is learned."""
 
-import os
 from dataclasses import dataclass, replace
 
+from pipelines.machine import cores
 from pipelines.specs import at_least
 
 
@@ -48,11 +48,6 @@ class Resources:
                 "lower --num-workers or leave --use-gpu out"
             )
         return replace(self, use_gpu=gpus >= self.num_workers if wanted is None else wanted)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_of(workers: int) -> int:

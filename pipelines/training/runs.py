@@ -7,11 +7,8 @@ between is written by `training.py` and `fitting.py`. No file here holds credent
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -21,13 +18,13 @@ import pyarrow.parquet as pq
 
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
+from pipelines.machine import git_revision, library_versions
 from pipelines.messages import redacted
 from pipelines.storage import storage, uris
 from pipelines.training.recipe import Recipe
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
 CHECKPOINTS, HISTORY, SPLITS = "checkpoints", "metrics.jsonl", "splits.parquet"
-LIBRARIES = ("ray", "torch", "transformers", "numpy", "pillow", "pyarrow")
 
 
 class RunMismatch(ValueError):
@@ -127,7 +124,7 @@ def finish(output: str, content: Mapping[str, Any]) -> Run:
     whole = {
         **content,
         "git_revision": git_revision(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": library_versions(),
     }
     storage.open_storage(output).put(MARKER, as_json(whole))
     return Run(output, whole)
@@ -156,16 +153,3 @@ def ray_storage(output: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(uris.local_path(output))
     filesystem, path = fsspec.core.url_to_fs(output, use_listings_cache=False)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
-
-
-def git_revision() -> str | None:
-    """Revision of the code that runs, when it runs from a checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(  # noqa: S603 (nothing in the command comes from outside)
-            command, cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
