@@ -37,10 +37,10 @@ def run(config: TrainConfig) -> int:
     with checking_input():
         if config.push_to_hub:
             validate_repo_id(config.push_to_hub)
-        plan = fit.plan(labelled(config), recipe_of(config), config.output, resources_of(config))
-        done = runs.finished(config.output, plan.recipe, plan.data)
+        job = fit.plan_job(labelled(config), recipe_of(config), config.output, resources_of(config))
+        done = runs.finished(config.output, job.recipe, job.data)
     if done is None:
-        done = trained(config, plan)
+        done = trained(config, job)
     else:
         log.info("%s is a finished run already; it is not trained again", config.output)
     if config.push_to_hub:
@@ -49,17 +49,17 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
-def trained(config: TrainConfig, plan: Any) -> Any:
+def trained(config: TrainConfig, job: Any) -> Any:
     """The run, finished on a cluster."""
     from pipelines.datasets.pixels import IngestError
     from pipelines.training import fit
 
     with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
         with checking_input():
-            plan = replace(plan, resources=plan.resources.on_cluster(config.use_gpu))
-        with TrainingProgress(plan.recipe.select_by) as progress:
+            job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
+        with TrainingProgress(job.recipe.select_by) as progress:
             try:
-                return fit.fit(plan, plain(config.ingest), progress)
+                return fit.fit(job, plain(config.ingest), progress)
             except (fit.TrainingFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
 

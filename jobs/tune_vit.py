@@ -34,7 +34,7 @@ def run(config: TuneConfig) -> int:
     with checking_input():
         space = tune.read_space(config.space)
         resources = Resources(num_workers=config.num_workers, cpus_per_worker=config.cpus_per_worker)
-        plan = fit.plan(labelled(config), recipe_of(config), config.output, resources)
+        job = fit.plan_job(labelled(config), recipe_of(config), config.output, resources)
         search = tune.Search(
             trials=config.trials,
             grace_epochs=config.grace_epochs,
@@ -42,14 +42,14 @@ def run(config: TuneConfig) -> int:
             max_concurrent=config.max_concurrent or fitting_here(config),
             seed=config.seed,
         )
-        tune.distributions(space, plan.recipe)
-        done = tune.refuse_another(plan, space, search)
+        tune.distributions(space, job.recipe)
+        done = tune.refuse_another(job, space, search)
     if done is None:
         with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
             with checking_input():
-                plan = replace(plan, resources=plan.resources.on_cluster(config.use_gpu))
+                job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             try:
-                done = tune.tune_recipe(plan, space, search, plain(config.ingest))
+                done = tune.tune_recipe(job, space, search, plain(config.ingest))
             except (tune.TuningFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
     tell(done, config.output)

@@ -8,17 +8,21 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines.specs import ImageSpec
+from pipelines.storage import storage
 
 MODEL_FOLDER = "model"
 STATE_FILE = "state.pt"
 REPORT_FILE = "report.json"
 SIDECAR = "iab_vision.json"
+INDEX = "checkpoint_manager_snapshot.json"
+"""Ray Train's name for its list of checkpoints."""
 PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 """Values of PIL.Image.Resampling, as preprocessor_config.json spells them."""
 
@@ -90,3 +94,59 @@ def write_report(folder: Path, line: Mapping[str, Any]) -> None:
 def parse_state(payload: bytes, device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
     return state
+
+
+def repair_index(checkpoints_uri: str) -> None:
+    """Leave a list that Ray can continue from; does nothing where there is one, or no whole checkpoint."""
+    folder = storage.open_storage(checkpoints_uri)
+    if folder.exists(INDEX) and is_json(folder.read(INDEX)):
+        return
+    lines = find_complete_checkpoints(folder)
+    if lines:
+        folder.put(INDEX, json.dumps(build_index(lines)).encode())
+    else:
+        folder.delete(INDEX)
+
+
+def find_complete_checkpoints(folder: storage.Storage) -> dict[str, dict[str, Any]]:
+    """Name -> reported line of the checkpoints that have all their files whole, oldest first."""
+    sizes = {entry.path: entry.size for entry in folder.list()}
+    found = {}
+    for path in sorted(sizes):
+        name, _, file = path.rpartition("/")
+        if file != REPORT_FILE or not is_json(text := folder.read(path)):
+            continue
+        report = json.loads(text)
+        if all(sizes.get(f"{name}/{part}") == size for part, size in report["files"].items()):
+            found[name] = report["line"]
+    return found
+
+
+def build_index(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Ray's list of these checkpoints, given from the oldest to the newest: the worst score first."""
+    order = {name: index for index, name in enumerate(lines)}
+    ranked = sorted(order, key=lambda name: lines[name]["score"])
+    results = {
+        name: {"version": 0, "checkpoint_dir_name": name, "metrics": dict(line)}
+        for name, line in lines.items()
+    }
+    return {
+        "ray_version": version("ray"),
+        "checkpoint_results": [results[name] for name in ranked],
+        "checkpoint_report_indices": [order[name] for name in ranked],
+        "latest_checkpoint_result": results[list(order)[-1]],
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(order),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Labelled rows become decoded splits on the cluster, with an account of every image that was left out.
 
 Broken images are listed and skipped, too many of them stop the run; images whose very bytes are in two
-splits stay in the one that measures. What is kept where is `ingest.py`'s part.
+splits stay in the one that measures.
 """
 
 import logging
@@ -16,7 +16,6 @@ from pipelines.datasets import pixels, splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.datasets.settings import Ingest
 from pipelines.specs import ImageSpec
-from pipelines.training import sampling
 from pipelines.training.recipe import Balance
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ LISTED = 20
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DecodedData:
     """A dataset, decoded: what workers train and are measured on."""
 
     data: LabelledData
@@ -41,7 +40,7 @@ class Corpus:
     stored_spec: ImageSpec
     """Pixels of training images, a little larger."""
     decoded: dict[str, Any]
-    """Split -> Ray Dataset in the schema of `ingest.schema_of`."""
+    """Split -> Ray Dataset in the schema of `schema_of`."""
     rows: dict[str, Rows]
     """Split -> row ids that can be used."""
     mode: str
@@ -79,7 +78,7 @@ class Corpus:
         }
 
 
-def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> Corpus:
+def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> DecodedData:
     """Decode every split on the running cluster.
 
     Raises:
@@ -109,7 +108,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> C
     duplicates = {name: count for name, count in left.items() if count}
     if duplicates:
         log.warning("removed images that are in another split too: %s", duplicates)
-    return Corpus(data, spec, stored, decoded, rows, mode, how, broken, duplicates)
+    return DecodedData(data, spec, stored, decoded, rows, mode, how, broken, duplicates)
 
 
 def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ingest) -> str:
@@ -131,20 +130,20 @@ def refuse_empty(rows: dict[str, Rows]) -> None:
             )
 
 
-def training_shards(corpus: Corpus, balance: Balance, *, seed: int) -> Any:
+def training_shards(corpus: DecodedData, balance: Balance, *, seed: int) -> Any:
     """The training dataset as workers get it: all of it, or a stream with each class as often as asked."""
     trains = corpus.decoded[splits.TRAIN]
     if not corpus.streams:
         return trains
     times = np.zeros(corpus.data.rows.num_rows, np.int64)
-    drawn = sampling.one_pass(corpus.strata(), balance, np.random.default_rng(seed))
+    drawn = one_pass(corpus.strata(), balance, np.random.default_rng(seed))
     np.add.at(times, corpus.rows[splits.TRAIN][drawn], 1)
     return trains.map_batches(
         pixels.repeated, batch_size=None, batch_format="pyarrow", fn_kwargs={"times": times}
     )
 
 
-def validation_shards(corpus: Corpus, workers: int) -> list[Any]:
+def validation_shards(corpus: DecodedData, workers: int) -> list[Any]:
     """The validation dataset as each worker gets it: all of it, or a part to stream."""
     dataset, rows = corpus.decoded[splits.VALIDATION], corpus.rows[splits.VALIDATION]
     if corpus.mode == "memory":
@@ -156,3 +155,40 @@ def validation_shards(corpus: Corpus, workers: int) -> list[Any]:
         pixels.decoded(corpus.data.rows, rows[rank::workers], corpus.spec, corpus.how)
         for rank in range(workers)
     ]
+
+
+def epoch_order(strata: Rows, balance: Balance, *, views: int, seed: int, epoch: int) -> Rows:
+    """Indices into `strata` for one epoch: every view is a shuffled pass of its own."""
+    return np.concatenate(
+        [one_pass(strata, balance, np.random.default_rng([seed, epoch, view])) for view in range(views)]
+    )
+
+
+def one_pass(strata: Rows, balance: Balance, random: np.random.Generator) -> Rows:
+    """A shuffled pass over the images, each class as often as the sampling says."""
+    if balance.sampling == "none":
+        return random.permutation(len(strata))
+    per_class = target_per_class(strata, balance)
+    drawn = [drawn_from(np.flatnonzero(strata == one), per_class, random) for one in np.unique(strata)]
+    return random.permutation(np.concatenate(drawn))
+
+
+def target_per_class(strata: Rows, balance: Balance) -> int:
+    counts = np.unique(strata, return_counts=True)[1]
+    return {
+        "oversample": int(counts.max()),
+        "undersample": int(counts.min()),
+        "target": balance.target_per_class,
+    }[balance.sampling]
+
+
+def drawn_from(members: Rows, wanted: int, random: np.random.Generator) -> Rows:
+    """`wanted` of the members: whole rounds of all of them, then a random part of one."""
+    rounds, rest = divmod(wanted, len(members))
+    return np.concatenate([np.tile(members, rounds), random.permutation(members)[:rest]])
+
+
+def images_per_pass(strata: Rows, balance: Balance) -> int:
+    if balance.sampling == "none":
+        return len(strata)
+    return target_per_class(strata, balance) * len(np.unique(strata))

@@ -22,7 +22,7 @@ from pipelines.storage import uris
 from pipelines.training import logits as scoring
 from pipelines.training import runs
 from pipelines.training.checkpoints import Sidecar
-from pipelines.training.decoded import Corpus
+from pipelines.training.decoded import DecodedData
 from pipelines.training.preview import augmented_samples
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
@@ -34,12 +34,14 @@ MEASURED = (splits.VALIDATION, splits.TEST)
 class Scores:
     """Raw logits of the validation and test images."""
 
-    corpus: Corpus
+    corpus: DecodedData
     logits: Mapping[str, npt.NDArray[np.float32]]
     """Split -> [images, classes], in the order of `corpus.rows`."""
 
     @classmethod
-    def of(cls, corpus: Corpus, sidecar: Sidecar, files: Mapping[str, bytes], resources: Resources) -> Self:
+    def of(
+        cls, corpus: DecodedData, sidecar: Sidecar, files: Mapping[str, bytes], resources: Resources
+    ) -> Self:
         """Run the model in these files over what is there to measure on."""
         measured = [name for name in MEASURED if len(corpus.rows[name])]
         return cls(
@@ -120,7 +122,7 @@ def report(
     write_report(found[split], uris.join(output, runs.REPORT), material)
 
 
-def class_counts(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, int]]:
+def class_counts(corpus: DecodedData, names: Sequence[str]) -> dict[str, dict[str, int]]:
     """Split -> class -> images that were used, after broken ones and copies were left out."""
     data = corpus.data
     return {

@@ -19,16 +19,16 @@ from pipelines.evaluation import metrics
 from pipelines.messages import root_cause
 from pipelines.specs import ImageSpec
 from pipelines.storage import storage, uris
-from pipelines.training import checkpoints, decoded, evaluate, layers, ray_checkpoints, runs, sampling
+from pipelines.training import checkpoints, decoded, evaluate, layers, runs
 from pipelines.training import model as vit
 from pipelines.training.checkpoints import Sidecar
-from pipelines.training.decoded import Corpus
+from pipelines.training.decoded import DecodedData
 from pipelines.training.loop import train_worker
 from pipelines.training.model_card import model_card
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 from pipelines.training.task import Task, validation_name
-from pipelines.training.tracking import Listener, Messages, refuse_missing
+from pipelines.training.tracking import Listener, ProgressQueue, refuse_missing
 
 
 class TrainingFailed(RuntimeError):
@@ -36,7 +36,7 @@ class TrainingFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingJob:
     """A run that can start: everything that can be refused before Ray wakes has been checked."""
 
     data: LabelledData
@@ -53,7 +53,7 @@ class Plan:
         return Sidecar(data.settings.taxonomy, data.classes, self.spec, data.multi_label)
 
 
-def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) -> Plan:
+def plan_job(data: LabelledData, recipe: Recipe, output: str, resources: Resources) -> TrainingJob:
     """The run of this recipe on this dataset.
 
     Raises:
@@ -69,14 +69,14 @@ def plan(data: LabelledData, recipe: Recipe, output: str, resources: Resources) 
     )
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
     layers.parameter_groups(model, recipe.optimizer)
-    return Plan(data, recipe, vit.image_spec(model, recipe.model), output, resources)
+    return TrainingJob(data, recipe, vit.image_spec(model, recipe.model), output, resources)
 
 
 def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) -> None:
     """Raise ValueError when validation with this truth will not yield the metric that is to select."""
     if not len(truth):
         return  # refused when it turns out that none can be read
-    rows = telling_rows(truth)
+    rows = representative_rows(truth)
     logits_nc = np.zeros((len(rows), n_classes), np.float32)
     known = {"validation_loss", *metrics.classification(logits_nc, truth[rows])}
     if name not in known:
@@ -86,7 +86,7 @@ def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) ->
         )
 
 
-def telling_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def representative_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """A few rows that give the same metrics as all: of several classes, or with and without a label."""
     if truth.ndim == 1:
         return np.unique(truth, return_index=True)[1][:8]
@@ -94,7 +94,7 @@ def telling_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.unique(truth[:, mixed[0] if len(mixed) else 0], return_index=True)[1]
 
 
-def fit(plan: Plan, how: Ingest, listen: Listener | None = None) -> runs.Run:
+def fit(job: TrainingJob, how: Ingest, listen: Listener | None = None) -> runs.Run:
     """Train, pick, measure, describe; Ray is running.
 
     Raises:
@@ -102,56 +102,56 @@ def fit(plan: Plan, how: Ingest, listen: Listener | None = None) -> runs.Run:
         TrainingFailed: more failures than the resources allow.
     """
     started = time.time()
-    prepared = decoded.prepare(plan.data, plan.spec, how, seed=plan.recipe.seed)
-    runs.begin(plan.output, plan.recipe, plan.data)
-    result = train(plan, prepared, listen)
+    prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)
+    runs.begin(job.output, job.recipe, job.data)
+    result = train(job, prepared, listen)
     files, best = best_model(result)
     train_s = time.time() - started
-    scores = evaluate.Scores.of(prepared, plan.sidecar, files, plan.resources)
-    sidecar = evaluate.calibrated(scores, plan.sidecar, target_precision=plan.recipe.target_precision)
-    found = evaluate.evaluations(scores, sidecar, about={"model": plan.recipe.model})
-    evaluate.report(scores, sidecar, found, plan.recipe, files, plan.output)
+    scores = evaluate.Scores.of(prepared, job.sidecar, files, job.resources)
+    sidecar = evaluate.calibrated(scores, job.sidecar, target_precision=job.recipe.target_precision)
+    found = evaluate.evaluations(scores, sidecar, about={"model": job.recipe.model})
+    evaluate.report(scores, sidecar, found, job.recipe, files, job.output)
     content = {
-        **runs.identity(plan.recipe, plan.data),
-        "image_spec": asdict(plan.spec),
-        "multi_label": plan.data.multi_label,
+        **runs.identity(job.recipe, job.data),
+        "image_spec": asdict(job.spec),
+        "multi_label": job.data.multi_label,
         "best": best,
         "temperature": sidecar.temperature,
         "thresholds": dict(sidecar.thresholds),
         **{name: dict(found[name].overall) if name in found else {} for name in evaluate.MEASURED},
         "data": prepared.account(),
-        "resources": asdict(plan.resources),
+        "resources": asdict(job.resources),
         "ingest": {**asdict(how), "mode": prepared.mode},
         "images_per_s": best.get("images_per_s"),
         "train_seconds": train_s,
         "seconds": time.time() - started,
     }
     described = {checkpoints.SIDECAR: sidecar.to_json().encode(), "README.md": model_card(content).encode()}
-    folder = storage.open_storage(plan.output)
+    folder = storage.open_storage(job.output)
     for name, payload in {**files, **described}.items():
         folder.put(f"{runs.BEST}/{name}", payload)
-    return runs.finish(plan.output, content)
+    return runs.finish(job.output, content)
 
 
 def train(
-    plan: Plan, prepared: Corpus, listen: Listener | None = None, callbacks: tuple[Any, ...] = ()
+    job: TrainingJob, prepared: DecodedData, listen: Listener | None = None, callbacks: tuple[Any, ...] = ()
 ) -> Any:
     """Run the workers to the end of the recipe; returns Ray Train's result."""
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train import TrainingFailedError as RayTrainingFailed
     from ray.train.torch import TorchTrainer
 
-    resources = plan.resources
-    ray_checkpoints.mend(uris.join(plan.output, runs.CHECKPOINTS))
-    filesystem, path = runs.ray_storage(plan.output)
+    resources = job.resources
+    checkpoints.repair_index(uris.join(job.output, runs.CHECKPOINTS))
+    filesystem, path = runs.ray_storage(job.output)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
-    shards = decoded.training_shards(prepared, plan.recipe.balance, seed=plan.recipe.seed)
+    shards = decoded.training_shards(prepared, job.recipe.balance, seed=job.recipe.seed)
     parts = decoded.validation_shards(prepared, resources.num_workers)
     measured = {validation_name(rank): part for rank, part in enumerate(parts)}
-    with Messages(listen) as messages:
+    with ProgressQueue(listen) as messages:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"task": task_of(plan, prepared, messages.queue)},
+            train_loop_config={"task": task_of(job, prepared, messages.queue)},
             datasets={"train": shards, **measured},
             dataset_config=DataConfig(datasets_to_split=["train"] if prepared.streams else []),
             scaling_config=ScalingConfig(
@@ -178,26 +178,26 @@ def train(
             ) from error
 
 
-def task_of(plan: Plan, prepared: Corpus, queue: Any) -> Task:
+def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:
     """What every worker is told."""
-    strata, workers = prepared.strata(), plan.resources.num_workers
-    drawn = sampling.one_pass(strata, plan.recipe.balance, np.random.default_rng(plan.recipe.seed))
+    strata, workers = prepared.strata(), job.resources.num_workers
+    drawn = decoded.one_pass(strata, job.recipe.balance, np.random.default_rng(job.recipe.seed))
     return Task(
-        recipe=plan.recipe,
-        sidecar=plan.sidecar,
+        recipe=job.recipe,
+        sidecar=job.sidecar,
         stored_spec=prepared.stored_spec,
         train_rows=prepared.rows[splits.TRAIN],
         strata=strata,
         validation_rows=prepared.rows[splits.VALIDATION],
-        class_counts=plan.data.class_counts(prepared.rows[splits.TRAIN][drawn]),
+        class_counts=job.data.class_counts(prepared.rows[splits.TRAIN][drawn]),
         streams=prepared.streams,
         max_broken_share=prepared.how.max_broken_share,
-        epoch_images=(len(drawn) - len(drawn) % workers) * (plan.recipe.augment.views or 1),
-        run_uri=plan.output,
-        runs_at_once=plan.resources.runs_at_once,
-        checkpoint_every_steps=plan.resources.checkpoint_every_steps,
-        trackers=plan.resources.trackers,
-        progress=queue,
+        epoch_images=(len(drawn) - len(drawn) % workers) * (job.recipe.augment.views or 1),
+        run_uri=job.output,
+        runs_at_once=job.resources.runs_at_once,
+        checkpoint_every_steps=job.resources.checkpoint_every_steps,
+        trackers=job.resources.trackers,
+        progress_queue=queue,
     )
 
 

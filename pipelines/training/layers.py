@@ -1,9 +1,9 @@
 """The parts of an image classifier: its blocks, its head, and which of its weights learn and how fast.
 
-Parts are found by structure, so freezing and layer decay need no list of architectures. Nothing here
-builds a model (`vit.py`) or trains one (`training.py`).
+Parts are found by structure, so freezing and layer decay need no list of architectures.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from pipelines.training.recipe import Network, Optimizer
 
 UNDECAYED = ("position_embedding", "class_embedding", "_token")
 """Parts of the names of learned positions and tokens, which weight decay leaves alone."""
+
+
+OWN_SETTING = "drop_path_rate"
+"""Name in the config of an architecture that has stochastic depth of its own."""
 
 
 class ModelError(ValueError):
@@ -105,26 +109,26 @@ def refuse_freezing(model: Any, network: Network) -> None:
         )
 
 
-def freeze(model: Any, network: Network, epoch: int, *, idle: frozenset[str] = frozenset()) -> bool:
+def freeze(model: Any, network: Network, epoch: int, *, unused: frozenset[str] = frozenset()) -> bool:
     """Let exactly the weights learn that this epoch trains; True when that changed something.
 
     With `backbone` frozen and nothing thawed, only the head itself learns, not the backbone's last norm.
 
     Args:
-        idle: names of parameters that never get a gradient; they count as frozen.
+        unused: names of parameters that never get a gradient; they count as frozen.
     """
     n_blocks, above, depth = len(blocks(model)), head(model), depths(model)
     lowest = first_trained_depth(network, n_blocks, epoch)
     head_only = network.freeze == "backbone" and lowest == n_blocks + 1
     changed = False
     for name, parameter in model.named_parameters():
-        learns = (name in above if head_only else depth[name] >= lowest) and name not in idle
+        learns = (name in above if head_only else depth[name] >= lowest) and name not in unused
         changed |= parameter.requires_grad != learns
         parameter.requires_grad_(learns)
     return changed
 
 
-def idle(model: Any, spec: ImageSpec) -> frozenset[str]:
+def find_unused_parameters(model: Any, spec: ImageSpec) -> frozenset[str]:
     """Names of parameters that do not reach the logits, such as DINOv2's mask token or CLIP's last norm.
 
     DistributedDataParallel would wait for their gradients for ever.
@@ -164,3 +168,47 @@ def parameter_groups(model: Any, optimizer: Optimizer) -> list[dict[str, Any]]:
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def drop_path_setting(config: Any, rate: float) -> dict[str, float]:
+    """What to set in a model's config so that its own stochastic depth, if any, has this rate."""
+    return {OWN_SETTING: rate} if hasattr(config, OWN_SETTING) else {}
+
+
+def add_drop_path(model: Any, rate: float) -> None:
+    """Drop the branches of every block of a model that does not do so itself.
+
+    Raises:
+        ModelError: the blocks do not show their two branches.
+    """
+    if not rate or hasattr(model.config, OWN_SETTING):
+        return
+    found = blocks(model)
+    for i, block in enumerate(found):
+        for branch in residual_branches(block):
+            branch.register_forward_hook(drop_branches(rate * (i + 1) / len(found)))
+
+
+def residual_branches(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """What a Transformer block adds to its input: attention, then the feed-forward network."""
+    attention = getattr(block, "attention", None) or getattr(block, "self_attn", None)
+    mlp = getattr(block, "mlp", None)
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
+        raise ModelError(
+            f"drop_path needs blocks of `attention` and `mlp`, not {type(block).__name__}; set it to 0"
+        )
+    return attention, mlp
+
+
+def drop_branches(rate: float) -> Any:
+    """A forward hook that zeroes a branch's output for a random share of the images and scales the others."""
+
+    def drop(module: nn.Module, _inputs: Sequence[Any], output: Any) -> Any:
+        if not module.training:
+            return output
+        branch = output[0] if isinstance(output, tuple) else output
+        kept = torch.rand(len(branch), *[1] * (branch.ndim - 1), device=branch.device) >= rate
+        branch = branch * (kept / max(1 - rate, 1e-6)).to(branch.dtype)
+        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+
+    return drop

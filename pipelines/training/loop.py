@@ -2,7 +2,7 @@
 
 Every worker runs this same code on its share of each global batch. All randomness is a function of the
 seed, the epoch and the step, so a run continues from any checkpoint as if it had not stopped, and two
-workers see the images that one would. `fitting.py` starts the workers and finishes the run.
+workers see the images that one would.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from pipelines.training import augment, checkpoints, layers
 from pipelines.training import model as vit
 from pipelines.training import optimizer as optimisation
 from pipelines.training.checkpoints import STATE_FILE
+from pipelines.training.decoded import epoch_order, images_per_pass
 from pipelines.training.losses import criterion
 from pipelines.training.resources import threads_of
-from pipelines.training.sampling import epoch_order, images_per_pass
-from pipelines.training.task import Place, Position, Task, step_seed, validation_name
-from pipelines.training.tracking import Journal
+from pipelines.training.task import Progress, Task, Worker, step_seed, validation_name
+from pipelines.training.tracking import Tracker
 
 MID_EPOCH_SCORE = -1e30
 """Score of a checkpoint between two evaluations: never the best, but a number, as Ray's ranking wants."""
@@ -55,20 +55,20 @@ def train_worker(config: dict[str, Any]) -> None:
 
     task: Task = config["task"]
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), get_device())
-    if place.device.type == "cpu":
+    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    if worker.device.type == "cpu":
         torch.set_num_threads(threads_of(context.get_local_world_size() * task.runs_at_once))
     trains: Any = ray.train.get_dataset_shard("train")
-    validation: Any = ray.train.get_dataset_shard(validation_name(place.rank))
+    validation: Any = ray.train.get_dataset_shard(validation_name(worker.rank))
     if not task.streams:
         n_classes = len(task.classes.ids)
         trains = PixelStore(trains, task.stored_spec, n_classes)
         validation = PixelStore(validation, task.sidecar.image_spec, n_classes)
-    trainer = Trainer(task, place, trains, validation)
+    trainer = Trainer(task, worker, trains, validation)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            trainer.restore(checkpoints.parse_state(Path(folder, STATE_FILE).read_bytes(), place.device))
+            trainer.restore(checkpoints.parse_state(Path(folder, STATE_FILE).read_bytes(), worker.device))
     trainer.run()
 
 
@@ -78,18 +78,18 @@ class Trainer:
     Pixels come from a `PixelStore`, or from an iterator over this worker's shard when the task streams.
     """
 
-    def __init__(self, task: Task, place: Place, trains: Any, validation: Any) -> None:
-        self.task, self.place, self.recipe = task, place, task.recipe
+    def __init__(self, task: Task, worker: Worker, trains: Any, validation: Any) -> None:
+        self.task, self.worker, self.recipe = task, worker, task.recipe
         self.trains, self.validation = trains, validation
-        self.model = vit.build(task.recipe, task.classes).to(place.device)
-        self.idle = layers.idle(self.model, task.sidecar.image_spec)
+        self.model = vit.build(task.recipe, task.classes).to(worker.device)
+        self.unused = layers.find_unused_parameters(self.model, task.sidecar.image_spec)
         optimizer = self.recipe.optimizer
         self.adam = optimisation.adamw(layers.parameter_groups(self.model, optimizer), optimizer)
         self.averaged = (
             optimisation.Averaged(self.model, optimizer.ema_decay) if optimizer.ema_decay else None
         )
-        self.precision = optimisation.chosen_precision(self.recipe.precision, place.device)
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.precision == "fp16")
+        self.precision = optimisation.chosen_precision(self.recipe.precision, worker.device)
+        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=self.precision == "fp16")
         self.criterion = criterion(
             self.recipe.loss,
             self.recipe.balance,
@@ -97,39 +97,39 @@ class Trainer:
             images_per_pass(task.strata, self.recipe.balance),
             multi_label=task.classes.multi_label,
         )
-        self.position = Position()
+        self.progress = Progress()
         self.tally = ingest.Tally()
         self.parallel: Any = None
-        self.journal = (
-            Journal(task.run_uri, task.trackers, asdict(task.recipe))
-            if place.leads and task.run_uri
+        self.tracker = (
+            Tracker(task.run_uri, task.trackers, asdict(task.recipe))
+            if worker.is_main and task.run_uri
             else None
         )
 
     def run(self) -> None:
         """Every epoch that is left: train, evaluate, report, perhaps stop."""
-        while self.position.epoch < self.recipe.epochs and not self.is_stale():
-            started, first = time.perf_counter(), self.position.step
+        while self.progress.epoch < self.recipe.epochs and not self.is_stale():
+            started, first = time.perf_counter(), self.progress.step
             self.train_epoch()
             images = (self.task.steps_per_epoch - first) * self.recipe.batch_size
             self.finish_epoch(images_per_s=images / (time.perf_counter() - started))
 
     def is_stale(self) -> bool:
         patience = self.recipe.stopping.patience_epochs
-        return bool(patience) and self.position.stale_epochs >= patience
+        return bool(patience) and self.progress.stale_epochs >= patience
 
     def train_epoch(self) -> None:
         """Every step that is left of this epoch."""
-        epoch, n_steps, first = self.position.epoch, self.task.steps_per_epoch, self.position.step
-        frozen_anew = layers.freeze(self.model, self.recipe.network, epoch, idle=self.idle)
-        if frozen_anew or self.parallel is None:
+        epoch, n_steps, first = self.progress.epoch, self.task.steps_per_epoch, self.progress.step
+        changed = layers.freeze(self.model, self.recipe.network, epoch, unused=self.unused)
+        if changed or self.parallel is None:
             self.wrap()
         layers.set_training(self.model)
         self.tally = ingest.Tally()
         told = started = time.perf_counter()
-        for step, micro_batches in self.steps(epoch, first):
-            self.position.loss_sum += self.train_step(micro_batches, epoch=epoch, step=step)
-            self.position.step = step + 1
+        for step, micro_batches in self.iter_steps(epoch, first):
+            self.progress.loss_sum += self.train_step(micro_batches, epoch=epoch, step=step)
+            self.progress.step = step + 1
             if time.perf_counter() - told > PROGRESS_EVERY_S:
                 told = time.perf_counter()
                 self.tell(images_per_s=(step + 1 - first) * self.recipe.batch_size / (told - started))
@@ -145,8 +145,8 @@ class Trainer:
         self.parallel = None
         gc.collect()
         model = torch.compile(self.model) if self.recipe.network.compile else self.model
-        if self.place.workers > 1:
-            ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+        if self.worker.world_size > 1:
+            ids = [self.worker.device.index] if self.worker.device.type == "cuda" else None
             model = torch.nn.parallel.DistributedDataParallel(
                 model, device_ids=ids, gradient_as_bucket_view=True
             )
@@ -176,13 +176,13 @@ class Trainer:
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, seed: int) -> float:
         """Gradients of the mean loss over the global batch; micro-batches and workers weigh the same."""
         draws = augment.draw(self.recipe.augment, self.recipe.batch_size, torch.Generator().manual_seed(seed))
-        torch.manual_seed(seed + self.place.rank)
+        torch.manual_seed(seed + self.worker.rank)
         total, parts = 0.0, len(micro_batches)
         for part, (pixels, targets) in enumerate(micro_batches):
-            first = (self.place.rank * parts + part) * len(pixels)
+            first = (self.worker.rank * parts + part) * len(pixels)
             images, targets_nc = self.augmented(pixels, targets, draws.slice(first, first + len(pixels)))
             with self.unsynchronised() if part < parts - 1 else contextlib.nullcontext():
-                with optimisation.autocast(self.place.device, self.precision):
+                with optimisation.autocast(self.worker.device, self.precision):
                     logits = self.parallel(pixel_values=images).logits
                 loss = self.criterion(logits, targets_nc).mean() / parts
                 self.scaler.scale(loss).backward()
@@ -191,7 +191,7 @@ class Trainer:
 
     def augmented(self, pixels: Pixels, targets: Targets, draws: augment.Draws) -> tuple[Tensor, Tensor]:
         """Normalised float images and the targets that belong to them, on the device."""
-        spec, device = self.task.sidecar.image_spec, self.place.device
+        spec, device = self.task.sidecar.image_spec, self.worker.device
         size = {"height": spec.height, "width": spec.width}
         images = augment.apply(torch.from_numpy(pixels).to(device), draws, **size)
         return self.normalised(images), augment.mix_targets(
@@ -208,31 +208,31 @@ class Trainer:
         std = torch.tensor(spec.std, device=images.device)[:, None, None]
         return (images - mean) / std
 
-    def steps(self, epoch: int, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def iter_steps(self, epoch: int, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """This worker's micro-batches of each step from `first` on."""
         parts = self.recipe.optimizer.accumulation
-        source = self.streamed(epoch) if self.task.streams else self.drawn(epoch, first)
+        source = self.iter_stream(epoch) if self.task.streams else self.iter_random(epoch, first)
         for _ in range(first * parts if self.task.streams else 0):
             next(source)
         for step in range(first, self.task.steps_per_epoch):
             yield step, [next(source) for _ in range(parts)]
 
-    def drawn(self, epoch: int, first: int) -> Iterator[MicroBatch]:
+    def iter_random(self, epoch: int, first: int) -> Iterator[MicroBatch]:
         """Micro-batches by row, in the order that the seed gives this epoch."""
         recipe, n_steps = self.recipe, self.task.steps_per_epoch
         views = recipe.augment.views or 1
         order = epoch_order(self.task.strata, recipe.balance, views=views, seed=recipe.seed, epoch=epoch)
         order = np.resize(order, n_steps * recipe.batch_size)  # repeats images when they fill no batch
         rows = self.task.train_rows[order].reshape(
-            n_steps, self.place.workers, recipe.optimizer.accumulation, -1
+            n_steps, self.worker.world_size, recipe.optimizer.accumulation, -1
         )
         for step in range(first, n_steps):
-            for part in rows[step, self.place.rank]:
+            for part in rows[step, self.worker.rank]:
                 yield self.trains.take(part)
 
-    def streamed(self, epoch: int) -> Iterator[MicroBatch]:
+    def iter_stream(self, epoch: int) -> Iterator[MicroBatch]:
         """Micro-batches of this worker's shard, pass after pass for as long as they are asked for."""
-        size, n_classes = self.recipe.micro_batch(self.place.workers), len(self.task.classes.ids)
+        size, n_classes = self.recipe.micro_batch(self.worker.world_size), len(self.task.classes.ids)
         for view in itertools.count():
             seed = step_seed(self.recipe.seed, epoch, view)
             yield from ingest.stream_batches(
@@ -247,26 +247,26 @@ class Trainer:
                 candidate = self.evaluate()
             averaged = self.score(candidate) >= self.score(measured)
             measured = candidate if averaged else measured
-        position, score = self.position, self.score(measured)
+        progress, score = self.progress, self.score(measured)
         line = {
-            "epoch": position.epoch + 1,
-            "step": (position.epoch + 1) * self.task.steps_per_epoch,
-            "loss": float(self.gathered(np.array([position.loss_sum])).mean()) / self.task.steps_per_epoch,
+            "epoch": progress.epoch + 1,
+            "step": (progress.epoch + 1) * self.task.steps_per_epoch,
+            "loss": float(self.gathered(np.array([progress.loss_sum])).mean()) / self.task.steps_per_epoch,
             "learning_rate": max(group["lr"] / group["scale"] for group in self.adam.param_groups),
             "images_per_s": images_per_s,
             "averaged_weights": averaged,
             **self.broken_images(),
             **measured,
         }
-        better = score > position.best_score + self.recipe.stopping.min_gain
-        self.position = Position(
-            epoch=position.epoch + 1,
-            best_score=score if better else position.best_score,
-            stale_epochs=0 if better else position.stale_epochs + 1,
-            history=(*position.history, line),
+        better = score > progress.best_score + self.recipe.stopping.min_gain
+        self.progress = Progress(
+            epoch=progress.epoch + 1,
+            best_score=score if better else progress.best_score,
+            stale_epochs=0 if better else progress.stale_epochs + 1,
+            history=(*progress.history, line),
         )
-        if self.journal:
-            self.journal.write(self.position.history)
+        if self.tracker:
+            self.tracker.write(self.progress.history)
         self.report({**line, "score": score}, with_model=True, averaged=averaged)
         self.tell(images_per_s=images_per_s)
 
@@ -324,7 +324,7 @@ class Trainer:
                 tally=self.tally,
             )
             return
-        mine = rows[self.place.rank :: self.place.workers]
+        mine = rows[self.worker.rank :: self.worker.world_size]
         for start in range(0, len(mine), EVALUATION_BATCH):
             yield self.validation.take(mine[start : start + EVALUATION_BATCH])
 
@@ -334,8 +334,8 @@ class Trainer:
         found, wanted = [np.zeros((0, n_classes), np.float32)], [np.zeros((0, n_classes), np.float32)]
         self.model.eval()
         for pixels, targets_nc in batches:
-            images = torch.from_numpy(pixels).to(self.place.device).permute(0, 3, 1, 2).float() / 255
-            with torch.inference_mode(), optimisation.autocast(self.place.device, self.precision):
+            images = torch.from_numpy(pixels).to(self.worker.device).permute(0, 3, 1, 2).float() / 255
+            with torch.inference_mode(), optimisation.autocast(self.worker.device, self.precision):
                 logits = self.model(pixel_values=self.normalised(images)).logits
             found.append(logits.float().cpu().numpy())
             wanted.append(targets_nc)
@@ -344,9 +344,9 @@ class Trainer:
 
     def gathered(self, mine: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The rows of all workers."""
-        if self.place.workers == 1:
+        if self.worker.world_size == 1:
             return mine
-        parts: list[Any] = [None] * self.place.workers
+        parts: list[Any] = [None] * self.worker.world_size
         distributed.all_gather_object(parts, mine)
         return np.concatenate(parts)
 
@@ -354,7 +354,7 @@ class Trainer:
         """Hand metrics and a checkpoint to Ray; a barrier over all workers."""
         import ray.train
 
-        if not self.place.leads:
+        if not self.worker.is_main:
             ray.train.report(line)
             return
         with tempfile.TemporaryDirectory() as name:
@@ -367,14 +367,14 @@ class Trainer:
             ray.train.report(line, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def state(self) -> dict[str, Any]:
-        """All that a continuation needs; no random state, for that follows from the position."""
-        position = asdict(self.position)
+        """All that a continuation needs; no random state, for that follows from the progress."""
+        progress = asdict(self.progress)
         return {
             "model": self.model.state_dict(),
             "optimizer": self.adam.state_dict(),
             "scaler": self.scaler.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged else None,
-            "position": {**position, "history": json.dumps(position["history"])},
+            "progress": {**progress, "history": json.dumps(progress["history"])},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -384,21 +384,21 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
-        position = state["position"]
-        self.position = Position(**{**position, "history": tuple(json.loads(position["history"]))})
+        progress = state["progress"]
+        self.progress = Progress(**{**progress, "history": tuple(json.loads(progress["history"]))})
 
     def tell(self, *, images_per_s: float) -> None:
         """One progress message, if someone listens."""
-        if not self.place.leads or self.task.progress is None:
+        if not self.worker.is_main or self.task.progress_queue is None:
             return
-        position, n_steps = self.position, self.task.steps_per_epoch
-        last = position.history[-1] if position.history else {}
+        progress, n_steps = self.progress, self.task.steps_per_epoch
+        last = progress.history[-1] if progress.history else {}
         message = {
-            "done": position.epoch * n_steps + position.step,
+            "done": progress.epoch * n_steps + progress.step,
             "total": self.recipe.epochs * n_steps,
-            "epoch": position.epoch if position.step else len(position.history) - 1,
-            "loss": position.loss_sum / position.step if position.step else last.get("loss"),
+            "epoch": progress.epoch if progress.step else len(progress.history) - 1,
+            "loss": progress.loss_sum / progress.step if progress.step else last.get("loss"),
             "metric": last.get(self.recipe.select_by),
             "images_per_s": images_per_s,
         }
-        self.task.progress.put_nowait(message)
+        self.task.progress_queue.put_nowait(message)

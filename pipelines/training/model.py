@@ -1,7 +1,7 @@
 """Build an image classifier of Hugging Face's with a head for given classes.
 
 Any `AutoModelForImageClassification` works whose head is beside its body; nothing remote is executed and
-only safetensors are read. Which of its weights learn is `anatomy.py`'s part, training `training.py`'s.
+only safetensors are read.
 """
 
 import math
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from pipelines.specs import ImageSpec
-from pipelines.training import drop_path
 from pipelines.training import layers as anatomy
 from pipelines.training.layers import ModelError
 from pipelines.training.recipe import SCRATCH, Recipe
@@ -58,7 +57,7 @@ def build(recipe: Recipe, classes: Classes) -> Any:
     torch.manual_seed(recipe.seed)
     model = scratch(recipe, labels) if recipe.is_scratch else pretrained(recipe, labels)
     anatomy.refuse_freezing(model, recipe.network)
-    drop_path.add(model, recipe.network.drop_path)
+    anatomy.add_drop_path(model, recipe.network.drop_path)
     if recipe.network.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -142,7 +141,7 @@ def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            **drop_path.own_setting(config, recipe.network.drop_path),
+            **anatomy.drop_path_setting(config, recipe.network.drop_path),
             **labels,
         )
     except OSError as error:

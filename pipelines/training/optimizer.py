@@ -1,7 +1,4 @@
-"""The arithmetic of one optimiser step: learning rate, clipping, averaged weights, number formats.
-
-Nothing here knows the data or Ray; the loop that calls it is `training.py`.
-"""
+"""The arithmetic of one optimiser step: learning rate, clipping, averaged weights, number formats."""
 
 import contextlib
 import math

@@ -10,14 +10,14 @@ from pipelines.evaluation.report import Shown
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
 from pipelines.training import augment
-from pipelines.training.decoded import Corpus
+from pipelines.training.decoded import DecodedData
 from pipelines.training.recipe import Recipe
 
 IMAGES = 8
 """Shown on the report's sheet."""
 
 
-def augmented_samples(corpus: Corpus, recipe: Recipe) -> list[Shown]:
+def augmented_samples(corpus: DecodedData, recipe: Recipe) -> list[Shown]:
     """Random training images, each changed once as a training step would; unreadable ones are left out."""
     rows = corpus.rows[splits.TRAIN]
     chosen = np.random.default_rng(recipe.seed).choice(rows, min(IMAGES, len(rows)), replace=False)

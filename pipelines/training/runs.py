@@ -1,8 +1,8 @@
 """The run folder: whose it is, whether it is finished, and what `run.json` says.
 
 `splits.parquet` and `recipe.json` are written first: which image is in which split, and what tells a
-continuation from a mistake. `run.json` is written last and is the marker of a finished run. Everything
-between is written by `training.py` and `fitting.py`. No file here holds credentials.
+continuation from a mistake. `run.json` is written last and is the marker of a finished run.
+No file here holds credentials.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What a training worker is given, and where it stands: the values between `fitting.py` and `training.py`."""
+"""What a training worker is given, how far it is and which of the workers it is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Task:
     """Trainings that share a machine."""
     checkpoint_every_steps: int = 0
     trackers: Sequence[str] = ()
-    progress: Any = None
+    progress_queue: Any = None
     """Ray queue for progress messages, if someone listens."""
 
     @property
@@ -54,8 +54,8 @@ class Task:
 
 
 @dataclass
-class Position:
-    """Where the run stands, and what it has seen; part of every checkpoint."""
+class Progress:
+    """How far the run is, and what it has measured; part of every checkpoint."""
 
     epoch: int = 0
     step: int = 0
@@ -70,15 +70,15 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Place:
-    """This worker among the others."""
+class Worker:
+    """One of the processes that train together."""
 
     rank: int
-    workers: int
+    world_size: int
     device: torch.device
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 

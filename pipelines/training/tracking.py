@@ -45,7 +45,7 @@ def refuse_missing(trackers: Sequence[str]) -> None:
         )
 
 
-class Journal:
+class Tracker:
     """Owns the event writer and the trackers of one run."""
 
     def __init__(self, run_uri: str, trackers: Sequence[str], settings: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
 TRACKERS: dict[str, Callable[[str, dict[str, Any]], Log]] = {"mlflow": mlflow_log, "wandb": wandb_log}
 
 
-class Messages:
+class ProgressQueue:
     """A queue that the leading worker fills and a thread of the driver empties into `listen`."""
 
     def __init__(self, listen: Listener | None) -> None:

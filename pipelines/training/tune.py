@@ -21,8 +21,8 @@ from pipelines.messages import redacted, root_cause
 from pipelines.specs import at_least
 from pipelines.storage import storage, uris
 from pipelines.training import decoded, fit, runs
-from pipelines.training.decoded import Corpus
-from pipelines.training.fit import Plan
+from pipelines.training.decoded import DecodedData
+from pipelines.training.fit import TrainingJob
 from pipelines.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -135,65 +135,65 @@ def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **changed, **plain)
 
 
-def tune_recipe(plan: Plan, space: Mapping[str, Any], search: Search, how: Ingest) -> dict[str, Any]:
+def tune_recipe(job: TrainingJob, space: Mapping[str, Any], search: Search, how: Ingest) -> dict[str, Any]:
     """Run the search on the running cluster; leaves table, plot and the best recipe as YAML.
 
     Raises:
         TuningFailed: no trial got as far as one epoch.
     """
-    prepared = decoded.prepare(plan.data, plan.spec, how, seed=plan.recipe.seed)
-    folder = storage.open_storage(plan.output)
-    folder.put(runs.RECIPE, runs.as_json(search_identity(plan, space, search)))
-    search = replace(search, max_concurrent=min(search.max_concurrent or room_for(plan), search.trials))
-    results = tuner(sharing(plan, search), prepared, space, search).fit()
+    prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)
+    folder = storage.open_storage(job.output)
+    folder.put(runs.RECIPE, runs.as_json(search_identity(job, space, search)))
+    search = replace(search, max_concurrent=min(search.max_concurrent or room_for(job), search.trials))
+    results = tuner(sharing(job, search), prepared, space, search).fit()
     trials = table(results, space)
     done = [trial for trial in trials if trial["score"] is not None]
     if not done:
-        raise TuningFailed(f"none of {len(trials)} trials finished an epoch; see {plan.output}/{FOLDER}")
+        raise TuningFailed(f"none of {len(trials)} trials finished an epoch; see {job.output}/{FOLDER}")
     best = max(done, key=lambda trial: trial["score"])
     values = {setting: best[setting] for setting in space}
     folder.put(TABLE, csv_of(trials))
-    folder.put(PLOT, plot(trials, list(space), plan.recipe.select_by))
-    folder.put(BEST, recipe_yaml(applied(plan.recipe, values), plan, how, best))
+    folder.put(PLOT, plot(trials, list(space), job.recipe.select_by))
+    folder.put(BEST, recipe_yaml(applied(job.recipe, values), job, how, best))
     content = {"best": best, "trials": len(trials), "space": dict(space)}
     folder.put(MARKER, runs.as_json(content))
     return content
 
 
-def search_identity(plan: Plan, space: Mapping[str, Any], search: Search) -> dict[str, Any]:
+def search_identity(job: TrainingJob, space: Mapping[str, Any], search: Search) -> dict[str, Any]:
     """What makes two searches the same search."""
     return {
-        **runs.identity(plan.recipe, plan.data),
+        **runs.identity(job.recipe, job.data),
         "space": dict(space),
         "search": {name: value for name, value in vars(search).items() if name != "max_concurrent"},
     }
 
 
-def refuse_another(plan: Plan, space: Mapping[str, Any], search: Search) -> dict[str, Any] | None:
+def refuse_another(job: TrainingJob, space: Mapping[str, Any], search: Search) -> dict[str, Any] | None:
     """What a finished search of the same settings found; None for one to start or continue.
 
     Raises:
         RunMismatch: the folder holds a search with other settings.
     """
-    folder = storage.open_storage(plan.output)
+    folder = storage.open_storage(job.output)
     if not folder.exists(runs.RECIPE):
         return None
-    now = search_identity(plan, space, search)
-    runs.refuse_mismatch(plan.output, json.loads(folder.read(runs.RECIPE)), now)
+    now = search_identity(job, space, search)
+    runs.refuse_mismatch(job.output, json.loads(folder.read(runs.RECIPE)), now)
     content: dict[str, Any] | None = json.loads(folder.read(MARKER)) if folder.exists(MARKER) else None
     return content
 
 
-def tuner(plan: Plan, prepared: Corpus, space: Mapping[str, Any], search: Search) -> Any:
+def tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], search: Search) -> Any:
     """A new search, or the one to continue."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
     trainable = tune.with_resources(
-        tune.with_parameters(train_trial, plan=plan, prepared=prepared), {"CPU": DRIVER_CPUS}
+        tune.with_parameters(train_trial, job=job, prepared=prepared), {"CPU": DRIVER_CPUS}
     )
-    filesystem, path = runs.ray_storage(plan.output)
+    filesystem, path = runs.ray_storage(job.output)
     folder = f"{path}/{FOLDER}"
     if tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
         return tune.Tuner.restore(
@@ -201,15 +201,15 @@ def tuner(plan: Plan, prepared: Corpus, space: Mapping[str, Any], search: Search
         )
     return tune.Tuner(
         trainable,
-        param_space=distributions(space, plan.recipe),
+        param_space=distributions(space, job.recipe),
         tune_config=tune.TuneConfig(
             metric="score",
             mode="max",
             search_alg=OptunaSearch(seed=search.seed),
             scheduler=ASHAScheduler(
                 time_attr="training_iteration",
-                max_t=plan.recipe.epochs,
-                grace_period=min(search.grace_epochs, plan.recipe.epochs),
+                max_t=job.recipe.epochs,
+                grace_period=min(search.grace_epochs, job.recipe.epochs),
                 reduction_factor=search.reduction,
             ),
             num_samples=search.trials,
@@ -242,36 +242,36 @@ def announcer(total: int) -> Any:
     return Announcer()
 
 
-def room_for(plan: Plan) -> int:
+def room_for(job: TrainingJob) -> int:
     """Trials that fit the cluster at once, leaving a CPU to Ray Data; more would wait for each other."""
     import ray
 
-    resources, cluster = plan.resources, ray.cluster_resources()
+    resources, cluster = job.resources, ray.cluster_resources()
     by_cpu = (cluster.get("CPU", 1) - 1) // (resources.num_workers * resources.cpus_per_worker + DRIVER_CPUS)
     by_gpu = cluster.get("GPU", 0) // resources.num_workers if resources.use_gpu else by_cpu
     return max(1, int(min(by_cpu, by_gpu)))
 
 
-def sharing(plan: Plan, search: Search) -> Plan:
-    """The plan of a trial that shares each machine with its part of the others."""
+def sharing(job: TrainingJob, search: Search) -> TrainingJob:
+    """The job of a trial that shares each machine with its part of the others."""
     import ray
 
     nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
     at_once = math.ceil(search.max_concurrent / max(nodes, 1))
-    return replace(plan, resources=replace(plan.resources, runs_at_once=at_once))
+    return replace(job, resources=replace(job.resources, runs_at_once=at_once))
 
 
-def train_trial(values: Mapping[str, Any], plan: Plan, prepared: Corpus) -> None:
+def train_trial(values: Mapping[str, Any], job: TrainingJob, prepared: DecodedData) -> None:
     """One trial: a whole training with Ray Train's workers, told to Ray Tune epoch by epoch."""
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     name = tune.get_context().get_trial_id()
     trial = replace(
-        plan,
-        recipe=applied(plan.recipe, values),
-        output=uris.join(plan.output, TRIALS, name),
-        resources=replace(plan.resources, checkpoints_to_keep=1, checkpoint_every_steps=0),
+        job,
+        recipe=applied(job.recipe, values),
+        output=uris.join(job.output, TRIALS, name),
+        resources=replace(job.resources, checkpoints_to_keep=1, checkpoint_every_steps=0),
     )
     fit.train(trial, prepared, callbacks=(TuneReportCallback(),))
 
@@ -305,16 +305,16 @@ def csv_of(trials: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def recipe_yaml(recipe: Recipe, plan: Plan, how: Ingest, best: Mapping[str, Any]) -> bytes:
+def recipe_yaml(recipe: Recipe, job: TrainingJob, how: Ingest, best: Mapping[str, Any]) -> bytes:
     """The recipe and the search's own data as a file for `iab-vision train --config`, without credentials."""
-    data = dataclasses.asdict(plan.data.settings)
+    data = dataclasses.asdict(job.data.settings)
     content = {
         "dataset": data.pop("uri"),
         **data,
         "ingest": dataclasses.asdict(how),
         **dataclasses.asdict(recipe),
-        "num_workers": plan.resources.num_workers,
-        "cpus_per_worker": plan.resources.cpus_per_worker,
+        "num_workers": job.resources.num_workers,
+        "cpus_per_worker": job.resources.cpus_per_worker,
     }
     kept = redacted(content)
     head = (

@@ -17,10 +17,10 @@ from pipelines.training import model
 from pipelines.training.checkpoints import Sidecar
 from pipelines.training.loop import Trainer
 from pipelines.training.recipe import Augment, Loss, Optimizer, Recipe
-from pipelines.training.task import Place, Task
+from pipelines.training.task import Task, Worker
 
 COLOURS = np.array([(210, 60, 50), (60, 200, 70), (60, 80, 220), (220, 210, 60)], np.uint8)
-ALONE = Place(0, 1, torch.device("cpu"))
+ALONE = Worker(0, 1, torch.device("cpu"))
 STILL = Augment(views=1, crop_area=1, crop_aspect=1, flip=0)
 """No augmentation at all."""
 RECIPE = Recipe(
@@ -87,13 +87,13 @@ def trainer(
     *,
     n_classes: int = 3,
     multi_label: bool = False,
-    place: Place = ALONE,
+    worker: Worker = ALONE,
     noise: int = 60,
 ) -> Trainer:
     """A worker in this process; its validation images are drawn like the training ones with another seed."""
     blocks, held_out = drawn(labels, seed=0, noise=noise), drawn(labels, seed=99, noise=noise)
     classes = model.Classes(tuple(f"class {i}" for i in range(n_classes)), multi_label)
-    return trainer_over(recipe, blocks, held_out, classes, place)
+    return trainer_over(recipe, blocks, held_out, classes, worker)
 
 
 def trainer_of(recipe: Recipe, pixels_nhwc: np.ndarray, labels: np.ndarray, *, n_classes: int) -> Trainer:
@@ -105,7 +105,7 @@ def trainer_of(recipe: Recipe, pixels_nhwc: np.ndarray, labels: np.ndarray, *, n
 
 
 def trainer_over(
-    recipe: Recipe, blocks: Blocks, held_out: Blocks, classes: model.Classes, place: Place
+    recipe: Recipe, blocks: Blocks, held_out: Blocks, classes: model.Classes, worker: Worker
 ) -> Trainer:
     n_classes, side = len(classes.ids), recipe.image_size or 16
     spec = ImageSpec(height=side, width=side)
@@ -125,7 +125,7 @@ def trainer_over(
         epoch_images=len(store),
         run_uri="",
     )
-    made = Trainer(task, place, store, pixels.PixelStore(held_out, spec, n_classes))
+    made = Trainer(task, worker, store, pixels.PixelStore(held_out, spec, n_classes))
     made.parallel = made.model
     made.model.train()
     return made
@@ -143,7 +143,7 @@ def trained(made: Trainer, epochs: int) -> Trainer:
     """The trainer after so many epochs."""
     for _ in range(epochs):
         made.train_epoch()
-        made.position = replace(made.position, epoch=made.position.epoch + 1, step=0, loss_sum=0.0)
+        made.progress = replace(made.progress, epoch=made.progress.epoch + 1, step=0, loss_sum=0.0)
     return made
 
 
@@ -160,11 +160,11 @@ def curve(rank: int, workers: int, accumulation: int, folder: str) -> None:
         augment=Augment(views=1, mixup=0.3, erasing=0.3, brightness=0.3),
         optimizer=Optimizer(learning_rate=1e-4, ema_decay=0, accumulation=accumulation),
     )
-    made = trainer(recipe, [[i % 3] for i in range(96)], place=Place(rank, workers, torch.device("cpu")))
+    made = trainer(recipe, [[i % 3] for i in range(96)], worker=Worker(rank, workers, torch.device("cpu")))
     made.wrap()
     losses = []
     for epoch in range(-(-50 // made.task.steps_per_epoch)):
-        for step, batches in made.steps(epoch, 0):
+        for step, batches in made.iter_steps(epoch, 0):
             losses.append(made.train_step(batches, epoch=epoch, step=step))
     np.save(f"{folder}/losses-{workers}-{rank}.npy", np.array(losses[:50]))
     torch.distributed.destroy_process_group()

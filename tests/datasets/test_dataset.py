@@ -283,7 +283,7 @@ def test_datasets_that_cannot_be_used_are_refused_with_the_reason(tmp_path, text
 def test_datasets_that_cannot_be_learned_from_can_still_be_measured_on(tmp_path, text, words):
     data = load(csv(tmp_path, text), taxonomy="labels", splits=Splits(validation_of_train=0))
     with pytest.raises(DatasetError, match=words):
-        fit.plan(data, Recipe(model="scratch:tiny"), str(tmp_path / "run"), Resources())
+        fit.plan_job(data, Recipe(model="scratch:tiny"), str(tmp_path / "run"), Resources())
 
 
 def test_folders_and_parquet_of_test_images_alone_are_read(tmp_path):
@@ -345,7 +345,7 @@ def test_a_run_records_its_splits_and_settings_without_credentials(tmp_path):
 def test_the_report_counts_the_images_that_were_used_and_names_all_that_was_done(tmp_path):
     data = load(image_folder(tmp_path / "images", per_class=20))
     rows = {name: data.indices(name)[3:] for name in ("train", "validation", "test")}
-    used = corpus.Corpus(data, SPEC, SPEC, {}, rows, "memory", Ingest(), [], {})
+    used = corpus.DecodedData(data, SPEC, SPEC, {}, rows, "memory", Ingest(), [], {})
     counts = evaluate.class_counts(used, ("train", "test"))
     assert {name: sum(found.values()) for name, found in counts.items()} == {"train": 39, "test": 3}
     balance = Balance(sampling="oversample", class_weights="sqrt")

@@ -89,19 +89,19 @@ def finished(tmp_path: Path) -> TrainConfig:
         batch_size=4,
         push_to_hub="somebody/model",
     )
-    plan = fit.plan(
+    job = fit.plan_job(
         train_vit.labelled(config),
         train_vit.recipe_of(config),
         config.output,
         train_vit.resources_of(config),
     )
-    runs.begin(plan.output, plan.recipe, plan.data)
+    runs.begin(job.output, job.recipe, job.data)
     best = tmp_path / "run" / "best"
     best.mkdir()
     for name in ("config.json", "README.md"):
         (best / name).write_text("{}")
     content = {"test": {"accuracy": 0.5}, "best": {"epoch": 1}, "recipe": {"epochs": 1}}
-    runs.finish(plan.output, {**content, "seconds": 1.0, "temperature": 1.0})
+    runs.finish(job.output, {**content, "seconds": 1.0, "temperature": 1.0})
     return config
 
 

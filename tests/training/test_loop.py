@@ -23,13 +23,13 @@ from pipelines.datasets import pixels as ingest
 from pipelines.datasets.settings import DataSettings, Ingest, Splits
 from pipelines.evaluation import metrics
 from pipelines.storage import uris
-from pipelines.training import decoded, fit, ray_checkpoints, runs
+from pipelines.training import checkpoints, decoded, fit, runs
 from pipelines.training import optimizer as optimisation
+from pipelines.training.decoded import epoch_order
 from pipelines.training.loop import Diverged
 from pipelines.training.recipe import Augment, Balance, Loss, Network, Optimizer, Stopping
 from pipelines.training.resources import Resources, threads_of
-from pipelines.training.sampling import epoch_order
-from pipelines.training.task import Place
+from pipelines.training.task import Worker
 from tests.builders import training as small_training
 from tests.builders.training import RECIPE, STILL, drawn, image_folder, streaming, trained, trainer
 
@@ -43,8 +43,8 @@ def first_step_gradients(recipe, labels, *, workers=1, **keywords):
     """Gradients of the first step, averaged over the workers as DistributedDataParallel does."""
     sums = None
     for rank in range(workers):
-        made = trainer(recipe, labels, place=Place(rank, workers, torch.device("cpu")), **keywords)
-        _, micro_batches = next(made.steps(0, 0))
+        made = trainer(recipe, labels, worker=Worker(rank, workers, torch.device("cpu")), **keywords)
+        _, micro_batches = next(made.iter_steps(0, 0))
         made.accumulate(micro_batches, seed=1)
         gradients = [p.grad / workers for p in made.model.parameters()]
         sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
@@ -66,7 +66,7 @@ def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumul
 
 def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
     made = streaming(RECIPE, drawn(LABELS, lost=[0, 17, 18]))
-    batches = [pixels for _, micro_batches in made.steps(0, 0) for pixels, _ in micro_batches]
+    batches = [pixels for _, micro_batches in made.iter_steps(0, 0) for pixels, _ in micro_batches]
     assert len(batches) == 4 and all(len(pixels) == 16 for pixels in batches)
     assert all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches), "a black picture in their place"
     assert (made.tally.images, made.tally.broken) == (64, 3)
@@ -79,16 +79,16 @@ def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
 def test_a_batch_of_lost_images_keeps_workers_in_step():
     for lost in (range(16), range(16, 32), range(48, 64)):
         made = streaming(RECIPE, drawn(LABELS, lost=lost))
-        batches = [pixels for _, [(pixels, _)] in made.steps(0, 0)]
+        batches = [pixels for _, [(pixels, _)] in made.iter_steps(0, 0)]
         assert len(batches) == 4 and all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches)
     made = streaming(RECIPE, drawn(LABELS, lost=range(64)))
     with pytest.raises(ingest.IngestError, match="none of the 64 images"):
-        next(made.steps(0, 0))
+        next(made.iter_steps(0, 0))
 
 
 def test_a_shard_smaller_than_a_micro_batch_fills_it():
     made = streaming(RECIPE, drawn(LABELS[:5]))
-    [(_, [(pixels, targets)])] = made.steps(0, 0)
+    [(_, [(pixels, targets)])] = made.iter_steps(0, 0)
     assert pixels.shape == (16, 16, 16, 3) and targets.sum(0).tolist() == [7, 6, 3]
 
 
@@ -145,10 +145,10 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
     )
     unbroken = trained(trainer(recipe, LABELS), 2)
     first = trained(trainer(recipe, LABELS), 1)
-    steps = first.steps(1, 0)
+    steps = first.iter_steps(1, 0)
     for step, batches in [next(steps), next(steps)]:
         first.train_step(batches, epoch=1, step=step)
-        first.position.step = step + 1
+        first.progress.step = step + 1
     second = trainer(recipe, LABELS)
     second.restore(first.state())
     second.train_epoch()
@@ -216,8 +216,8 @@ def scripted(made, *measured: dict[str, float]) -> list[dict]:
     answers, reported = iter(measured), []
     made.evaluate = lambda: next(answers)
     made.report = lambda line, **how: reported.append({**line, **how})
-    made.steps = lambda epoch, first: iter(())
-    while not (made.is_stale() or made.position.epoch == made.recipe.epochs):
+    made.iter_steps = lambda epoch, first: iter(())
+    while not (made.is_stale() or made.progress.epoch == made.recipe.epochs):
         made.train_epoch()
         made.finish_epoch(images_per_s=1.0)
     return reported
@@ -229,7 +229,7 @@ def test_early_stopping_asks_for_the_smallest_gain_since_the_last_that_counted()
     scores = (0.5, 0.55, 0.58, 0.61, 0.62, 0.63, 0.64, 0.9)
     reported = scripted(made, *({"accuracy": score} for score in scores))
     assert [line["score"] for line in reported] == list(scores[:7])
-    assert made.position.best_score == 0.61 and made.is_stale()
+    assert made.progress.best_score == 0.61 and made.is_stale()
 
 
 def test_averaged_weights_are_reported_and_saved_where_they_are_better():
@@ -269,7 +269,7 @@ def test_saving_memory_or_compiling_does_not_change_what_is_learned(network):
     for one in (Network(), network):
         made = trainer(replace(RECIPE, network=one), LABELS)
         made.wrap()
-        _, micro_batches = next(made.steps(0, 0))
+        _, micro_batches = next(made.iter_steps(0, 0))
         made.accumulate(micro_batches, seed=1)
         found.append(torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()]))
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
@@ -309,9 +309,9 @@ def test_two_workers_learn_what_one_learns_for_the_first_50_steps(tmp_path):
 # Whole runs on a real Ray cluster
 
 
-def planned(root: Path, output: Path, recipe=RECIPE, **resources) -> fit.Plan:
+def plan_run(root: Path, output: Path, recipe=RECIPE, **resources) -> fit.TrainingJob:
     data = dataset.load(DataSettings(str(root), splits=Splits(validation=0.25, test=0.25)))
-    return fit.plan(data, recipe, str(output), Resources(**{"num_workers": 2, **resources}))
+    return fit.plan_job(data, recipe, str(output), Resources(**{"num_workers": 2, **resources}))
 
 
 @pytest.mark.ray
@@ -326,12 +326,12 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
         augment=replace(STILL, views=8),
         optimizer=Optimizer(learning_rate=2e-3, ema_decay=0.5),
     )
-    plan = planned(folder, tmp_path / "run", recipe)
+    job = plan_run(folder, tmp_path / "run", recipe)
     messages: list = []
-    run = fit.fit(plan, Ingest(max_broken_share=0.1), messages.append)
+    run = fit.fit(job, Ingest(max_broken_share=0.1), messages.append)
     best = tmp_path / "run" / "best"
     model = AutoModelForImageClassification.from_pretrained(best)
-    assert model.config.id2label == dict(enumerate(plan.data.classes))
+    assert model.config.id2label == dict(enumerate(job.data.classes))
     assert {file.name for file in best.iterdir()} >= {
         "README.md",
         "iab_vision.json",
@@ -348,26 +348,26 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
     assert messages[-1]["done"] == messages[-1]["total"]
-    assert runs.finished(plan.output, plan.recipe, plan.data).content["test"] == run.content["test"]
+    assert runs.finished(job.output, job.recipe, job.data).content["test"] == run.content["test"]
     with pytest.raises(runs.RunMismatch, match="learning_rate"):
-        runs.finished(plan.output, replace(plan.recipe, optimizer=Optimizer(learning_rate=1e-4)), plan.data)
+        runs.finished(job.output, replace(job.recipe, optimizer=Optimizer(learning_rate=1e-4)), job.data)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disk", "stream"])
 def test_workers_measure_every_validation_image_once_without_keeping_them_all(ray_cluster, tmp_path, mode):
-    plan = planned(image_folder(tmp_path / "images"), tmp_path / "run")
-    prepared = decoded.prepare(plan.data, plan.spec, Ingest(mode=mode), seed=0)
+    job = plan_run(image_folder(tmp_path / "images"), tmp_path / "run")
+    prepared = decoded.prepare(job.data, job.spec, Ingest(mode=mode), seed=0)
     rows, tally = prepared.rows["validation"], ingest.Tally()
     assert len(rows) % 2, "an even division hides what is cut off"
     counts = np.zeros(3)
     for shard in decoded.validation_shards(prepared, 2):
         batches = ingest.evaluation_batches(
-            shard.iterator(), plan.spec, 3, batch_size=2, rows=rows, tally=tally
+            shard.iterator(), job.spec, 3, batch_size=2, rows=rows, tally=tally
         )
         counts += sum(targets_nc.sum(axis=0) for _, targets_nc in batches)
-    assert counts.tolist() == np.bincount(plan.data.targets()[rows], minlength=3).tolist()
+    assert counts.tolist() == np.bincount(job.data.targets()[rows], minlength=3).tolist()
     assert (tally.images, tally.broken) == (len(rows), 0)
 
 
@@ -376,10 +376,10 @@ def test_workers_measure_every_validation_image_once_without_keeping_them_all(ra
 def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
     folder = image_folder(tmp_path / "images")
     recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
-    plan = planned(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
-    prepared = decoded.prepare(plan.data, plan.spec, Ingest(mode="stream", max_broken_share=0.2), seed=0)
-    uris.local_path(plan.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
-    runs.begin(plan.output, plan.recipe, plan.data)
+    job = plan_run(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
+    prepared = decoded.prepare(job.data, job.spec, Ingest(mode="stream", max_broken_share=0.2), seed=0)
+    uris.local_path(job.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
+    runs.begin(job.output, job.recipe, job.data)
     killed = threading.Event()
     starts: list[int] = []
 
@@ -389,9 +389,9 @@ def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoi
             killed.set()
             os.kill(training_processes()[0], signal.SIGKILL)
 
-    result = fit.train(plan, prepared, listen)
+    result = fit.train(job, prepared, listen)
     assert killed.is_set()
-    history = runs.history(plan.output)
+    history = runs.history(job.output)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert all(line["broken_images"] for line in history), "the image that went away was not noticed"
     per_epoch = starts[-1] // 3
@@ -440,7 +440,7 @@ def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbro
     first.wait()
     before = runs.history(str(output))
     assert not (output / "run.json").exists()
-    (output / "checkpoints" / ray_checkpoints.SNAPSHOT).write_text(
+    (output / "checkpoints" / checkpoints.INDEX).write_text(
         ""
     )  # as a kill in the middle of Ray's writing does
     assert start("run").wait(300) == 0

@@ -129,10 +129,10 @@ def test_what_sampling_evened_out_is_not_corrected_again(tmp_path):
 
     def loss_of(balance: Balance):
         recipe = Recipe(model="scratch:tiny", image_size=16, layers=1, loss=PLAIN, balance=balance)
-        plan = fit.plan(data, recipe, str(tmp_path / "run"), Resources())
+        job = fit.plan_job(data, recipe, str(tmp_path / "run"), Resources())
         rows = {name: data.indices(name) for name in ("train", "validation", "test")}
-        prepared = decoded.Corpus(data, plan.spec, plan.spec, {}, rows, "memory", Ingest(), [], {})
-        task = fit.task_of(plan, prepared, None)
+        prepared = decoded.DecodedData(data, job.spec, job.spec, {}, rows, "memory", Ingest(), [], {})
+        task = fit.task_of(job, prepared, None)
         return criterion(PLAIN, balance, task.class_counts, task.epoch_images, multi_label=False)
 
     weighted = Balance(class_weights="inverse", logit_adjustment=1)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
 from pipelines.specs import ImageSpec
-from pipelines.training import checkpoints, drop_path, layers
+from pipelines.training import checkpoints, layers
 from pipelines.training import model as vit
 from pipelines.training.checkpoints import Sidecar
 from pipelines.training.recipe import Network, Optimizer, Recipe
@@ -137,7 +137,7 @@ def test_drop_path_acts_in_training_only_and_keeps_the_mean():
     torch.testing.assert_close(model(images).logits, still(images).logits)
     model.train()
     assert not torch.equal(model(images).logits, model(images).logits)
-    dropped = drop_path.dropper(0.25)(model, (), torch.ones(20_000, 1))
+    dropped = layers.drop_branches(0.25)(model, (), torch.ones(20_000, 1))
     assert dropped.unique().tolist() == [0, pytest.approx(4 / 3)]
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
 

@@ -10,7 +10,7 @@ from pipelines.datasets import dataset, pixels
 from pipelines.datasets.settings import DataSettings, Ingest
 from pipelines.specs import ImageSpec
 from pipelines.training import preview
-from pipelines.training.decoded import Corpus
+from pipelines.training.decoded import DecodedData
 from pipelines.training.recipe import Augment
 from tests.builders.training import RECIPE, image_folder
 
@@ -18,12 +18,12 @@ SPEC = ImageSpec(height=16, width=20)
 
 
 @pytest.fixture
-def corpus(tmp_path) -> Corpus:
+def corpus(tmp_path) -> DecodedData:
     """Twelve training images; nothing else of it is looked at."""
     folder = image_folder(tmp_path / "images")
     data = dataset.load(DataSettings(str(folder)))
     rows = {"train": data.indices("train")[:12]}
-    return Corpus(data, SPEC, pixels.enlarged(SPEC, 1.5), {}, rows, "memory", Ingest(), [], {})
+    return DecodedData(data, SPEC, pixels.enlarged(SPEC, 1.5), {}, rows, "memory", Ingest(), [], {})
 
 
 def test_the_sheet_shows_different_training_images_changed_and_at_the_models_size(corpus):

@@ -73,15 +73,15 @@ def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
         columns=Columns(label="subject", file="https://me:hunter2@host/{id}.jpg", group="page"),
         splits=Splits(validation=0.3, seed=7, limit=36),
     )
-    plan = fit.plan(dataset.load(settings), RECIPE, str(tmp_path / "search"), Resources())
+    job = fit.plan_job(dataset.load(settings), RECIPE, str(tmp_path / "search"), Resources())
     how = Ingest(mode="disk", margin=1.5)
-    text = tune.recipe_yaml(plan.recipe, plan, how, {"score": 0.5, "epochs": 2}).decode()
+    text = tune.recipe_yaml(job.recipe, job, how, {"score": 0.5, "epochs": 2}).decode()
     assert "hunter2" not in text and "give those settings on the command line" in text
     (tmp_path / "best.yaml").write_text(text)
     config = TrainConfig.parse(["--config", str(tmp_path / "best.yaml"), "--output", "x"], command="train")
     assert plain(config.ingest) == how
     again = recipe_of(config).resolved(multi_label=False)
-    searched = json.loads(runs.as_json(runs.identity(plan.recipe, plan.data)))
+    searched = json.loads(runs.as_json(runs.identity(job.recipe, job.data)))
     assert searched["images"]["train"]
     runs.refuse_mismatch("x", searched, runs.identity(again, labelled(config)))
 
@@ -155,12 +155,12 @@ def test_a_finished_search_is_not_repeated_and_another_is_refused(tmp_path):
     data = dataset.load(
         DataSettings(str(image_folder(tmp_path / "images")), splits=Splits(validation=0.25, test=0.25))
     )
-    plan = fit.plan(data, replace(RECIPE, batch_size=6), str(tmp_path / "search"), Resources())
+    job = fit.plan_job(data, replace(RECIPE, batch_size=6), str(tmp_path / "search"), Resources())
     search = tune.Search(trials=2, grace_epochs=1, reduction=2)
-    assert tune.refuse_another(plan, SPACE, search) is None
+    assert tune.refuse_another(job, SPACE, search) is None
     (tmp_path / "search").mkdir()
-    (tmp_path / "search" / runs.RECIPE).write_bytes(runs.as_json(tune.search_identity(plan, SPACE, search)))
+    (tmp_path / "search" / runs.RECIPE).write_bytes(runs.as_json(tune.search_identity(job, SPACE, search)))
     (tmp_path / "search" / tune.MARKER).write_text('{"trials": 2}')
-    assert tune.refuse_another(plan, SPACE, search) == {"trials": 2}
+    assert tune.refuse_another(job, SPACE, search) == {"trials": 2}
     with pytest.raises(runs.RunMismatch, match="trials"):
-        tune.refuse_another(plan, SPACE, replace(search, trials=3))
+        tune.refuse_another(job, SPACE, replace(search, trials=3))

@@ -77,7 +77,7 @@ def test_a_saved_classifier_gets_a_new_head_and_every_trained_weight_a_gradient(
     assert (spec.height, spec.width) == (32, 32)
     name = folder.name.rstrip("0123456789")
     assert len(layers.blocks(model)) == N_BLOCKS.get(name, 2)
-    layers.freeze(model, Network(), 0, idle=layers.idle(model, spec))
+    layers.freeze(model, Network(), 0, unused=layers.find_unused_parameters(model, spec))
     before = {name: value.clone() for name, value in model.named_parameters()}
     step(model, spec)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -86,7 +86,7 @@ def test_a_saved_classifier_gets_a_new_head_and_every_trained_weight_a_gradient(
 
 def test_a_frozen_body_stays_bit_equal_with_its_running_statistics(folder):
     model, spec = built(folder, freeze="backbone")
-    layers.freeze(model, Network(freeze="backbone"), 0, idle=layers.idle(model, spec))
+    layers.freeze(model, Network(freeze="backbone"), 0, unused=layers.find_unused_parameters(model, spec))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     step(model, spec)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
-from pipelines.training import checkpoints, ray_checkpoints
+from pipelines.training import checkpoints
 
 
 @pytest.fixture
@@ -24,10 +24,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("torn", ["", '{"checkpoint_results": [{"vers', None])
 def test_a_torn_or_missing_list_is_rebuilt_with_the_best_and_the_newest_whole_checkpoint(folder, torn):
-    file = folder / ray_checkpoints.SNAPSHOT
+    file = folder / checkpoints.INDEX
     if torn is not None:
         file.write_text(torn)
-    ray_checkpoints.mend(str(folder))
+    checkpoints.repair_index(str(folder))
     first = file.read_bytes()
     found = _CheckpointManagerState.parse_obj(json.loads(first))
     assert found.latest_checkpoint_result.checkpoint_dir_name == "checkpoint_3"
@@ -35,17 +35,17 @@ def test_a_torn_or_missing_list_is_rebuilt_with_the_best_and_the_newest_whole_ch
     assert (best.checkpoint_dir_name, best.metrics) == ("checkpoint_2", {"score": 0.9, "epoch": 2})
     assert len(found.checkpoint_results) == 3 and found.checkpoint_report_indices == [0, 2, 1]
     file.write_text(torn or "")
-    ray_checkpoints.mend(str(folder))
+    checkpoints.repair_index(str(folder))
     assert file.read_bytes() == first, "a second kill finds what the first did"
 
 
 def test_a_whole_list_is_left_alone(folder):
-    (folder / ray_checkpoints.SNAPSHOT).write_text('{"checkpoint_results": []}')
-    ray_checkpoints.mend(str(folder))
-    assert (folder / ray_checkpoints.SNAPSHOT).read_text() == '{"checkpoint_results": []}'
+    (folder / checkpoints.INDEX).write_text('{"checkpoint_results": []}')
+    checkpoints.repair_index(str(folder))
+    assert (folder / checkpoints.INDEX).read_text() == '{"checkpoint_results": []}'
 
 
 def test_a_torn_list_without_a_whole_checkpoint_makes_way_for_a_new_start(tmp_path):
-    (tmp_path / ray_checkpoints.SNAPSHOT).write_text("")
-    ray_checkpoints.mend(str(tmp_path))
-    assert not (tmp_path / ray_checkpoints.SNAPSHOT).exists()
+    (tmp_path / checkpoints.INDEX).write_text("")
+    checkpoints.repair_index(str(tmp_path))
+    assert not (tmp_path / checkpoints.INDEX).exists()
