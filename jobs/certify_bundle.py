@@ -9,7 +9,6 @@ float32 model on CPU; that one itself is certified anew only against its run: `-
 
 from jobs.config import CertifyConfig
 from jobs.errors import checking_input
-from jobs.settings import plain
 from pipelines.messages import Refused
 
 
@@ -23,7 +22,7 @@ def run(config: CertifyConfig) -> int:
                 config.images,
                 provider=config.provider,
                 precisions=config.precisions,
-                measuring=plain(config.measuring),
+                measuring=config.measuring,
                 checkpoint_uri=config.checkpoint,
             )
         except certification.ParityRefused as error:

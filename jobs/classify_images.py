@@ -21,7 +21,7 @@ from jobs.cluster import joins_cluster, nodes_without, ray_cluster
 from jobs.config import ClassifyConfig
 from jobs.errors import checking_input
 from jobs.progress import ProgressReport
-from jobs.settings import plain
+from jobs.settings import part_of
 from pipelines.bundle.bundle import Bundle, open_bundle
 from pipelines.classify import report as run_report
 from pipelines.classify.on_ray import Model, Source, classify, work_list
@@ -99,7 +99,7 @@ def prepare(config: ClassifyConfig) -> Run:
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
         refuse_strangers(state, table)
-        plan = inventory.plan(config.inventory, state, options=inventory_options(config))
+        plan = inventory.plan(config.inventory, state, options=part_of(config, InventoryOptions))
     ledger = open_ledger(state, plan, bundle, config, certified=certified)
     with checking_input():
         publish.refuse_foreign_files(ledger, table)
@@ -133,17 +133,6 @@ def open_ledger(
         "versions": library_versions(),
     }
     return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
-
-
-def inventory_options(config: ClassifyConfig) -> InventoryOptions:
-    return InventoryOptions(
-        form=config.form,
-        all_files=config.all_files,
-        rename=tuple(config.rename),
-        drop_columns=tuple(config.drop_columns),
-        payload_column=config.payload_column,
-        keep_plan=config.keep_plan,
-    )
 
 
 def identity(bundle: Bundle, plan: Plan, config: ClassifyConfig) -> dict[str, Any]:
@@ -247,7 +236,7 @@ def dataflow(run: Run, *, final: bool) -> Any:
     missing = run.ledger.done.missing()
     try:
         pools = size_pools(
-            plain(config.workers),
+            config.workers,
             ray.cluster_resources(),
             run.runtime,
             n_items=run.plan.n_items - len(run.ledger.done),
@@ -255,8 +244,8 @@ def dataflow(run: Run, *, final: bool) -> Any:
         )
     except ValueError as error:
         raise JobFailed(str(error)) from error
-    fetch = plain(config.fetch).shared_by(pools.load_actors)
-    source = Source(run.state.uri, bundle.image_spec, plain(config.decode), fetch)
+    fetch = config.fetch.shared_by(pools.load_actors)
+    source = Source(run.state.uri, bundle.image_spec, config.decode, fetch)
     target = parts.PartContext(
         state_uri=run.state.uri,
         generation=run.ledger.state.generation,

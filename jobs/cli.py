@@ -16,12 +16,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cluster import quieten
-from jobs.errors import exit_code
 from jobs.signals import stoppable
-from pipelines.messages import CommandError, InputError, JobFailed, Stopped, redact
+from pipelines.messages import CommandError, InputError, JobFailed, Refused, Stopped, redact
 
 if TYPE_CHECKING:
     from jobs.settings import JobConfig
+
+EXIT_CODES: dict[type[CommandError], int] = {JobFailed: 1, InputError: 2, Refused: 3}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"iab-vision {name}: {redact(str(error))}", file=sys.stderr)
-        return exit_code(error)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print(f"iab-vision {name}: interrupted", file=sys.stderr)
         return 1

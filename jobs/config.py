@@ -4,46 +4,36 @@ A config is unpacked at the border: nothing below `jobs` ever sees one. How they
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from jobs.settings import JobConfig, suggestion, typed
-from pipelines import specs
-from pipelines.datasets import settings
+from jobs.settings import JobConfig, field_of, suggestion
+from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.specs import (
+    DecodeLimits,
+    FetchLimits,
+    InventoryOptions,
+    Measuring,
+    Precision,
+    Provider,
+    Workers,
+)
 from pipelines.status import Status
 from pipelines.storage import uris
 from pipelines.training import recipe
-
-if TYPE_CHECKING:  # the twins have the fields of what they validate
-    Fetch = specs.FetchLimits
-    Decode = specs.DecodeLimits
-    WorkerPools = specs.Workers
-    Measuring = specs.Measuring
-    Network = recipe.Network
-    Optimizer = recipe.Optimizer
-    Loss = recipe.Loss
-    Balance = recipe.Balance
-    Augment = recipe.Augment
-    Stopping = recipe.Stopping
-    Splits = settings.Splits
-    Ingest = settings.Ingest
-    Columns = settings.Columns
-else:
-    Fetch = typed(specs.FetchLimits)
-    Decode = typed(specs.DecodeLimits)
-    WorkerPools = typed(specs.Workers)
-    Measuring = typed(specs.Measuring)
-    Network = typed(recipe.Network)
-    Optimizer = typed(recipe.Optimizer)
-    Loss = typed(recipe.Loss)
-    Balance = typed(recipe.Balance)
-    Augment = typed(recipe.Augment)
-    Stopping = typed(recipe.Stopping)
-    Splits = typed(settings.Splits)
-    Ingest = typed(settings.Ingest)
-    Columns = typed(settings.Columns)
+from pipelines.training.recipe import (
+    Augment,
+    Balance,
+    Loss,
+    Network,
+    Optimizer,
+    Recipe,
+    Search,
+    Stopping,
+)
+from pipelines.training.resources import Resources
 
 
 def located(uri: str) -> str:
@@ -73,16 +63,11 @@ class DatasetConfig(RayConfig):
 
     dataset: Location
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
-    taxonomy: str = settings.DataSettings.taxonomy
-    """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
-    label_map: Location | None = None
-    """Table whose first two columns rename labels; an empty target drops the image."""
-    tier: int | None = Field(default=None, ge=1)
-    """Lift every label to its ancestor of this tier."""
-    columns: Columns = Columns()
-    """Which columns of a table mean what."""
-    splits: Splits = Splits()
-    """How images are divided when the dataset does not say."""
+    taxonomy: str = field_of(DataSettings, "taxonomy")
+    label_map: Location | None = field_of(DataSettings, "label_map")
+    tier: int | None = field_of(DataSettings, "tier")
+    columns: Columns = field_of(DataSettings, "columns")
+    splits: Splits = field_of(DataSettings, "splits")
     ingest: Ingest = Ingest()
     """How images are decoded and kept."""
 
@@ -90,44 +75,26 @@ class DatasetConfig(RayConfig):
 class RecipeConfig(DatasetConfig):
     """Settings that make a training recipe; their defaults are the recipe's own."""
 
-    model: Annotated[str, AfterValidator(located_model)] = recipe.Recipe.model
-    """Hugging Face name, local folder, or `scratch:tiny|small|base` for random weights."""
-    image_size: int | None = None
-    """Height and width of the model's input, pixels; unset: the model's own, 224 from scratch."""
-    patch_size: int | None = None
-    """Patch side of a scratch model, pixels; unset: 16."""
-    layers: int | None = None
-    """Blocks of a scratch model; unset: the preset's."""
-    epochs: int = recipe.Recipe.epochs
-    """Passes over the training split (each image `augment.views` times)."""
-    batch_size: int = recipe.Recipe.batch_size
-    """Images per optimiser step, over all workers and micro-batches."""
-    seed: int = recipe.Recipe.seed
-    """Seed of the weights, the order, the augmentation and the dropout."""
-    precision: recipe.Precision = recipe.Recipe.precision
-    """Autocast type; `auto` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    select_by: str = recipe.Recipe.select_by
-    """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
-    target_precision: float = recipe.Recipe.target_precision
-    """Share of right answers that each category's threshold is set for, on validation images."""
-    network: Network = Network()
-    """What learns."""
-    optimizer: Optimizer = Optimizer()
-    """How it learns."""
-    loss: Loss = Loss()
-    """From what it learns."""
-    balance: Balance = Balance()
-    """Rare classes."""
-    augment: Augment = Augment()
-    """Random changes of images."""
-    stopping: Stopping = Stopping()
-    """Early end."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training workers: one per GPU, or processes on CPU."""
+    model: Annotated[str, AfterValidator(located_model)] = field_of(Recipe, "model")
+    image_size: int | None = field_of(Recipe, "image_size")
+    patch_size: int | None = field_of(Recipe, "patch_size")
+    layers: int | None = field_of(Recipe, "layers")
+    epochs: int = field_of(Recipe, "epochs")
+    batch_size: int = field_of(Recipe, "batch_size")
+    seed: int = field_of(Recipe, "seed")
+    precision: recipe.Precision = field_of(Recipe, "precision")
+    select_by: str = field_of(Recipe, "select_by")
+    target_precision: float = field_of(Recipe, "target_precision")
+    network: Network = field_of(Recipe, "network")
+    optimizer: Optimizer = field_of(Recipe, "optimizer")
+    loss: Loss = field_of(Recipe, "loss")
+    balance: Balance = field_of(Recipe, "balance")
+    augment: Augment = field_of(Recipe, "augment")
+    stopping: Stopping = field_of(Recipe, "stopping")
+    num_workers: int = field_of(Resources, "num_workers")
     use_gpu: bool | None = None
     """Give each worker a GPU; unset: when the cluster has one for each."""
-    cpus_per_worker: float = Field(default=1, gt=0)
-    """Logical CPUs that Ray reserves for each worker."""
+    cpus_per_worker: float = field_of(Resources, "cpus_per_worker")
 
 
 class TrainConfig(RecipeConfig):
@@ -135,14 +102,10 @@ class TrainConfig(RecipeConfig):
 
     output: Location
     """Folder of the run."""
-    checkpoint_every_steps: int = Field(default=0, ge=0)
-    """Also keep a checkpoint every so many steps within an epoch; 0: at the end of each epoch only."""
-    checkpoints_to_keep: int = Field(default=2, ge=1)
-    """Best checkpoints kept, beside the latest."""
-    max_failures: int = Field(default=3, ge=0)
-    """Lost workers or nodes from which the run recovers by itself."""
-    trackers: list[Literal["mlflow", "wandb"]] = Field(default_factory=list)
-    """Trackers told of every epoch beside TensorBoard; each wants its extra installed."""
+    checkpoint_every_steps: int = field_of(Resources, "checkpoint_every_steps")
+    checkpoints_to_keep: int = field_of(Resources, "checkpoints_to_keep")
+    max_failures: int = field_of(Resources, "max_failures")
+    trackers: list[Literal["mlflow", "wandb"]] = field_of(Resources, "trackers")
     push_to_hub: str | None = None
     """Private Hugging Face repository for the finished model; the hub's own environment holds the token."""
 
@@ -154,14 +117,10 @@ class TuneConfig(RecipeConfig):
     """Folder for the trials, their table and plot, and `best.yaml`."""
     space: Location = str(Path(__file__).parent / "configs" / "tune_space.yaml")
     """YAML file that maps settings of the recipe to how they are drawn."""
-    trials: int = Field(default=16, ge=1)
-    """Recipes tried."""
-    grace_epochs: int = Field(default=2, ge=1)
-    """Epochs that every trial gets before it can be stopped for being worse than others."""
-    reduction: int = Field(default=3, ge=2)
-    """Of so many trials at each rung, one goes on."""
-    max_concurrent: int = Field(default=0, ge=0)
-    """Trials at once; 0: as many as the cluster's CPUs or GPUs allow."""
+    trials: int = field_of(Search, "trials")
+    grace_epochs: int = field_of(Search, "grace_epochs")
+    reduction: int = field_of(Search, "reduction")
+    max_concurrent: int = field_of(Search, "max_concurrent")
 
 
 class ExportConfig(JobConfig):
@@ -173,7 +132,7 @@ class ExportConfig(JobConfig):
     """Images to measure on: a labelled dataset (its held-out rows are used), a table of URIs, or a folder."""
     output: str
     """Folder for the bundle; must not exist."""
-    precisions: list[specs.Precision] = ["fp32"]
+    precisions: list[Precision] = ["fp32"]
     """`fp32`, `fp16` (for GPU) and `int8` (for CPU); fp32 is always made."""
     measuring: Measuring = Measuring()
     """How parity is measured."""
@@ -186,9 +145,9 @@ class CertifyConfig(JobConfig):
     """Bundle made by `iab-vision export`."""
     images: str
     """Images to measure on: a labelled dataset, a table of URIs, or a folder."""
-    provider: specs.Provider = "cpu"
+    provider: Provider = "cpu"
     """Execution provider to certify."""
-    precisions: list[specs.Precision] = ["fp32"]
+    precisions: list[Precision] = ["fp32"]
     """Precisions to certify."""
     checkpoint: str | None = None
     """What the bundle was exported from, to compare with; without it the bundle's own fp32 model on cpu."""
@@ -205,23 +164,17 @@ class ClassifyConfig(RayConfig):
     """Bundle made by `iab-vision export`."""
     output: str
     """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
-    form: Literal["auto", "table", "images", "tars"] = "auto"
-    """What the inventory is, where its name or folder misleads."""
-    all_files: bool = False
-    """List every file of a folder or prefix, not only those with an image's extension."""
-    rename: list[str] = Field(default_factory=list)
-    """Columns of the inventory under another name, `old=new`; `photo_url=uri` makes a column the URI."""
-    drop_columns: list[str] = Field(default_factory=list)
-    """Columns of the inventory not to carry over."""
-    payload_column: str = ""
-    """Column of a Parquet inventory that holds the images themselves; empty: found when there is no `uri`."""
-    keep_plan: bool = False
-    """Finish the plan frozen in the output, even if the inventory has changed since."""
+    form: Literal["auto", "table", "images", "tars"] = field_of(InventoryOptions, "form")
+    all_files: bool = field_of(InventoryOptions, "all_files")
+    rename: list[str] = field_of(InventoryOptions, "rename")
+    drop_columns: list[str] = field_of(InventoryOptions, "drop_columns")
+    payload_column: str = field_of(InventoryOptions, "payload_column")
+    keep_plan: bool = field_of(InventoryOptions, "keep_plan")
     top_k: int = Field(default=5, ge=1)
     """Labels kept per image."""
-    precision: specs.Precision = "fp32"
+    precision: Precision = "fp32"
     """Which file of the bundle runs."""
-    provider: specs.Provider = "cpu"
+    provider: Provider = "cpu"
     """Execution provider; `cuda` puts one session on each GPU."""
     batch_size: int = Field(default=0, ge=0)
     """Most images per session run; 0 is 16 on CPU and 256 on GPU. The certificate must cover it."""
@@ -252,11 +205,11 @@ class ClassifyConfig(RayConfig):
     """On a finished output: run the rows that failed for passing reasons again and republish."""
     commit_every_s: float = Field(default=5.0, gt=0)
     """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
-    fetch: Fetch = Fetch()
+    fetch: FetchLimits = FetchLimits()
     """Limits of each request."""
-    decode: Decode = Decode()
+    decode: DecodeLimits = DecodeLimits()
     """Limits of each image."""
-    workers: WorkerPools = WorkerPools()
+    workers: Workers = Workers()
     """Pools and grain of the work."""
 
 
@@ -271,13 +224,13 @@ class PredictConfig(JobConfig):
     """Bundle made by `iab-vision export`."""
     top_k: int = Field(default=5, ge=1)
     """Labels per image."""
-    precision: specs.Precision = "fp32"
+    precision: Precision = "fp32"
     """Which file of the bundle runs."""
     as_json: bool = False
     """Print one JSON object per image instead of a table."""
     allow_uncertified: bool = False
     """Run a precision that no certificate covers; every row of `--json` says so."""
-    fetch: Fetch = Fetch()
+    fetch: FetchLimits = FetchLimits()
     """Limits of each request."""
 
 
@@ -304,9 +257,9 @@ class EvaluateConfig(JobConfig):
     """Which columns of a table mean what."""
     splits: Splits = Splits()
     """How images are divided when neither the run nor the dataset says."""
-    precision: specs.Precision = "fp32"
+    precision: Precision = "fp32"
     """Which file of the bundle runs."""
-    provider: specs.Provider = "cpu"
+    provider: Provider = "cpu"
     """Execution provider of the bundle."""
     batch_size: int = Field(default=0, ge=0)
     """Most images per session run of the bundle; 0 is 16 on CPU and 256 on GPU."""

@@ -1,19 +1,12 @@
-"""Exit codes of the errors that end a command, and what wrong input becomes.
-
-Everything a user can mend reaches them as one paragraph: the value, the limit, what to do.
-"""
+"""What wrong input becomes: one paragraph with the value, the limit and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.messages import CommandError, InputError, JobFailed, Refused
+from pydantic import ValidationError
 
-EXIT_CODES: dict[type[CommandError], int] = {JobFailed: 1, InputError: 2, Refused: 3}
-
-
-def exit_code(error: CommandError) -> int:
-    """The exit code of an error, or of the error that it is a kind of."""
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+from pipelines.messages import InputError
+from pipelines.specs import wrong_settings
 
 
 @contextmanager
@@ -21,5 +14,7 @@ def checking_input() -> Iterator[None]:
     """Report what the libraries below raise for a wrong value or path as an `InputError`."""
     try:
         yield
+    except ValidationError as error:
+        raise InputError(wrong_settings(error)) from error
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise InputError(str(error) or type(error).__name__) from error

@@ -17,7 +17,6 @@ from typing import Any
 
 from jobs.config import EvaluateConfig
 from jobs.errors import checking_input
-from jobs.settings import plain
 from pipelines.machine import cores
 from pipelines.messages import InputError, JobFailed
 
@@ -121,7 +120,7 @@ def labelled(config: EvaluateConfig, judged: Subject) -> Any:
     from pipelines.datasets import dataset
     from pipelines.datasets.settings import DataSettings
 
-    columns = plain(config.columns)
+    columns = config.columns
     return dataset.load(
         DataSettings(
             config.dataset,
@@ -129,7 +128,7 @@ def labelled(config: EvaluateConfig, judged: Subject) -> Any:
             label_map=config.label_map,
             tier=config.tier,
             columns=replace(columns, split="") if config.split == "all" else columns,
-            splits=plain(config.splits),
+            splits=config.splits,
         )
     )
 

@@ -9,7 +9,6 @@ differs too much from the checkpoint; the report then lies at OUTPUT-refused.
 
 from jobs.config import ExportConfig
 from jobs.errors import checking_input
-from jobs.settings import plain
 from pipelines.messages import Refused
 
 
@@ -23,7 +22,7 @@ def run(config: ExportConfig) -> int:
                 config.images,
                 config.output,
                 precisions=config.precisions,
-                measuring=plain(config.measuring),
+                measuring=config.measuring,
             )
         except certification.ParityRefused as error:
             raise Refused(str(error)) from error

@@ -12,7 +12,6 @@ from typing import Any
 
 from jobs.config import PredictConfig
 from jobs.errors import checking_input
-from jobs.settings import plain
 from pipelines.messages import InputError
 
 
@@ -45,7 +44,7 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     runtime = RuntimeSpec(precision=config.precision, batch_size=1)
     certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
     predictor = open_predictor(bundle, runtime, config.top_k)
-    fetcher = Fetcher(plain(config.fetch))
+    fetcher = Fetcher(config.fetch)
     pixels_nhwc = black(len(config.images), bundle.image_spec)
     rows = []
     try:

@@ -20,15 +20,15 @@ from rich.table import Table
 from jobs import demo_images
 from jobs.cluster import ray_cluster
 from jobs.config import (
-    Augment,
     ClassifyConfig,
     DemoConfig,
     ExportConfig,
-    Fetch,
     TrainConfig,
     VerifyConfig,
 )
 from pipelines.messages import InputError, JobFailed
+from pipelines.specs import FetchLimits
+from pipelines.training.recipe import Augment
 
 PICTURES_PER_CLASS = 100
 NEW_PICTURES = 120
@@ -145,7 +145,7 @@ def classify(root: Path) -> None:
         bundle=str(root / "bundle"),
         output=str(root / "predictions"),
         retry_pause_s=0,
-        fetch=Fetch(max_attempts=2),
+        fetch=FetchLimits(max_attempts=2),
     )
     finished(classify_images.run(config), "classify")
 

@@ -5,22 +5,17 @@ Nothing here imports a heavy library.
 """
 
 import argparse
-import ast
-import dataclasses
+import copy
 import difflib
-import inspect
-import itertools
 import json
 import os
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pydantic
 import yaml
-from pydantic import ConfigDict
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -33,41 +28,24 @@ from pydantic_settings import (
 
 from jobs.help_text import HelpText
 from pipelines.messages import InputError
+from pipelines.specs import wrong_setting
 from pipelines.storage.uris import is_local
 
 ENVIRONMENT = "IAB_VISION_"
 Spec = TypeVar("Spec")
 
 
-def attribute_docstrings(cls: type) -> dict[str, str]:
-    """The string literal below each annotated attribute of a class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    return {
-        field.target.id: inspect.cleandoc(str(doc.value.value))
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-    }
+def field_of(spec: type, name: str) -> Any:
+    """A field of validated settings, to be a setting of a command under its own name."""
+    fields: dict[str, FieldInfo] = spec.__pydantic_fields__  # type: ignore[attr-defined]
+    return copy.copy(fields[name])
 
 
-def typed(spec: type[Spec]) -> type[Spec]:
-    """A validating twin of a frozen dataclass, so that its fields become flags with help.
-
-    pydantic-settings expands pydantic dataclasses into `--section.field`, standard ones only as JSON.
-    """
-    twin = pydantic.dataclasses.dataclass(spec, frozen=True, config=ConfigDict(extra="forbid"))  # type: ignore[call-overload]
-    fields: dict[str, FieldInfo] = twin.__pydantic_fields__
-    for name, doc in attribute_docstrings(spec).items():
-        fields[name].description = doc
-    return twin  # type: ignore[return-value]
-
-
-def plain(value: Any) -> Any:
-    """The standard dataclass behind a validated twin: what may travel to workers."""
-    spec = type(value).__mro__[1]
-    return spec(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+def part_of(config: "JobConfig", spec: type[Spec], **given: Any) -> Spec:
+    """The settings of a room: those given here, else a command's of the same name, else the defaults."""
+    fields: dict[str, FieldInfo] = spec.__pydantic_fields__  # type: ignore[attr-defined]
+    names = fields.keys() & type(config).model_fields.keys()
+    return spec(**{name: getattr(config, name) for name in names} | given)
 
 
 class JobConfig(BaseSettings):
@@ -205,13 +183,10 @@ def explain(detail: Mapping[str, Any], cls: type[BaseSettings], argv: Sequence[s
         return f"{flag(written)} is required" if flagged else f"{written} is required"
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{written} is not a setting{suggestion(written, list(settings_of(cls)))}"
-    name, value = origin(loc, argv), detail["input"]
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if detail["type"] == "value_error":
-        return f"{name}: {message}"
-    if detail["type"] == "string_type" and isinstance(value, int | float):
-        message += f"; quote it: '{value}'"
-    return f"{name} is {value!r}; it {message}"
+    told = wrong_setting(detail, origin(loc, argv))
+    if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
+        told += f"; quote it: '{detail['input']}'"
+    return told
 
 
 def origin(loc: Sequence[str], argv: Sequence[str]) -> str:

@@ -15,17 +15,11 @@ from typing import Any
 from jobs import cluster
 from jobs.config import RecipeConfig, TrainConfig
 from jobs.errors import checking_input
-from jobs.settings import plain
+from jobs.settings import part_of
 from jobs.training_progress import TrainingProgress
 from pipelines.messages import JobFailed
 
 log = logging.getLogger(__name__)
-
-SECTIONS = ("network", "optimizer", "loss", "balance", "augment", "stopping")
-SCALARS = (
-    "model", "image_size", "patch_size", "layers", "epochs", "batch_size", "seed", "precision", "select_by",
-    "target_precision",
-)  # fmt: skip
 
 
 def run(config: TrainConfig) -> int:
@@ -59,7 +53,7 @@ def trained(config: TrainConfig, job: Any) -> Any:
             job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
         with TrainingProgress(job.recipe.select_by) as progress:
             try:
-                return fit.fit(job, plain(config.ingest), progress)
+                return fit.fit(job, config.ingest, progress)
             except (fit.TrainingFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
 
@@ -68,14 +62,7 @@ def resources_of(config: TrainConfig) -> Any:
     """Where the run happens, within the settings."""
     from pipelines.training.resources import Resources
 
-    return Resources(
-        num_workers=config.num_workers,
-        cpus_per_worker=config.cpus_per_worker,
-        checkpoint_every_steps=config.checkpoint_every_steps,
-        checkpoints_to_keep=config.checkpoints_to_keep,
-        max_failures=config.max_failures,
-        trackers=tuple(config.trackers),
-    )
+    return part_of(config, Resources, use_gpu=False)  # until the cluster is known
 
 
 def push_to_hub(output: str, repository: str) -> None:
@@ -113,26 +100,14 @@ def labelled(config: RecipeConfig) -> Any:
     from pipelines.datasets import dataset
     from pipelines.datasets.settings import DataSettings
 
-    return dataset.load(
-        DataSettings(
-            config.dataset,
-            config.taxonomy,
-            label_map=config.label_map,
-            tier=config.tier,
-            columns=plain(config.columns),
-            splits=plain(config.splits),
-        )
-    )
+    return dataset.load(part_of(config, DataSettings, uri=config.dataset))
 
 
 def recipe_of(config: RecipeConfig) -> Any:
     """The recipe within the settings."""
     from pipelines.training.recipe import Recipe
 
-    return Recipe(
-        **{name: getattr(config, name) for name in SCALARS},
-        **{name: plain(getattr(config, name)) for name in SECTIONS},
-    )
+    return part_of(config, Recipe)
 
 
 def tell(content: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from jobs import cluster
 from jobs.config import TuneConfig
 from jobs.errors import checking_input
-from jobs.settings import plain
+from jobs.settings import part_of
 from jobs.train_vit import labelled, recipe_of
 from pipelines.machine import cores
 from pipelines.messages import JobFailed
@@ -28,20 +28,15 @@ def run(config: TuneConfig) -> int:
     """Search, or say that it is done."""
     from pipelines.datasets.pixels import IngestError
     from pipelines.training import fit, tune
+    from pipelines.training.recipe import Search
     from pipelines.training.resources import Resources
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's own tables; ours is the log and trials.csv
     with checking_input():
         space = tune.read_space(config.space)
-        resources = Resources(num_workers=config.num_workers, cpus_per_worker=config.cpus_per_worker)
+        resources = part_of(config, Resources, use_gpu=False)
         job = fit.plan_job(labelled(config), recipe_of(config), config.output, resources)
-        search = tune.Search(
-            trials=config.trials,
-            grace_epochs=config.grace_epochs,
-            reduction=config.reduction,
-            max_concurrent=config.max_concurrent or fitting_here(config),
-            seed=config.seed,
-        )
+        search = part_of(config, Search, max_concurrent=config.max_concurrent or fitting_here(config))
         tune.distributions(space, job.recipe)
         done = tune.refuse_another(job, space, search)
     if done is None:
@@ -49,7 +44,7 @@ def run(config: TuneConfig) -> int:
             with checking_input():
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             try:
-                done = tune.tune_recipe(job, space, search, plain(config.ingest))
+                done = tune.tune_recipe(job, space, search, config.ingest)
             except (tune.TuningFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
     tell(done, config.output)

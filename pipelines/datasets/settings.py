@@ -1,16 +1,17 @@
-"""Which images a training run is shown, and how they reach its workers, as frozen dataclasses.
+"""Which images a training run is shown, and how they reach its workers, as validated settings.
 
 `DataSettings` is part of what a run is, for other images or another division are another run; `Ingest` only
-says how pixels travel. Standard library only, as `recipe.py`.
+says how pixels travel.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pipelines.specs import at_least, share
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from pipelines.specs import Fraction, validated
 
 
-@dataclass(frozen=True)
+@validated
 class Columns:
     """Which columns of a table mean what."""
 
@@ -24,25 +25,22 @@ class Columns:
     """Column whose equal values are kept in one split."""
 
 
-@dataclass(frozen=True)
+@validated
 class Splits:
     """How images are divided when the dataset does not say."""
 
-    validation: float = 0.2
+    validation: Fraction = 0.2
     """Share of the images for validation."""
-    test: float = 0.1
+    test: Fraction = 0.1
     """Share of the images for the final test."""
-    validation_of_train: float = 0.1
+    validation_of_train: Fraction = 0.1
     """Share of a given training split that becomes validation when the dataset has none."""
     seed: int = 0
     """Seed of the division."""
-    limit: int = 0
+    limit: NonNegativeInt = 0
     """Use a random, class-balanced-as-given subset of so many images; 0 uses all."""
 
     def __post_init__(self) -> None:
-        for name in ("validation", "test", "validation_of_train"):
-            share(name, getattr(self, name))
-        at_least("limit", self.limit, 0)
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation {self.validation} and test {self.test} leave nothing to train on; "
@@ -50,7 +48,7 @@ class Splits:
             )
 
 
-@dataclass(frozen=True)
+@validated
 class DataSettings:
     """Which images, what their labels mean and how they are divided: all that decides what a run is shown."""
 
@@ -60,33 +58,27 @@ class DataSettings:
     """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
     label_map: str | None = None
     """Table whose first two columns rename labels; an empty target drops the image."""
-    tier: int | None = None
+    tier: PositiveInt | None = None
     """Lift every label to its ancestor of this tier."""
-    columns: Columns = field(default_factory=Columns)
+    columns: Columns = Columns()
     """Which columns of a table mean what."""
-    splits: Splits = field(default_factory=Splits)
+    splits: Splits = Splits()
     """How images are divided when the dataset does not say."""
 
 
-@dataclass(frozen=True)
+@validated
 class Ingest:
     """How training images reach the workers."""
 
     mode: Literal["auto", "memory", "disk", "stream"] = "auto"
     """`memory`: decoded once, held in the object store; `disk`: once, spilled; `stream`: every epoch."""
-    memory_share: float = 0.3
+    memory_share: Fraction = 0.3
     """Largest share of one node's object store that decoded images may take in `memory`."""
-    disk_share: float = 0.5
+    disk_share: Fraction = 0.5
     """Largest share of the free disk that decoded images may take in `disk`."""
-    margin: float = 1.125
+    margin: Annotated[float, Field(ge=1)] = 1.125
     """Decoded training images are this much larger than the model's input, so that crops stay sharp."""
-    max_broken_share: float = 0.05
+    max_broken_share: Fraction = 0.05
     """Largest share of images that may be unreadable before the run stops."""
-    rows_per_task: int = 64
+    rows_per_task: PositiveInt = 64
     """Images that one decoding task takes."""
-
-    def __post_init__(self) -> None:
-        for name in ("memory_share", "disk_share", "max_broken_share"):
-            share(name, getattr(self, name))
-        at_least("margin", self.margin, 1)
-        at_least("rows_per_task", self.rows_per_task, 1)

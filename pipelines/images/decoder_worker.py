@@ -4,6 +4,8 @@ The supervisor never touches a payload, so nothing in one can harm it; it ends w
 as `python -m pipelines.images.decoder_worker SETTINGS`. It imports no more than numpy and Pillow's decoders.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import hashlib
@@ -15,12 +17,15 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines.images import prepare
 from pipelines.images.shared_memory import REQUEST, Death, SharedMemory, carry_through, write_outcome
-from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
+
+if TYPE_CHECKING:  # the decoder's child starts without pydantic
+    from pipelines.specs import DecodeLimits, ImageSpec
 
 FAULTS_VARIABLE = "IAB_VISION_TEST_FAULTS"
 """For tests: `3f5a=segv,77=hang` provokes a fault when a payload's SHA-256 begins with the prefix."""
@@ -184,11 +189,10 @@ def provoke(payload: bytes, faults: Mapping[str, str]) -> None:
 
 def main() -> None:
     """Start the supervisor with the settings of the command line."""
-    settings = json.loads(sys.argv[1])
-    spec, limits = ImageSpec(**settings["spec"]), DecodeLimits(**settings["limits"])
+    settings: Any = json.loads(sys.argv[1], object_hook=lambda fields: SimpleNamespace(**fields))
     prepare.plugins()  # imported before the fork, so that every worker has them
     with contextlib.suppress(BrokenPipeError):  # the caller went away
-        Supervisor(SharedMemory(settings["fd"], spec), spec, limits).serve()
+        Supervisor(SharedMemory(settings.fd, settings.spec), settings.spec, settings.limits).serve()
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@ colour profiles: every picture is taken for sRGB. Nor does it protect the proces
 crashes or hangs; `decoder.py` does.
 """
 
+from __future__ import annotations
+
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.Image import Resampling, Transpose
 
-from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
+
+if TYPE_CHECKING:  # the decoder's child starts without pydantic
+    from pipelines.specs import DecodeLimits, ImageSpec
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -108,7 +113,10 @@ def prepare(payload: bytes, spec: ImageSpec, limits: DecodeLimits | None = None)
     First frame, upright, transparency over white. Width and height are those of the file, before any
     rotation. Bad bytes get a status and a one-line `error`, never an exception.
     """
-    limits = limits or DecodeLimits()
+    if limits is None:
+        from pipelines.specs import DecodeLimits
+
+        limits = DecodeLimits()
     width_px = height_px = None
     name = None
     try:

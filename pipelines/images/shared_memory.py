@@ -1,5 +1,7 @@
 """What the processes of `decoder.py` share: the memory, how outcomes are noted, and who is to blame."""
 
+from __future__ import annotations
+
 import json
 import mmap
 import os
@@ -8,13 +10,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.images.prepare import Pixels, Prepared
-from pipelines.specs import ImageSpec
 from pipelines.status import Status
+
+if TYPE_CHECKING:  # the decoder's child starts without pydantic
+    from pipelines.specs import ImageSpec
 
 Records = npt.NDArray[np.void]
 

@@ -11,19 +11,18 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from pipelines.datasets.settings import Ingest
 from pipelines.messages import redacted, root_cause
-from pipelines.specs import at_least
 from pipelines.storage import storage, uris
 from pipelines.training import decoded, fit, runs
 from pipelines.training.decoded import DecodedData
 from pipelines.training.fit import TrainingJob
-from pipelines.training.recipe import Recipe
+from pipelines.training.recipe import Recipe, Search
 
 log = logging.getLogger(__name__)
 
@@ -41,28 +40,6 @@ class SpaceError(ValueError):
 
 class TuningFailed(RuntimeError):
     """No trial finished."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """How long and how widely to look."""
-
-    trials: int = 16
-    """Recipes tried."""
-    grace_epochs: int = 2
-    """Epochs that every trial gets before it can be stopped for being worse than others."""
-    reduction: int = 3
-    """Of so many trials at each rung, one goes on."""
-    max_concurrent: int = 0
-    """Trials at once; 0: as many as the cluster's CPUs or GPUs allow."""
-    seed: int = 0
-    """Seed of the proposals."""
-
-    def __post_init__(self) -> None:
-        for name in ("trials", "grace_epochs"):
-            at_least(name, getattr(self, name), 1)
-        at_least("reduction", self.reduction, 2)
-        at_least("max_concurrent", self.max_concurrent, 0)
 
 
 def read_space(uri: str) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def test_the_child_imports_little() -> None:
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert not {"pyarrow", "ray", "torch", "fsspec"} & set(modules)
+    assert not {"pyarrow", "ray", "torch", "fsspec", "pydantic"} & set(modules)
 
 
 @pytest.mark.parametrize("count", [300])

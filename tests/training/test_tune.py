@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from jobs.config import TrainConfig
-from jobs.settings import plain
 from jobs.train_vit import labelled, recipe_of
 from pipelines.datasets import dataset
 from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
@@ -79,7 +78,7 @@ def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
     assert "hunter2" not in text and "give those settings on the command line" in text
     (tmp_path / "best.yaml").write_text(text)
     config = TrainConfig.parse(["--config", str(tmp_path / "best.yaml"), "--output", "x"], command="train")
-    assert plain(config.ingest) == how
+    assert config.ingest == how
     again = recipe_of(config).resolved(multi_label=False)
     searched = json.loads(runs.as_json(runs.identity(job.recipe, job.data)))
     assert searched["images"]["train"]
