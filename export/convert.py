@@ -22,6 +22,7 @@ from torch import nn
 from export.checkpoint import Checkpoint
 from pipelines.bundle.manifest import MAX_FILE_BYTES
 from pipelines.bundle.session import INPUT, OUTPUTS
+from pipelines.datasets.normalize import normalize
 from pipelines.messages import first_line
 from pipelines.specs import ImageSpec
 
@@ -53,17 +54,12 @@ class PixelClassifier(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.network = network
         self.around = around
-        mean, std = (
-            torch.tensor(v).reshape(1, 3, 1, 1) for v in (around.image_spec.mean, around.image_spec.std)
-        )
-        self.shift = nn.Parameter(mean * 255, requires_grad=False)
-        self.scale = nn.Parameter(1 / (std * 255), requires_grad=False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Cast first: some runtimes take uint8 at the input alone, and nothing but a cast may read it.
-        normalised = (pixels.float().permute(0, 3, 1, 2) - self.shift) * self.scale
+        images_nchw = normalize(pixels, self.around.image_spec)
         dtype = next(self.network.parameters()).dtype
-        logits = self.network(pixel_values=normalised.to(dtype)).logits.float()
+        logits = self.network(pixel_values=images_nchw.to(dtype)).logits.float()
         scaled = logits / self.around.temperature
         return logits, scaled.sigmoid() if self.around.multi_label else scaled.softmax(-1)
 

@@ -211,14 +211,14 @@ def checkpoint_subject(found: Any, uri: str) -> Subject:
     """The checkpoint's PyTorch model, with the run that it came from where there is one."""
     import torch
 
+    from pipelines.datasets.normalize import normalize
     from pipelines.evaluation import metrics
-    from pipelines.evaluation.attention import normalised
 
     network = found.network("sdpa")
 
     def run(pixels_nhwc: Any) -> tuple[Any, Any]:
         with torch.inference_mode():
-            inputs_nchw = normalised(pixels_nhwc, found.image_spec, network.device)
+            inputs_nchw = normalize(torch.from_numpy(pixels_nhwc), found.image_spec)
             logits_nc = network(pixel_values=inputs_nchw).logits.numpy()
         scores_nc = metrics.probabilities(
             logits_nc, temperature=found.temperature, multi_label=found.multi_label

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.datasets.normalize import normalize
 from pipelines.evaluation.metrics import Array
 from pipelines.specs import ImageSpec
 
@@ -35,8 +36,8 @@ def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     model.eval()
     try:
         with torch.no_grad():
-            inputs_nchw = normalised(pixels_nhwc, spec, model.device)
-            found = model(pixel_values=inputs_nchw, output_attentions=True)
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels_nhwc)).to(model.device)
+            found = model(pixel_values=normalize(pixels, spec), output_attentions=True)
     finally:
         model.set_attn_implementation(implementation)
         model.train(training)
@@ -45,13 +46,6 @@ def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     if len({attention.shape for attention in attentions}) != 1:
         raise NoAttention(f"{type(model).__name__} returns no attention of all its patches to each other")
     return _scaled(_multiplied(attentions), rows, columns)
-
-
-def normalised(pixels_nhwc: Array, spec: ImageSpec, device: torch.device) -> torch.Tensor:
-    """What the model takes: float32 [N, 3, height, width], scaled and standardised as the spec says."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (spec.mean, spec.std))
-    pixels = torch.from_numpy(np.ascontiguousarray(pixels_nhwc)).to(device)
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def grid(config: Any) -> tuple[int, int]:

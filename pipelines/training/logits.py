@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.datasets.normalize import normalize
 from pipelines.datasets.pixels import IngestError, pixels_of
 from pipelines.status import Status
 from pipelines.training.checkpoints import Sidecar
@@ -33,10 +34,8 @@ class Scorer:
 
         spec = self.sidecar.image_spec
         pixels = torch.from_numpy(pixels_of(batch, spec).copy()).to(self.device)
-        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (spec.mean, spec.std))
         with torch.inference_mode():
-            images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-            logits = self.model(pixel_values=images).logits.cpu().numpy()
+            logits = self.model(pixel_values=normalize(pixels, spec)).logits.cpu().numpy()
         values = pa.FixedSizeListArray.from_arrays(pa.array(logits.ravel()), logits.shape[1])
         return pa.table({"item_id": batch["item_id"], "status": batch["status"], "logits": values})
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from pipelines.datasets import pixels as ingest
+from pipelines.datasets.normalize import normalize, standardize
 from pipelines.datasets.pixels import Pixels, PixelStore
 from pipelines.evaluation import metrics
 from pipelines.training import augment, checkpoints, layers
@@ -194,19 +195,13 @@ class Trainer:
         spec, device = self.task.sidecar.image_spec, self.worker.device
         size = {"height": spec.height, "width": spec.width}
         images = augment.apply(torch.from_numpy(pixels).to(device), draws, **size)
-        return self.normalised(images), augment.mix_targets(
+        return standardize(images, spec), augment.mix_targets(
             torch.from_numpy(targets).to(device), draws, **size
         )
 
     def unsynchronised(self) -> Any:
         """Keep gradients local: only the last micro-batch of a step averages them over the workers."""
         return self.parallel.no_sync() if hasattr(self.parallel, "no_sync") else contextlib.nullcontext()
-
-    def normalised(self, images: Tensor) -> Tensor:
-        spec = self.task.sidecar.image_spec
-        mean = torch.tensor(spec.mean, device=images.device)[:, None, None]
-        std = torch.tensor(spec.std, device=images.device)[:, None, None]
-        return (images - mean) / std
 
     def iter_steps(self, epoch: int, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """This worker's micro-batches of each step from `first` on."""
@@ -334,9 +329,10 @@ class Trainer:
         found, wanted = [np.zeros((0, n_classes), np.float32)], [np.zeros((0, n_classes), np.float32)]
         self.model.eval()
         for pixels, targets_nc in batches:
-            images = torch.from_numpy(pixels).to(self.worker.device).permute(0, 3, 1, 2).float() / 255
+            spec = self.task.sidecar.image_spec
+            images = normalize(torch.from_numpy(pixels).to(self.worker.device), spec)
             with torch.inference_mode(), optimisation.autocast(self.worker.device, self.precision):
-                logits = self.model(pixel_values=self.normalised(images)).logits
+                logits = self.model(pixel_values=images).logits
             found.append(logits.float().cpu().numpy())
             wanted.append(targets_nc)
         layers.set_training(self.model)

@@ -17,6 +17,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 from jobs import evaluate_model
 from jobs.config import EvaluateConfig
 from pipelines.datasets import dataset as datasets
+from pipelines.datasets.normalize import normalize
 from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.evaluation import attention, evaluation, hierarchy, metrics, report, score
 from pipelines.evaluation.evaluation import Scored
@@ -242,7 +243,7 @@ def test_attention_rolls_out_as_the_product_of_the_layers() -> None:
     assert maps.shape == (3, 5, 7)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
-    inputs = attention.normalised(pixels_nhwc, small_models.SPEC, torch.device("cpu"))
+    inputs = normalize(torch.from_numpy(pixels_nhwc), small_models.SPEC)
     with torch.no_grad():
         first, second = (
             one.mean(dim=1).numpy() for one in model.eval()(inputs, output_attentions=True).attentions
