@@ -33,6 +33,7 @@ from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import Committer
+from pipelines.ledger.takeover import hold_run
 from pipelines.machine import cores, git_revision, library_versions
 from pipelines.messages import (
     InputError,
@@ -73,7 +74,9 @@ def run(config: ClassifyConfig) -> int:
     """Prepare, classify what is missing, publish, report; or say that it is all done."""
     kept = "what is recorded stays recorded, and the same command continues it"
     try:
-        return carry_out(prepare(config))
+        prepared = prepare(config)
+        with hold_run(prepared.ledger, prepared.state, take_over=config.take_over):
+            return carry_out(prepared)
     except RayError as error:
         raise JobFailed(f"{root_cause(str(error))}; {kept}") from error
     except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
@@ -132,7 +135,9 @@ def open_ledger(
         "git_revision": git_revision(),
         "versions": library_versions(),
     }
-    return Ledger.open(state, identity(bundle, plan, config), n_items=plan.n_items, details=details)
+    return Ledger.open(
+        state, identity(bundle, plan, config), n_items=plan.n_items, details=details, lease_s=config.lease_s
+    )
 
 
 def identity(bundle: Bundle, plan: Plan, config: ClassifyConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from jobs.settings import JobConfig, field_of, suggestion
 from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.ledger.driver import LEASE_S
 from pipelines.specs import (
     DecodeLimits,
     FetchLimits,
@@ -205,6 +206,10 @@ class ClassifyConfig(RayConfig):
     """On a finished output: run the rows that failed for passing reasons again and republish."""
     commit_every_s: float = Field(default=5.0, gt=0)
     """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
+    lease_s: float = Field(default=LEASE_S, gt=0)
+    """A driver on another machine that was silent for so long counts as dead, seconds."""
+    take_over: bool = False
+    """Replace a driver that is still at work on the output; it stops at its next ledger entry."""
     fetch: FetchLimits = FetchLimits()
     """Limits of each request."""
     decode: DecodeLimits = DecodeLimits()

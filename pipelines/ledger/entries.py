@@ -72,6 +72,8 @@ class LedgerState:
     entries: int = 0
     digest: str = ""
     """Checksum of the last entry, which the next one repeats."""
+    at: str = ""
+    """When the last entry was written, ISO 8601."""
     generation: int = 1
     """1 for the first run; each rerun of failed rows is another."""
     phase: Phase = Phase.RUNNING
@@ -83,7 +85,7 @@ class LedgerState:
     reopened: tuple[Range, ...] = ()
     """Items that this generation runs again; empty in the first, which runs all."""
     driver: Mapping[str, Any] = field(default_factory=dict)
-    """Who started last."""
+    """Who started last: the fields of a `Driver`."""
     sessions: tuple[Mapping[str, Any], ...] = ()
     """What each driver that started said of itself, in order."""
 
@@ -118,7 +120,7 @@ def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerSt
     allowed: dict[str, Iterable[Phase]] = {"start": Phase, "parts": [Phase.RUNNING], "close": [Phase.RUNNING]}
     if state.phase not in allowed.get(kind, [Phase.PUBLISHING]):
         raise LedgerDamaged(f"ledger entry {number:06d} says {kind!r}, but the run was already {state.phase}")
-    state = replace(state, entries=number + 1, digest=digest)
+    state = replace(state, entries=number + 1, digest=digest, at=entry["at"])
     match kind:
         case "start":
             return _apply_start(state, entry)

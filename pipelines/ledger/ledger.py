@@ -20,8 +20,6 @@ is 12 lines.
 """
 
 import json
-import os
-import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +29,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.ledger.driver import LEASE_S, Driver, identify_driver
 from pipelines.ledger.entries import (
     Kind,
     LedgerState,
@@ -69,10 +68,10 @@ class Pending:
 class Ledger:
     """Owns the log of one state folder, as one driver sees and extends it."""
 
-    def __init__(self, storage: Storage, n_items: int) -> None:
+    def __init__(self, storage: Storage, n_items: int, *, lease_s: float = LEASE_S) -> None:
         self._storage = storage
         self._pending: Pending | None = None
-        self._driver = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.driver = identify_driver(lease_s)
         self.state = LedgerState()
         self.done = ItemSet(n_items)
         """Items that are recorded, in this generation or an earlier one."""
@@ -88,12 +87,14 @@ class Ledger:
         *,
         n_items: int,
         details: Mapping[str, Any] | None = None,
+        lease_s: float = LEASE_S,
     ) -> "Ledger":
         """The ledger of a state folder, which is made if there is none yet.
 
         Args:
             identity: flat, JSON-able settings that decide what the rows will say.
             details: more about the run, stored with the identity but not compared.
+            lease_s: a driver that was silent for so long may be replaced.
 
         Raises:
             InputError: the folder holds a run of another identity.
@@ -104,7 +105,7 @@ class Ledger:
             storage.create(RUN_JSON, json.dumps(described, indent=1, sort_keys=True).encode())
         except AlreadyExists:
             _refuse_other_run(json.loads(storage.read(RUN_JSON))["identity"], identity, storage.uri)
-        return cls(storage, n_items)
+        return cls(storage, n_items, lease_s=lease_s)
 
     def announce(self, session: Mapping[str, Any] | None = None) -> None:
         """Take the run over, before anything costly starts.
@@ -192,7 +193,7 @@ class Ledger:
             "number": self.state.entries,
             "previous": self.state.digest,
             "kind": kind,
-            "driver": self._driver,
+            "driver": asdict(self.driver),
             "nonce": uuid.uuid4().hex,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             **fields,
@@ -226,10 +227,9 @@ class Ledger:
     def _describe_rival(self) -> str:
         path = _entry_path(self.state.entries)
         rival, _ = decode(self._storage.read(path))
-        who = f"{rival['driver']['host']}, pid {rival['driver']['pid']}"
         return (
-            f"another driver ({who}) is at work on {self._storage.uri}: it wrote {path} at {rival['at']}. "
-            "This one stops; what it recorded until then stays recorded"
+            f"another driver ({Driver(**rival['driver'])}) is at work on {self._storage.uri}: "
+            f"it wrote {path} at {rival['at']}. This one stops; what it recorded until then stays recorded"
         )
 
 
