@@ -11,7 +11,6 @@ Expected: `prepare` <= 2 ms, process overhead < 10 %, no caller lost, images/s o
 """
 
 import argparse
-import hashlib
 import io
 import os
 import statistics
@@ -29,9 +28,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipelines.images import prepare
 from pipelines.images.decoder import DecoderProcess
-from pipelines.images.decoder_worker import FAULTS_VARIABLE
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
+from tests.builders import decoder_faults
 from tests.builders.mutations import mutations
 
 SPEC = ImageSpec()
@@ -136,13 +135,10 @@ def faults(clean: Sequence[bytes]) -> Table:
     """Three provoked faults among 5,000 images."""
     payloads = [clean[index % len(clean)] + index.to_bytes(4, "big") for index in range(5000)]
     culprits = {1234: "segv", 2345: "abort", 3456: "hang"}
-    digests = {index: hashlib.sha256(payloads[index]).hexdigest() for index in culprits}
     table = Table("run", "seconds", "statuses", "culprits", title="5,000 images, timeout_s = 5")
-    for name, provoked in (
-        ("clean", ""),
-        ("3 faults", ",".join(f"{digests[i]}={culprits[i]}" for i in culprits)),
-    ):
-        os.environ[FAULTS_VARIABLE] = provoked
+    sys.path.insert(0, decoder_faults.FOLDER)
+    for name, provoked in (("clean", {}), ("3 faults", culprits)):
+        os.environ |= decoder_faults.variable({payloads[index]: fault for index, fault in provoked.items()})
         with DecoderProcess(SPEC, DecodeLimits(timeout_s=5)) as process:
             started = time.perf_counter()
             prepared = [image for batch in batches(payloads) for image in process.prepare_batch(batch)[0]]

@@ -12,7 +12,6 @@ the model shows. About five minutes on 2 cores; exit code 1 if a figure is not w
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pipelines.images.decoder_worker import FAULTS_VARIABLE
 from pipelines.storage.storage import Storage, open_storage
+from tests.builders import decoder_faults
 from tests.builders.flaky_proxy import FlakyProxy
 from tests.builders.mutations import mutations
 
@@ -73,14 +73,14 @@ def faults(folder: Path, photos: Sequence[Path], bundle: Path, table: Table) -> 
     clean = Run(folder / "clean", photos, bundle)
     clean.finish()
     payloads = [path.read_bytes() for path in photos]
-    digests = Counter(hashlib.sha256(payload).hexdigest() for payload in payloads)
-    chosen = [digest for digest, copies in digests.items() if copies == 1][1000:4000:1000]
+    chosen = [payload for payload, copies in Counter(payloads).items() if copies == 1][1000:4000:1000]
     broken = dict(zip(chosen, PROVOKED, strict=True))
     run = Run(folder / "broken", photos, bundle)
-    run.finish(**{FAULTS_VARIABLE: ",".join(f"{digest}={fault}" for digest, fault in broken.items())})
+    run.finish(**decoder_faults.environment(broken))
     found = {row["sha256"]: row["status"] for row in run.rows() if row["status"] != "ok"}
+    expected = {sha256(payload).hexdigest(): PROVOKED[fault] for payload, fault in broken.items()}
     wanted = Counter({"ok": len(photos) - len(broken)}) + Counter(PROVOKED.values())
-    fine = run.statuses() == wanted and found == {digest: PROVOKED[broken[digest]] for digest in chosen}
+    fine = run.statuses() == wanted and found == expected
     table.add_row("whole photographs", *clean.cells(), str(clean.statuses() == {"ok": len(photos)}))
     table.add_row("three of them break the decoder", *run.cells(), str(fine))
     return fine and run.verified() and clean.verified()

@@ -1,18 +1,22 @@
 """Batches of payloads -> pixels, decoded in a process that may crash or hang without taking this one along.
 
-Three processes. The caller's `DecoderProcess` puts payloads into memory that all three share. A supervisor
-(`decoder_worker.py`) imports the decoders once and never touches a payload. Its fork, the worker, runs
-`images.prepare` on one image after the other and notes each outcome in the shared memory, so that its death
-costs one image and a fork of a few milliseconds, not a batch and the start of an interpreter.
+Three processes share a block of memory. The caller's `DecoderProcess` puts payloads there. A supervisor
+imports the decoders once; its fork, the worker, runs `images.prepare` on one image after the other and
+records each outcome in the shared memory. A crash therefore costs one image and a fork of a few
+milliseconds, not a batch and the start of an interpreter.
 
-Who is to blame: an image over which the worker died twice, the second time in a fresh process (the first
-death may be the late effect of an earlier image, or a kill from outside), is `decoder_crashed`; one that
-takes longer than `timeout_s` is `decode_timeout` at once. For tests, `IAB_VISION_TEST_FAULTS` in the
-environment (`3f5a=segv,77=hang`) has payloads whose SHA-256 begins so provoke `segv`, `abort` or `hang`.
+An image over which the worker died twice, the second time in a fresh process, is `decoder_crashed`: the
+first death may be the late effect of an earlier image, or a kill from outside. One that takes longer than
+`timeout_s` is `decode_timeout` at once.
+
+Not `multiprocessing`'s fork server: its children import the caller's main module again, which in a Ray
+worker is Ray.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,12 +28,12 @@ import numpy as np
 
 from pipelines.images.prepare import Pixels, Prepared
 from pipelines.images.shared_memory import (
+    ANSWER,
     REQUEST,
-    Death,
     SharedMemory,
     anonymous_file,
-    carry_through,
     read_outcome,
+    write_outcome,
 )
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
@@ -47,12 +51,10 @@ class DecoderProcess:
 
     def __init__(self, spec: ImageSpec, limits: DecodeLimits | None = None) -> None:
         self._memory = SharedMemory(anonymous_file(), spec)
-        self._settings = {
-            "spec": asdict(spec),
-            "limits": asdict(limits or DecodeLimits()),
-            "fd": self._memory.fd,
-        }
-        self._supervisor = self._started()
+        self._memory.grow(self._memory.payloads_start(0))
+        self._spec, self._limits = spec, limits or DecodeLimits()
+        self._requests = 0
+        self._supervisor = self._start()
 
     def prepare_batch(self, payloads: Sequence[bytes | memoryview]) -> tuple[list[Prepared], Pixels]:
         """Decode a batch: an outcome per payload (without its pixels), and uint8 [n, height, width, 3].
@@ -68,8 +70,7 @@ class DecoderProcess:
         self._memory.slots(batch)["done"] = 0
         for start, stop in by_bytes([len(payload) for payload in payloads]):
             self._place(payloads, start, stop)
-            slots = self._memory.slots(batch)
-            carry_through(slots, start, stop, lambda first, last: self._attempt(batch, first, last))
+            self._decode(batch, start, stop)
         return self._results(batch)
 
     def close(self) -> None:
@@ -101,27 +102,52 @@ class DecoderProcess:
         pixels_nhwc.flags.writeable = False
         return prepared, pixels_nhwc
 
-    def _attempt(self, batch: int, start: int, stop: int) -> Death | None:
-        """Have the supervisor see a range through; it outlives its workers, so it ended from outside."""
-        if self._supervisor.returncode is not None:
-            self._supervisor = self._started()
-        stdin, stdout = pipes(self._supervisor)
-        answer = b""
-        try:
-            os.write(stdin, REQUEST.pack(batch, start, stop, self._memory.size))
-            answer = os.read(stdout, 1)
-        except BrokenPipeError:
-            pass
-        finally:  # after an interrupt too: its answer would be taken for the next request's
-            if not answer:
-                self._end()
-        if answer:
-            return None
-        return Death(Status.DECODER_CRASHED, "the decoder and its supervisor were killed, twice")
+    def _decode(self, batch: int, start: int, stop: int) -> None:
+        """Have every image of a range decoded, which takes a further attempt for each death of the worker."""
+        slots = self._memory.slots(batch)
+        suspect = None
+        while start < stop and (failure := self._attempt(batch, start, stop)) is not None:
+            start += int(slots["done"][start:stop].sum())  # they are decoded in order
+            if start < stop and (start == suspect or failure.status is Status.DECODE_TIMEOUT):
+                write_outcome(slots, start, failure)
+                start += 1
+            else:
+                suspect = start
 
-    def _started(self) -> "subprocess.Popen[bytes]":
+    def _attempt(self, batch: int, start: int, stop: int) -> Prepared | None:
+        """Have a worker decode a range; if it died over an image, the outcome that this image may get."""
+        if self._supervisor.returncode is not None:
+            self._supervisor = self._start()
+        self._requests += 1
+        self._memory.header["request"] = self._requests
+        code = None
+        try:
+            code = self._ask(REQUEST.pack(self._requests, batch, start, stop, self._memory.size))
+        finally:  # an interrupt leaves a worker that still writes to the memory
+            if code is None:
+                self._end()
+        return None if code == 0 else failure_of(code, self._limits)
+
+    def _ask(self, request: bytes) -> int | None:
+        """Send a request; 0 when it is done, else the worker's exit code, or None when nobody answers."""
+        stdin, stdout = pipes(self._supervisor)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(stdin, request)
+            while answer := os.read(stdout, ANSWER.size):
+                number, code = ANSWER.unpack(answer)
+                if number == self._requests:  # else a worker was killed between two requests
+                    return int(code)
+        return None
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        settings = {
+            "spec": asdict(self._spec),
+            "limits": asdict(self._limits),
+            "fd": self._memory.fd,
+            "size": self._memory.size,
+        }
         process = subprocess.Popen(  # noqa: S603 (this interpreter, our own module)
-            [sys.executable, "-P", "-m", "pipelines.images.decoder_worker", json.dumps(self._settings)],
+            [sys.executable, "-P", "-m", "pipelines.images.decoder_worker", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -129,20 +155,31 @@ class DecoderProcess:
             env=child_environment(),
             start_new_session=True,  # Ctrl-C is for the job, which ends its decoders itself
         )
-        if not os.read(pipes(process)[1], 1):
+        if not os.read(pipes(process)[1], ANSWER.size):
             code = process.wait()
             raise DecoderUnavailable(f"the decoder process ended with code {code} as it started; see stderr")
         return process
 
     def _end(self) -> None:
+        """Kill supervisor and worker: neither holds anything of value."""
         for pipe in (self._supervisor.stdin, self._supervisor.stdout):
             if pipe is not None:
                 pipe.close()
-        try:
-            self._supervisor.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._supervisor.kill()
-            self._supervisor.wait()
+        if self._supervisor.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # both are gone already
+                os.killpg(self._supervisor.pid, signal.SIGKILL)
+        self._supervisor.wait()
+
+
+def failure_of(code: int | None, limits: DecodeLimits) -> Prepared:
+    """What an image gets whose worker ended with this exit code; None when the supervisor died too."""
+    if code == -signal.SIGALRM:
+        message = f"not decoded after {limits.timeout_s:g} s (timeout_s)"
+        return Prepared(Status.DECODE_TIMEOUT, message)
+    if code is None:
+        return Prepared(Status.DECODER_CRASHED, "the decoder and its supervisor were killed, twice")
+    reason = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return Prepared(Status.DECODER_CRASHED, f"the decoder {reason}, twice")
 
 
 def child_environment() -> dict[str, str]:

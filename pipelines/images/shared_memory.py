@@ -1,4 +1,4 @@
-"""What the processes of `decoder.py` share: the memory, how outcomes are noted, and who is to blame."""
+"""The memory that the decoding processes share: its layout, and the messages that refer to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,27 +21,20 @@ if TYPE_CHECKING:  # the decoder's child starts without pydantic
 
 Records = npt.NDArray[np.void]
 
-HEADER = np.dtype([("started_s", "<f8"), ("worker_pid", "<i8"), ("unused", "V48")])
-"""When the worker took up the image in hand (monotonic clock, the same in all processes), and who it is."""
+HEADER = np.dtype([("request", "<i8"), ("unused", "V56")])
+"""Number of the caller's latest request."""
 
 SLOT = np.dtype([("offset", "<i8"), ("length", "<i8"), ("done", "<i8"), ("outcome", "S2048")])
-"""One image: where its payload lies, whether it is finished, and its outcome as JSON."""
+"""One image: where its payload is, whether it is finished, and its outcome as JSON."""
 
-REQUEST = struct.Struct("<qqqq")
-"""Images in the batch, the first and the last + 1 to decode now, bytes of shared memory."""
+REQUEST = struct.Struct("<qqqqq")
+"""Number of the request, images in the batch, the first and the last + 1 to decode, size of the memory."""
+
+ANSWER = struct.Struct("<qq")
+"""Number of the request, and 0 or the exit code of the worker that died, negative for a signal."""
 
 MEMORY_STEP = 4 << 20
-"""The file grows in steps, so that batches of like size map it once."""
-
-
-@dataclass(frozen=True)
-class Death:
-    """How a decoding process ended before it finished, and what its image gets if that is to blame."""
-
-    status: Status
-    message: str
-    certain: bool = False
-    """The image in hand is to blame at the first time."""
+"""The file grows in steps, so that batches of similar size map it once."""
 
 
 class SharedMemory:
@@ -56,7 +47,7 @@ class SharedMemory:
         self._pixels_bytes = spec.height * spec.width * 3
 
     def payloads_start(self, batch: int) -> int:
-        """Offset of the payloads, behind the results of a batch."""
+        """Offset of the payloads, after the results of a batch."""
         return HEADER.itemsize + batch * (SLOT.itemsize + self._pixels_bytes)
 
     def grow(self, size: int) -> None:
@@ -88,16 +79,16 @@ class SharedMemory:
         return flat.reshape(batch, *self._pixels_shape)
 
     def write(self, offset: int, payload: bytes | memoryview) -> None:
-        """Put a payload where its slot says."""
+        """Copy a payload to an offset."""
         self._map[offset : offset + len(payload)] = payload
 
     def read(self, offset: int, length: int) -> bytes:
-        """Take a payload out."""
+        """Copy a payload out."""
         return self._map[offset : offset + length]
 
 
 def anonymous_file() -> int:
-    """A file without a name, in memory where the system has such."""
+    """A file without a name; on Linux in memory."""
     if sys.platform == "linux":
         return os.memfd_create("iab-vision-decoder")
     with tempfile.TemporaryFile() as file:
@@ -105,7 +96,7 @@ def anonymous_file() -> int:
 
 
 def write_outcome(slots: Records, index: int, prepared: Prepared) -> None:
-    """Note what became of an image; `done` last, so that half a note is none."""
+    """Record an image's outcome; `done` last, so that half a record does not count."""
     size = (prepared.width_px, prepared.height_px)
     outcome = json.dumps((prepared.status.value, prepared.error, *size, prepared.format), ensure_ascii=False)
     slots["outcome"][index] = outcome.encode()
@@ -116,21 +107,3 @@ def read_outcome(slots: Records, index: int) -> Prepared:
     """The inverse of `write_outcome`; pixels stay where they are."""
     status, error, width_px, height_px, name = json.loads(slots["outcome"][index])
     return Prepared(Status(status), error, None, width_px, height_px, name)
-
-
-def carry_through(slots: Records, start: int, stop: int, attempt: Callable[[int, int], Death | None]) -> None:
-    """Repeat `attempt(start, stop)`, skipping what is done, until every slot of the range has an outcome.
-
-    An image gets the blame for a death that is certain to be its own, or for the second death over it.
-    """
-    suspect = None
-    while start < stop and (death := attempt(start, stop)) is not None:
-        pending = np.flatnonzero(slots["done"][start:stop] == 0)
-        start = start + int(pending[0]) if len(pending) else stop
-        if start == stop:
-            return
-        if death.certain or start == suspect:
-            write_outcome(slots, start, Prepared(death.status, death.message))
-            start += 1
-        else:
-            suspect = start

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jobs.cli import main
 from pipelines.classify.on_ray import work_list
+from tests.builders import decoder_faults
 from tests.builders.drivers import start
 from tests.builders.fault_server import FaultServer
 from tests.builders.models import small_bundle
@@ -111,16 +112,11 @@ def test_carried_columns_and_repeated_uris_reach_every_row(ray_cluster, images, 
     assert rows["a"]["labels"] == rows["c"]["labels"]
 
 
-def test_a_decoder_that_crashes_or_hangs_costs_its_own_rows_only(
-    ray_cluster, images, bundle, tmp_path, monkeypatch
-):
+def test_a_decoder_that_crashes_or_hangs_costs_its_own_rows_only(ray_cluster, images, bundle, tmp_path):
     provoked = {"00003.jpg": "segv", "00014.jpg": "abort", "00035.jpg": "hang"}
-    digests = {
-        hashlib.sha256((images / name).read_bytes()).hexdigest()[:16]: f for name, f in provoked.items()
-    }
-    faults = ",".join(f"{digest}={fault}" for digest, fault in digests.items())
+    faults = {(images / name).read_bytes(): fault for name, fault in provoked.items()}
     arguments = command(images, bundle, tmp_path / "out", "--decode.timeout-s", "1")
-    driver = start(arguments, IAB_VISION_TEST_FAULTS=faults)
+    driver = start(arguments, **decoder_faults.environment(faults))
     assert driver.wait(120) == 0, driver.stderr.read()
     statuses = {Path(row["uri"]).name: row["status"] for row in published(tmp_path / "out").to_pylist()}
     assert [statuses[name] for name in provoked] == ["decoder_crashed", "decoder_crashed", "decode_timeout"]

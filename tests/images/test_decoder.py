@@ -1,6 +1,5 @@
 """A decoder that crashes, aborts, hangs or is killed costs one image and seconds, never the run."""
 
-import hashlib
 import io
 import os
 import signal
@@ -9,18 +8,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
 from pipelines.images import decoder, prepare
 from pipelines.images.decoder import DecoderProcess
-from pipelines.images.decoder_worker import FAULTS_VARIABLE
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
+from tests.builders import decoder_faults
 from tests.builders.mutations import mutations
 
 SPEC = ImageSpec(height=24, width=32)
@@ -36,8 +36,11 @@ def payload(number: int) -> bytes:
 PAYLOADS = [payload(number) for number in range(40)]
 
 
-def fault(index: int, kind: str) -> str:
-    return f"{hashlib.sha256(PAYLOADS[index]).hexdigest()[:16]}={kind}"
+def provoke(monkeypatch: pytest.MonkeyPatch, faults: Mapping[bytes, str]) -> None:
+    """Have decoders that start from now on break over these payloads."""
+    monkeypatch.syspath_prepend(decoder_faults.FOLDER)
+    for name, value in decoder_faults.variable(faults).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -47,7 +50,12 @@ def isolated() -> Iterator[DecoderProcess]:
 
 
 def worker_pid(process: DecoderProcess) -> int:
-    return int(process._memory.header["worker_pid"][0])
+    """The worker, once it was forked."""
+    for _ in range(500):
+        if workers := psutil.Process(process._supervisor.pid).children():
+            return workers[0].pid
+        time.sleep(0.01)
+    raise AssertionError("no worker was forked")
 
 
 def alive(pid: int) -> bool:
@@ -112,7 +120,7 @@ def test_pieces_of_a_batch_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch)
 
 def test_several_culprits_in_one_batch_are_found_and_the_rest_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     culprits = {0: "segv", 7: "abort", 8: "segv", 20: "hang", 39: "abort"}
-    monkeypatch.setenv(FAULTS_VARIABLE, ",".join(fault(index, kind) for index, kind in culprits.items()))
+    provoke(monkeypatch, {PAYLOADS[index]: kind for index, kind in culprits.items()})
     with DecoderProcess(SPEC, LIMITS) as process:
         started = time.monotonic()
         prepared, pixels_nhwc = process.prepare_batch(PAYLOADS)
@@ -132,7 +140,7 @@ def test_several_culprits_in_one_batch_are_found_and_the_rest_is_ok(monkeypatch:
 
 
 def test_a_batch_of_culprits_only_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FAULTS_VARIABLE, "=segv")
+    provoke(monkeypatch, dict.fromkeys(PAYLOADS, "segv"))
     with DecoderProcess(SPEC, LIMITS) as process:
         prepared, _ = process.prepare_batch(PAYLOADS)
     assert {image.status for image in prepared} == {Status.DECODER_CRASHED}
@@ -153,6 +161,7 @@ def test_a_kill_amid_a_batch_loses_nothing(isolated: DecoderProcess, victim: str
     kill.start()
     prepared, pixels_nhwc = isolated.prepare_batch(PAYLOADS * 20)
     kill.join()
+    assert gone(pid)
     assert {image.status for image in prepared} == {Status.OK}
     assert all(row.any() for row in pixels_nhwc)
     assert {image.status for image in isolated.prepare_batch(PAYLOADS)[0]} == {Status.OK}
@@ -163,7 +172,7 @@ class Interrupted(Exception):
 
 
 def test_an_interrupted_batch_does_not_answer_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FAULTS_VARIABLE, fault(0, "hang"))
+    provoke(monkeypatch, {PAYLOADS[0]: "hang"})
 
     def interrupt(*_: object) -> None:
         raise Interrupted
@@ -197,17 +206,18 @@ def test_closing_ends_the_processes() -> None:
 
 
 def test_the_processes_end_with_the_one_that_started_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when it is killed while an image hangs the worker."""
-    monkeypatch.setenv(FAULTS_VARIABLE, "=hang")
+    """Also when it is killed while an image hangs the worker: then after `timeout_s`."""
+    provoke(monkeypatch, {b"x": "hang"})
     code = (
         "import sys, threading; from pipelines.images.decoder import *\n"
-        "d = DecoderProcess(ImageSpec())\n"
-        "d.prepare_batch([])\n"
+        "from tests.images.test_decoder import worker_pid\n"
+        "d = DecoderProcess(ImageSpec(), DecodeLimits(timeout_s=2))\n"
         "threading.Thread(target=d.prepare_batch, args=([b'x'],)).start()\n"
-        "while not d._memory.header['worker_pid'][0]: pass\n"
-        "print(d._memory.header['worker_pid'][0], d._supervisor.pid, flush=True)"
+        "print(worker_pid(d), d._supervisor.pid, flush=True)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as caller:
+    command = [sys.executable, "-c", code]
+    environment = decoder.child_environment()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as caller:
         assert caller.stdout is not None
         pids = [int(pid) for pid in caller.stdout.readline().split()]
         assert len(pids) == 2
