@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.fetch.fetch import Fetcher, Source
+from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.source import Source
 from pipelines.specs import FetchLimits
 
 BUCKET = "fetch-benchmark"

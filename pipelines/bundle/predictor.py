@@ -16,7 +16,7 @@ from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.labelling import Floats, Labeller, labeller
 from pipelines.bundle.session import OnnxModel
-from pipelines.fetch.fetch import Fetched
+from pipelines.fetch.source import Fetched
 from pipelines.images.prepare import Pixels, Prepared
 from pipelines.specs import ImageSpec, RuntimeSpec
 from pipelines.status import Status

@@ -17,7 +17,8 @@ from ray.data import ActorPoolStrategy, Dataset, ExecutionResources
 
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.predictor import Predictor, Row, black, loaded_row, loaded_table, open_predictor
-from pipelines.fetch.fetch import Batch, Fetcher, sources_of
+from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.source import Batch, sources_of
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import Pixels
 from pipelines.inventory.plan import open_plan

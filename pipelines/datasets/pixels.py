@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from pipelines.datasets.readers import IMAGE_COLUMN
 from pipelines.datasets.settings import Ingest
-from pipelines.fetch.fetch import Fetcher, Source
+from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.source import Source
 from pipelines.images import prepare
 from pipelines.images.prepare import Prepared
 from pipelines.schema import LOADED, pixels_type

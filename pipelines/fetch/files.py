@@ -1,24 +1,41 @@
-"""Files of this machine, and of whatever else fsspec opens -> bytes: blocking reads for a thread pool.
+"""Files of this machine, and of whatever else fsspec opens -> payloads.
 
 Local files are the fast path: one open, one read. fsspec is the slow fallback for schemes that have no
 client of their own here. Only regular files are read: a named pipe in an inventory must not hang a worker.
 """
 
+import asyncio
 import os
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from pipelines.fetch.memory import check_size
-from pipelines.fetch.retry import Failure
+from pipelines.fetch.memory import Reservation, check_size
+from pipelines.fetch.retry import FetchError
+from pipelines.fetch.source import Fetched, Source, Span, check_length
+from pipelines.specs import FetchLimits
 from pipelines.status import Status
 from pipelines.storage.uris import scheme_of
 
 T = TypeVar("T")
 
+FSSPEC_THREADS = 32
+"""Threads for fsspec's blocking reads."""
+
 HOST_SCHEMES = frozenset("ftp sftp ssh smb webhdfs hdfs dask jlab jupyter github gitlab git".split())  # noqa: SIM905
-"""fsspec schemes that connect to a host which the URI names: an inventory must not choose it unchecked."""
+"""fsspec schemes that connect to a host named in the URI, without our SSRF check."""
+
+
+def read_source(source: Source, reservation: Reservation) -> Fetched:
+    """A file of this machine, or the source's span of it; blocks until there is memory for it."""
+    if not source.location:
+        return Fetched(Status.INVALID_URI, "the URI is empty")
+    try:
+        return check_length(read_local(source.location, source.span, reservation), source)
+    except FetchError as error:
+        return Fetched(error.status, error.error)
 
 
 def local_file(uri: str) -> bytes:
@@ -28,40 +45,31 @@ def local_file(uri: str) -> bytes:
     return b"/" + unquote_to_bytes(uri.partition("://")[2].removeprefix("localhost").lstrip("/"))
 
 
-def read_local(
-    uri: str, max_bytes: int, span: tuple[int, int] | None, reserve: Callable[[int], None]
-) -> bytes:
-    """The file, or `span` (first byte, length) of it. Raises Failure.
-
-    Args:
-        reserve: told how many bytes memory is about to hold, and may block.
-    """
+def read_local(uri: str, span: Span | None, reservation: Reservation) -> bytes:
+    """The file, or a span of it. Raises FetchError."""
     try:
         descriptor = os.open(local_file(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return _read(descriptor, max_bytes, span, reserve)
+            return _read(descriptor, span, reservation)
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Failure(Status.NOT_FOUND, "no such file") from error
+        raise FetchError(Status.NOT_FOUND, "no such file") from error
     except PermissionError as error:
-        raise Failure(Status.DENIED, "no permission to read the file") from error
+        raise FetchError(Status.DENIED, "no permission to read the file") from error
     except ValueError as error:
-        raise Failure(Status.INVALID_URI, str(error)) from error
+        raise FetchError(Status.INVALID_URI, str(error)) from error
     except OSError as error:
-        # A disk or a mount that stumbles may recover: repeated, like a connection.
-        raise Failure(Status.CONNECTION_FAILED, f"cannot read the file: {error.strerror}") from error
+        # A failing disk or mount may recover: retried in a later pass, like a connection.
+        raise FetchError(Status.CONNECTION_FAILED, f"cannot read the file: {error.strerror}") from error
 
 
-def _read(
-    descriptor: int, max_bytes: int, span: tuple[int, int] | None, reserve: Callable[[int], None]
-) -> bytes:
+def _read(descriptor: int, span: Span | None, reservation: Reservation) -> bytes:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        raise Failure(Status.INVALID_URI, "not a regular file")
+        raise FetchError(Status.INVALID_URI, "not a regular file")
     start, length = span or (0, status.st_size)
-    check_size(length, max_bytes)
-    reserve(length)
+    reservation.reserve_blocking(length)
     payload = os.pread(descriptor, length, start)
     while len(payload) < length and (
         more := os.pread(descriptor, length - len(payload), start + len(payload))
@@ -70,21 +78,41 @@ def _read(
     return payload
 
 
+class FsspecClient:
+    """Owns the threads that read schemes only fsspec knows."""
+
+    def __init__(self, limits: FetchLimits) -> None:
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(FSSPEC_THREADS, thread_name_prefix="fetch-fsspec")
+
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes:
+        """One attempt: the payload. Raises FetchError."""
+        check_scheme(uri, self._limits.allow_private_addresses)
+        loop = asyncio.get_running_loop()
+        n_bytes = span[1] if span else await loop.run_in_executor(self._threads, size_of, uri)
+        max_bytes = self._limits.max_bytes
+        await reservation.reserve(max_bytes if n_bytes is None else n_bytes)
+        return await loop.run_in_executor(self._threads, read_any, uri, max_bytes, span)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
 def check_scheme(uri: str, allow_private_addresses: bool) -> None:
-    """Raise Failure for a URI that fsspec would follow to a host of the inventory's choosing."""
+    """Raise FetchError for a URI through which an inventory could reach any host (SSRF)."""
     scheme = scheme_of(uri)
     if "::" in uri or (scheme in HOST_SCHEMES and not allow_private_addresses):
-        raise Failure(Status.BLOCKED_ADDRESS, f"this kind of URI can reach any host: {uri}")
+        raise FetchError(Status.BLOCKED_ADDRESS, f"this kind of URI can reach any host: {uri}")
 
 
 def size_of(uri: str) -> int | None:
-    """Bytes of an object of any fsspec scheme, if its filesystem knows. Raises Failure."""
+    """Bytes of an object of any fsspec scheme, if its filesystem knows. Raises FetchError."""
     n_bytes = _with_fsspec(uri, lambda filesystem, path: filesystem.size(path))
     return None if n_bytes is None else int(n_bytes)
 
 
-def read_any(uri: str, max_bytes: int, span: tuple[int, int] | None = None) -> bytes:
-    """An object of any fsspec scheme, or a span of it. Raises Failure."""
+def read_any(uri: str, max_bytes: int, span: Span | None = None) -> bytes:
+    """An object of any fsspec scheme, or a span of it. Raises FetchError."""
 
     def read(filesystem: Any, path: str) -> bytes:
         if span:
@@ -103,12 +131,12 @@ def _with_fsspec(uri: str, call: Callable[[Any, str], T]) -> T:
     try:
         return call(*fsspec.core.url_to_fs(uri))
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise Failure(Status.NOT_FOUND, "no such object") from error
+        raise FetchError(Status.NOT_FOUND, "no such object") from error
     except PermissionError as error:
-        raise Failure(Status.DENIED, "no permission to read the object") from error
+        raise FetchError(Status.DENIED, "no permission to read the object") from error
     except TimeoutError as error:
-        raise Failure(Status.TIMEOUT, str(error)) from error
+        raise FetchError(Status.TIMEOUT, str(error)) from error
     except (ValueError, ImportError) as error:
-        raise Failure(Status.INVALID_URI, str(error)) from error
+        raise FetchError(Status.INVALID_URI, str(error)) from error
     except Exception as error:  # each fsspec filesystem raises its own client's exceptions
-        raise Failure(Status.CONNECTION_FAILED, f"{type(error).__name__}: {error}") from error
+        raise FetchError(Status.CONNECTION_FAILED, f"{type(error).__name__}: {error}") from error

@@ -1,50 +1,55 @@
-"""Web hosts -> how many requests each may be sent at once, and whether it may be sent one now.
+"""Per-host limits of http(s) requests: request slots, Retry-After pauses and a circuit breaker.
 
-A host is a name and a port: the one that a request goes to, after whatever redirects. It makes no request.
+A host is the name and port that a request is sent to, after any redirects.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
-from pipelines.fetch.retry import Failure
+from pipelines.fetch.retry import FetchError
 from pipelines.specs import FetchLimits
 from pipelines.status import Status
 
 MAX_HOSTS = 10_000
-"""Hosts remembered before those are forgotten that are not in use; half as many that failed are kept."""
+"""Hosts remembered; beyond that, idle ones are forgotten, but for half as many that failed last."""
 
 GRACE_S = 15.0
-"""How long a host must have failed to be given up, seconds: less is outlasted by an object's own attempts."""
+"""How long a host must have failed before its circuit opens, seconds: retries outlast shorter outages."""
 
-PROBE_EVERY_S = 30.0
-"""How often a host that failed too often is asked again, seconds."""
+PROBE_INTERVAL_S = 30.0
+"""Time between the requests that are let through an open circuit, seconds."""
+
+
+class CircuitOpen(FetchError):
+    """The host failed too often: the request was not made."""
 
 
 class Host:
-    """One web host: its places, until when it asked for peace, and whether it answers at all."""
+    """Per-host state: request slots, Retry-After deadline, circuit breaker."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
-        self._places = asyncio.Semaphore(limits.per_host)
+        self._slots = asyncio.Semaphore(limits.per_host)
         self._users = 0
         self._resume_at = 0.0
         self._failures = 0
         self._failing_since = 0.0
-        self._last: Failure | None = None
+        self._last_error: FetchError | None = None
         self._probe_at = 0.0
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """One of its requests at a time, once its peace is over.
+    async def slot(self) -> AsyncIterator[None]:
+        """Hold one request slot, after any Retry-After pause.
 
         Raises:
-            Failure: the host asked for a longer peace than an object may take, or has failed too often.
+            CircuitOpen: the host failed too often.
+            FetchError: its Retry-After is longer than an object's total time-out.
         """
         self._users += 1
         try:
-            async with self._places:
-                self._refuse_dead()
+            async with self._slots:
+                self._check_circuit()
                 if pause_s := self._pause_s():
                     await asyncio.sleep(pause_s)
                 yield
@@ -52,73 +57,71 @@ class Host:
             self._users -= 1
 
     @contextlib.contextmanager
-    def watched(self, timeout: asyncio.Timeout) -> Iterator[None]:
-        """Learn from what becomes of one request."""
+    def record(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """Update the host's state with the outcome of one request."""
         try:
             yield
-        except Failure as failure:
-            self._learn(failure)
+        except FetchError as error:
+            self._record_error(error)
             raise
         except asyncio.CancelledError:
             if timeout.expired():
-                self._learn(Failure(Status.TIMEOUT, "not complete within the total time-out"))
+                self._record_error(FetchError(Status.TIMEOUT, "not complete within the total time-out"))
             raise
         else:
             self._failures = 0
 
     def is_busy(self) -> bool:
-        """Whether it is being asked right now, or may not be."""
-        return self._users > 0 or self._resume_at > asyncio.get_running_loop().time()
+        """Whether it has requests in flight or a Retry-After pause."""
+        return self._users > 0 or self._resume_at > _now()
 
     def has_failed(self) -> bool:
-        """Whether its last request did."""
+        """Whether its last request failed."""
         return self._failures > 0
 
-    def _learn(self, failure: Failure) -> None:
-        now = asyncio.get_running_loop().time()
-        if failure.retry_after_s:
-            self._resume_at = max(self._resume_at, now + failure.retry_after_s)
-        if failure.status not in (Status.CONNECTION_FAILED, Status.TIMEOUT):
+    def _record_error(self, error: FetchError) -> None:
+        if error.retry_after_s:
+            self._resume_at = max(self._resume_at, _now() + error.retry_after_s)
+        if error.status not in (Status.CONNECTION_FAILED, Status.TIMEOUT):
             self._failures = 0
             return
         if not self._failures:
-            self._failing_since = now
+            self._failing_since = _now()
         self._failures += 1
-        self._last = failure
+        self._last_error = error
 
-    def _refuse_dead(self) -> None:
-        if self._failures < self._limits.host_failures or self._last is None:
+    def _check_circuit(self) -> None:
+        if self._failures < self._limits.host_failures or self._last_error is None:
             return
-        now = asyncio.get_running_loop().time()
-        if now < self._failing_since + GRACE_S:
+        if _now() < self._failing_since + GRACE_S:
             return
-        if now >= self._probe_at:
-            self._probe_at = now + PROBE_EVERY_S
+        if _now() >= self._probe_at:
+            self._probe_at = _now() + PROBE_INTERVAL_S
             return
-        raise Failure(
-            self._last.status,
+        raise CircuitOpen(
+            self._last_error.status,
             f"not tried: the host failed {self._failures} times in a row (--fetch.host-failures is "
-            f"{self._limits.host_failures}), last with {self._last.error}",
+            f"{self._limits.host_failures}), last with {self._last_error.error}",
             final=True,
         )
 
     def _pause_s(self) -> float:
-        pause_s = max(0.0, self._resume_at - asyncio.get_running_loop().time())
+        pause_s = max(0.0, self._resume_at - _now())
         if pause_s > self._limits.total_timeout_s:
-            error = f"the host asked for {pause_s:.0f} s without requests"
-            raise Failure(Status.THROTTLED, error, final=True)
+            error = f"not tried: the host's Retry-After has {pause_s:.0f} s left"
+            raise FetchError(Status.THROTTLED, error, final=True)
         return pause_s
 
 
 class Hosts:
-    """Every host asked of late."""
+    """Recently contacted hosts, at most MAX_HOSTS and those in use."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
         self._known: dict[tuple[str, int], Host] = {}
 
-    def of(self, name: str, port: int) -> Host:
-        """The host; new if nothing is known of it."""
+    def get(self, name: str, port: int) -> Host:
+        """The host; a new one if it is not remembered."""
         key = (name.lower().rstrip("."), port)
         if key not in self._known:
             if len(self._known) >= MAX_HOSTS:
@@ -131,3 +134,7 @@ class Hosts:
         busy = {key: host for key, host in self._known.items() if host.is_busy()}
         failed = [key for key, host in self._known.items() if key not in busy and host.has_failed()]
         self._known = {key: self._known[key] for key in failed[-MAX_HOSTS // 2 :]} | busy
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,7 +1,7 @@
 """Objects in s3://, gs:// and az:// buckets -> bytes, one attempt at a time, through obstore.
 
-obstore costs a twelfth of s3fs's CPU per object. Its own retries are off: attempts are counted and spaced
-by `fetch.py`, the same for every kind of source. Credentials come from the environment's usual chains.
+obstore costs a twelfth of s3fs's CPU per object. Its own retries are off: `Downloader` retries every kind of
+source the same way. Credentials come from the environment's usual chains.
 """
 
 import re
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipelines.fetch.memory import Reservation
-from pipelines.fetch.retry import Failure, status_of_code
+from pipelines.fetch.retry import FetchError, status_of_code
+from pipelines.fetch.source import Span
 from pipelines.specs import FetchLimits
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES, store_settings
@@ -26,7 +27,7 @@ BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9.-]+)?")
 """Names of buckets and containers, and Azure's `container@account`; others make obstore panic."""
 
 ODD_KEY = re.compile(r"^/|//|/$|(^|/)\.\.?(/|$)")
-"""Keys that obstore's paths cannot say (it drops a leading slash): they are legal, and s3fs reads them."""
+"""Keys that obstore cannot express (it drops a leading slash): they are legal, and s3fs reads them."""
 
 
 class BucketClient:
@@ -36,26 +37,20 @@ class BucketClient:
         self._limits = limits
         self._stores: dict[str, Any] = {}
 
-    async def get(self, uri: str, reservation: Reservation, span: tuple[int, int] | None = None) -> bytes:
-        """One attempt: the payload. Raises Failure.
-
-        Args:
-            span: first byte and length of a part of the object.
-        """
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes:
+        """One attempt: the payload, or a span of it. Raises FetchError."""
         from obstore import get_async
 
         bucket, key = parse(uri)
         options: GetOptions | None = {"range": (span[0], span[0] + span[1])} if span else None
         try:
             result = await get_async(self._store(bucket), key, options=options)
-            await reservation.cover(0, result.range[1] - result.range[0])
+            await reservation.reserve(result.range[1] - result.range[0])
             return bytes(await result.bytes_async())
-        except Failure:
+        except FetchError:
             raise
-        except (
-            Exception
-        ) as error:  # its own, builtin ones, and panics of an exception that cannot be imported
-            raise failure_of(error) from None
+        except Exception as error:  # obstore raises its own, builtin ones and some that cannot be imported
+            raise to_fetch_error(error) from None
 
     def _store(self, bucket: str) -> Any:
         if bucket not in self._stores:
@@ -64,16 +59,16 @@ class BucketClient:
 
 
 def parse(uri: str) -> tuple[str, str]:
-    """`scheme://bucket` and the key, which is taken literally. Raises Failure (`invalid_uri`)."""
+    """`scheme://bucket` and the key, which is taken literally. Raises FetchError (`invalid_uri`)."""
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if not BUCKET.fullmatch(bucket) or not key:
-        raise Failure(Status.INVALID_URI, f"{scheme}:// needs a bucket's name and a key")
+        raise FetchError(Status.INVALID_URI, f"{scheme}:// needs a bucket's name and a key")
     return f"{scheme.lower()}://{bucket}", key
 
 
 def is_odd(uri: str) -> bool:
-    """Whether the key is one that obstore would read as another."""
+    """Whether obstore would read another key than this one."""
     return ODD_KEY.search(uri.partition("://")[2].partition("/")[2]) is not None
 
 
@@ -94,21 +89,21 @@ def open_store(bucket: str, limits: FetchLimits) -> Any:
     return from_url(bucket, **settings)
 
 
-def failure_of(error: Exception) -> Failure:
-    """The status of an obstore error, which says what happened only in its text."""
+def to_fetch_error(error: Exception) -> FetchError:
+    """The status of an obstore error, of which only the text says what happened."""
     text = str(error)
     reason = REASON.search(text)
     found = CODE.search(text)
     if found:
         described = f"HTTP {found[1]}{found[2].rstrip()}" + (f" ({reason[1]})" if reason else "")
-        return Failure(status_of_code(int(found[1])), described)
+        return FetchError(status_of_code(int(found[1])), described)
     if isinstance(error, FileNotFoundError):
-        return Failure(Status.NOT_FOUND, "no such object")
+        return FetchError(Status.NOT_FOUND, "no such object")
     if isinstance(error, ValueError):
-        return Failure(Status.INVALID_URI, text)
+        return FetchError(Status.INVALID_URI, text)
     kind = KIND.search(text)
     if kind and kind[1] == "Timeout":
-        return Failure(Status.TIMEOUT, "no answer within the time limit")
+        return FetchError(Status.TIMEOUT, "no answer within the time limit")
     message = MESSAGE.search(text)
     first_line = text.split("\n", 1)[0].rpartition(" - ")[2]
-    return Failure(Status.CONNECTION_FAILED, message[1] if message else first_line)
+    return FetchError(Status.CONNECTION_FAILED, message[1] if message else first_line)

@@ -1,7 +1,7 @@
 """Images inside a Parquet table: their bytes, row by row.
 
 A column of binaries, or Hugging Face's struct<bytes, path>. Rows are read forwards, a few megabytes at a
-time; a reader that goes on where it stopped spares the next rows of the same row group another read.
+time; a cursor stays open, so that the next rows of its row group need no second read.
 """
 
 import threading
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from obstore.exceptions import BaseError
 
 from pipelines.fetch.memory import check_size
-from pipelines.fetch.retry import Failure
+from pipelines.fetch.retry import FetchError
 from pipelines.status import Status
 from pipelines.storage.storage import open_input
 
@@ -32,7 +32,7 @@ UNREADABLE = (OSError, BaseError, pa.ArrowException, LookupError)
 
 
 class Cursor:
-    """An open Parquet file, and the place up to which its payloads were read."""
+    """An open Parquet file, and how far its payloads were read."""
 
     def __init__(self, container: str, column: str) -> None:
         self.container = container
@@ -45,7 +45,7 @@ class Cursor:
         self._first = 0
 
     def reaches(self, row: int) -> bool:
-        """Whether the row lies ahead in the row group that is being read, so that reading on is cheapest."""
+        """Whether the row comes later in the current row group, so that reading on is cheapest."""
         group = bisect_right(self._starts, self._first) - 1
         return bool(self._first <= row < self._starts[min(group + 1, len(self._starts) - 1)])
 
@@ -102,7 +102,7 @@ class EmbeddedReader:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where one image lies, and the caller's index of it."""
+    """One image's row in a table, and the caller's index of it."""
 
     container: str
     column: str
@@ -112,7 +112,7 @@ class Place:
 
 def read_embedded(
     reader: EmbeddedReader, places: Sequence[Place], max_bytes: int
-) -> Iterator[tuple[int, bytes | Failure]]:
+) -> Iterator[tuple[int, bytes | FetchError]]:
     """Each place's index and payload, table by table in the order of their rows."""
     for (container, column), group in groupby(sorted(places), lambda place: (place.container, place.column)):
         found = list(group)
@@ -122,27 +122,27 @@ def read_embedded(
                 yield found[done].index, _outcome(payload, max_bytes)
                 done += 1
         except UNREADABLE as error:
-            failure = _failure_of(error)
+            failed = _to_fetch_error(error)
             for place in found[done:]:
-                yield place.index, failure
+                yield place.index, failed
 
 
-def _outcome(payload: pa.Scalar, max_bytes: int) -> bytes | Failure:
+def _outcome(payload: pa.Scalar, max_bytes: int) -> bytes | FetchError:
     if not payload.is_valid:
-        return Failure(Status.EMPTY, "the row holds no bytes")
+        return FetchError(Status.EMPTY, "the row holds no bytes")
     n_bytes = pc.binary_length(payload).as_py()
     try:
         check_size(n_bytes, max_bytes)
-    except Failure as failure:
-        return failure
+    except FetchError as error:
+        return error
     return bytes(payload.as_py())
 
 
-def _failure_of(error: Exception) -> Failure:
+def _to_fetch_error(error: Exception) -> FetchError:
     if isinstance(error, FileNotFoundError):
-        return Failure(Status.NOT_FOUND, "the table is not there any more")
+        return FetchError(Status.NOT_FOUND, "the table does not exist any more")
     if isinstance(error, LookupError):
-        return Failure(Status.NOT_FOUND, str(error))
+        return FetchError(Status.NOT_FOUND, str(error))
     if isinstance(error, PermissionError):
-        return Failure(Status.DENIED, "no permission to read the table")
-    return Failure(Status.CONNECTION_FAILED, f"the table cannot be read: {error}")
+        return FetchError(Status.DENIED, "no permission to read the table")
+    return FetchError(Status.CONNECTION_FAILED, f"the table cannot be read: {error}")

@@ -1,68 +1,64 @@
-"""Outcomes from many threads and one event loop -> batches for the one caller that waits for them.
-
-A caller may stop listening in the middle: what arrives afterwards gives its memory back and is gone.
-"""
+"""Results from many threads and one event loop -> batches for the one caller that waits for them."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
 
-T = TypeVar("T")
+from pipelines.fetch.memory import Reservation
+from pipelines.fetch.source import Fetched
 
 BATCH_BYTES = 8 << 20
-"""Payloads handed over together, about: half a second of decoding, and little beside the budget."""
+"""Payloads per batch, about: half a second of decoding, and little of the memory for payloads."""
 
 LINGER_S = 0.05
-"""Longest wait for a batch to fill, seconds: its caller holds memory meanwhile that others may wait for."""
+"""Longest wait for a batch to fill, seconds: its payloads hold memory that others may wait for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival(Generic[T]):
-    """A finished object on its way to the consumer."""
+class Result:
+    """One fetched object, and the memory that it holds."""
 
     index: int
-    outcome: T | Exception
-    """An exception is a mistake of ours: it is raised where the consumer is, instead of stalling it."""
-    held_bytes: int = 0
-    """To be given back to the budget when the object was consumed."""
+    fetched: Fetched | Exception
+    """An exception is a bug of ours: the caller raises it instead of waiting for ever."""
+    reservation: Reservation
 
 
-class Delivery(Generic[T]):
-    """What one caller waits for; after `abandon`, late arrivals only give their memory back."""
+def done(results: Sequence[Result]) -> None:
+    """Release the memory of results whose payloads are no longer used."""
+    for result in results:
+        result.reservation.release()
 
-    def __init__(self, give_back: Callable[[int], object]) -> None:
+
+class ResultQueue:
+    """The results that one caller waits for; after `cancel`, late ones only release their memory."""
+
+    def __init__(self) -> None:
         self.tasks: list[asyncio.Task[None]] = []
-        self._give_back = give_back
-        self._arrived: SimpleQueue[Arrival[T]] = SimpleQueue()
-        self._abandoned = False
+        self._results: SimpleQueue[Result] = SimpleQueue()
+        self._cancelled = False
 
-    def put(self, arrival: Arrival[T]) -> None:
-        self._arrived.put(arrival)
-        if self._abandoned:
+    def put(self, result: Result) -> None:
+        self._results.put(result)
+        if self._cancelled:
             self._drain()
 
-    def take(self, most: int) -> list[Arrival[T]]:
-        """Wait for an arrival, and a moment for up to `most` of them."""
-        batch = [self._arrived.get()]
-        n_bytes, until = batch[0].held_bytes, time.monotonic() + LINGER_S
+    def take(self, most: int) -> list[Result]:
+        """Wait for one result, and up to `LINGER_S` for `most` of them or `BATCH_BYTES`."""
+        batch = [self._results.get()]
+        n_bytes, until = batch[0].reservation.n_bytes, time.monotonic() + LINGER_S
         with contextlib.suppress(Empty):
             while len(batch) < most and n_bytes < BATCH_BYTES:
-                batch.append(self._arrived.get(timeout=max(0.0, until - time.monotonic())))
-                n_bytes += batch[-1].held_bytes
+                batch.append(self._results.get(timeout=max(0.0, until - time.monotonic())))
+                n_bytes += batch[-1].reservation.n_bytes
         return batch
 
-    def consumed(self, batch: list[Arrival[T]]) -> None:
-        n_bytes = sum(arrival.held_bytes for arrival in batch)
-        batch.clear()
-        self._give_back(n_bytes)
-
-    def abandon(self) -> None:
-        """Called on the event loop."""
-        self._abandoned = True
+    def cancel(self) -> None:
+        """End the requests under way; called on the event loop."""
+        self._cancelled = True
         for task in self.tasks:
             task.cancel()
         self._drain()
@@ -70,4 +66,4 @@ class Delivery(Generic[T]):
     def _drain(self) -> None:
         with contextlib.suppress(Empty):
             while True:
-                self.consumed([self._arrived.get_nowait()])
+                done([self._results.get_nowait()])

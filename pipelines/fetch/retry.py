@@ -1,4 +1,4 @@
-"""What one request came to, and whether and when the next one is made."""
+"""Why a request failed, and whether and when to try again."""
 
 import asyncio
 import random
@@ -11,10 +11,10 @@ from pipelines.specs import FetchLimits
 from pipelines.status import TRANSIENT, Status
 
 BACKOFF_FACTOR = 2.5
-"""Four attempts 1, 2.5 and 6 seconds apart outlast the usual hiccup without holding a place for long."""
+"""Four attempts 1, 2.5 and 6 seconds apart outlast a short outage and free their slot soon."""
 
 MAX_RETRY_AFTER_S = 3_600.0
-"""The longest peace that a host is given: one that asks for a year is asked again in the next pass."""
+"""Cap on Retry-After, seconds; after a longer one the next pass tries again."""
 
 STATUS_OF_CODE = {
     401: Status.DENIED,
@@ -28,14 +28,14 @@ STATUS_OF_CODE = {
 }
 
 
-class Failure(Exception):
-    """One request did not bring the object's bytes; becomes a row's status, never leaves fetching."""
+class FetchError(Exception):
+    """A request that brought no payload; it becomes the row's status and never leaves fetching."""
 
     def __init__(
         self, status: Status, error: str, *, retry_after_s: float | None = None, final: bool = False
     ) -> None:
-        # One line of UTF-8 without secrets, here once for all: texts come from libraries, servers (whose
-        # other bytes arrive as lone surrogates, which no Arrow string holds) and the inventory.
+        # One line of UTF-8 without secrets, ensured here for every source: texts come from libraries, the
+        # inventory and servers (whose other bytes arrive as lone surrogates, which no Arrow string holds).
         text = " ".join(error.split()).encode(errors="replace").decode()
         self.error = redact(text)[:300] or status.value
         super().__init__(self.error)
@@ -56,8 +56,8 @@ def backoff_s(attempt: int, backoff_base_s: float, jitter: float) -> float:
     return float(backoff_base_s * BACKOFF_FACTOR ** (attempt - 1) * (0.5 + jitter))
 
 
-def retry_after_s(header: str | None, now: datetime | None = None) -> float | None:
-    """Seconds that a `Retry-After` header asks for: a number or a date (RFC 9110, 10.2.3), else None."""
+def parse_retry_after(header: str | None, now: datetime | None = None) -> float | None:
+    """Seconds of a `Retry-After` header, given as a number or a date (RFC 9110, 10.2.3), else None."""
     try:
         wait_s = float(header or "")
     except ValueError:
@@ -71,19 +71,20 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float | No
 
 
 @dataclass
-class Attempts:
-    """The attempts at one object: when the next may be made, and whether there is one."""
+class Retry:
+    """Counts the attempts at one object and spaces them."""
 
     limits: FetchLimits
     timeout: asyncio.Timeout
-    number: int = 0
+    attempts: int = 0
 
-    async def wait_after(self, failure: Failure) -> bool:
-        """Whether there is another attempt, after the wait that is due; never waits into the time-out."""
-        if failure.final or self.number >= self.limits.max_attempts:
+    async def sleep(self, error: FetchError) -> bool:
+        """Wait before the next attempt; False, at once, if there is none or it would start too late."""
+        self.attempts += 1
+        if error.final or self.attempts >= self.limits.max_attempts:
             return False
-        wait_s = backoff_s(self.number, self.limits.backoff_s, random.random())
-        wait_s = max(wait_s, failure.retry_after_s or 0.0)
+        wait_s = backoff_s(self.attempts, self.limits.backoff_s, random.random())
+        wait_s = max(wait_s, error.retry_after_s or 0.0)
         deadline = self.timeout.when()
         if deadline is not None and asyncio.get_running_loop().time() + wait_s >= deadline:
             return False

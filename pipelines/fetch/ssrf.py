@@ -1,7 +1,8 @@
-"""Which addresses of the network an image may be fetched from: pure judgement, no look-up, no connection.
+"""SSRF protection: which network addresses an image may be fetched from.
 
-An inventory is other people's text: `http://169.254.169.254/` in it would make a worker ask its cloud for
-credentials. Only globally routable unicast addresses pass, also when they are wrapped in IPv6.
+An inventory is untrusted input: `http://169.254.169.254/` in it would make a worker ask its cloud for
+credentials (server-side request forgery). Only globally routable unicast addresses pass, also when they are
+embedded in IPv6.
 """
 
 import socket
@@ -10,17 +11,17 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Any
 
 CLOUD_ENDPOINTS = frozenset({"168.63.129.16"})
-"""Addresses in public ranges that answer to machines of one cloud with its secrets (Azure's WireServer)."""
+"""Public addresses that serve a cloud's secrets to its machines (Azure's WireServer)."""
 
 NAT64 = (ip_network("64:ff9b::/96"),)
 """The IPv6 prefix whose last 32 bits are an IPv4 address of the public internet (RFC 6052)."""
 
 SPECIAL = (ip_network("192.0.0.0/24"), ip_network("fec0::/10"), ip_network("64:ff9b:1::/48"))
-"""Protocol assignments (one cloud's metadata among them), IPv6 site-local, and a network's own NAT64, whose
-IPv4 address may lie anywhere (RFC 8215): global to Python 3.11."""
+"""Ranges that Python 3.11 calls global: protocol assignments (with one cloud's metadata), IPv6 site-local,
+and a network's own NAT64, whose IPv4 address may be anywhere in it (RFC 8215)."""
 
 BLOCKED_ERRNO = 700_001
-"""Marks our refusal among the errors of connecting; no operating system uses it."""
+"""Tells a blocked address from other connection errors; no operating system uses it."""
 
 
 class BlockedAddress(OSError):
@@ -30,24 +31,24 @@ class BlockedAddress(OSError):
         super().__init__(BLOCKED_ERRNO, f"{address} is {reason}")
 
 
-def refusal(address: str) -> str | None:
-    """Why an address is not to be connected to, or None when it may be.
+def block_reason(address: str) -> str | None:
+    """Why an address is blocked, or None if it is not.
 
     Args:
         address: numeric IPv4 or IPv6, with or without a zone.
     """
     ip = ip_address(address.partition("%")[0])
-    judged: Sequence[IPv4Address | IPv6Address] = wrapped(ip) or [ip]
-    for inner in judged:
+    checked: Sequence[IPv4Address | IPv6Address] = embedded_ipv4(ip) or [ip]
+    for inner in checked:
         if str(inner) in CLOUD_ENDPOINTS:
-            return "a cloud's endpoint for its machines"
+            return "a cloud's metadata endpoint"
         if not inner.is_global or inner.is_multicast or inner.is_reserved or _in(inner, SPECIAL):
             return _range(inner)
     return None
 
 
-def wrapped(ip: IPv4Address | IPv6Address) -> list[IPv4Address]:
-    """IPv4 addresses that an IPv6 address leads to: mapped, 6to4, Teredo, NAT64."""
+def embedded_ipv4(ip: IPv4Address | IPv6Address) -> list[IPv4Address]:
+    """IPv4 addresses embedded in an IPv6 address: mapped, 6to4, Teredo, NAT64."""
     if isinstance(ip, IPv4Address):
         return []
     found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
@@ -66,11 +67,11 @@ def _range(ip: IPv4Address | IPv6Address) -> str:
     return f"{found.replace('_', '-')} (pass --fetch.allow-private-addresses to fetch from such addresses)"
 
 
-def guarded_socket(allowed_networks: Sequence[str]) -> Callable[[Any], socket.socket]:
-    """A socket factory for aiohttp that judges the very address about to be connected to.
+def ssrf_safe_socket(allowed_networks: Sequence[str]) -> Callable[[Any], socket.socket]:
+    """A socket factory for aiohttp that checks the very address about to be connected to.
 
-    Names, redirects, decimal and hexadecimal spellings and a DNS answer that changes between look-ups all
-    end here, before a socket exists. Raises BlockedAddress.
+    So it covers names, redirects, decimal and hexadecimal notations and DNS rebinding. It raises
+    BlockedAddress before a socket exists.
     """
     networks = [ip_network(network) for network in allowed_networks]
 
@@ -78,7 +79,7 @@ def guarded_socket(allowed_networks: Sequence[str]) -> Callable[[Any], socket.so
         family, kind, protocol, _, socket_address = address_info
         address = socket_address[0]
         allowed = _in(ip_address(address.partition("%")[0]), networks)
-        reason = None if allowed else refusal(address)
+        reason = None if allowed else block_reason(address)
         if reason:
             raise BlockedAddress(address, reason)
         return socket.socket(family=family, type=kind, proto=protocol)

@@ -1,8 +1,8 @@
-"""http(s) -> bytes, one request at a time: one hop at a time, every connection's address judged first.
+"""http(s) -> payloads: one request, to an address that SSRF protection allows; redirects are returned.
 
-Bodies are streamed against the byte limit, also while they are unpacked; what a server claims about its
-body is believed only when it makes the limit stricter. No cookies, no proxies, no
-authentication but what the URL itself holds, which no redirect takes along.
+Bodies are streamed against the byte limit, also while they are decompressed; a Content-Length can only make
+that limit stricter. No cookies, no proxies, and no authentication but the URL's own, which is not sent to
+redirect targets.
 """
 
 import re
@@ -14,26 +14,28 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
-from pipelines.fetch.memory import SMALL_BYTES, Reservation
-from pipelines.fetch.retry import Failure, retry_after_s, status_of_code
-from pipelines.fetch.ssrf import BLOCKED_ERRNO, guarded_socket
+from pipelines.fetch.memory import Reservation
+from pipelines.fetch.retry import FetchError, parse_retry_after, status_of_code
+from pipelines.fetch.source import Span
+from pipelines.fetch.ssrf import BLOCKED_ERRNO, ssrf_safe_socket
 from pipelines.specs import FetchLimits
 from pipelines.status import Status
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 NEEDS_QUOTING = re.compile(r"[^!-~]|[\"<>\\^`{|}]")
-"""Characters that no URL holds as they are; one without any is sent as given, or its signature breaks."""
+"""Characters that a URL must quote; a URL without any is sent as given, or a signature in it would break."""
 
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+DECOMPRESS_STEP = 256 << 10
+"""Bytes decompressed at a time, so that a bomb meets the byte limit before it fills memory."""
 
-
-ASKS_FOR_PEACE = frozenset({429, 503})
-"""The answers that `Retry-After` is heeded of: on a page that is missing it speaks of nothing else."""
+RETRY_AFTER_CODES = frozenset({429, 503})
+"""Status codes whose Retry-After is honoured; elsewhere it is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """The object is to be had elsewhere."""
+    """The server redirected the request."""
 
     target: str
     """An absolute http(s) URL."""
@@ -48,7 +50,7 @@ class WebClient:
             ttl_dns_cache=60,
             socket_factory=None
             if limits.allow_private_addresses
-            else guarded_socket(limits.allowed_networks),
+            else ssrf_safe_socket(limits.allowed_networks),
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -67,17 +69,8 @@ class WebClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def get(
-        self, uri: str, reservation: Reservation, span: tuple[int, int] | None = None
-    ) -> "bytes | Redirect":
-        """One request: the payload, or where the server sends us for it.
-
-        Args:
-            span: first byte and length of a part of the object.
-
-        Raises:
-            Failure: with the status that the row gets if this was the last attempt.
-        """
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes | Redirect:
+        """One request: the payload, or a span of it, or the redirect. Raises FetchError."""
         url = parse(uri)
         headers = {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"} if span else {}
         try:
@@ -86,70 +79,70 @@ class WebClient:
                     return await self._payload(response, reservation, span)
                 return Redirect(str(follow(url, response.headers["Location"])))
         except (aiohttp.ClientError, OSError, ValueError) as error:  # OSError: TimeoutError, resets
-            raise failure_of(error) from error
+            raise to_fetch_error(error) from error
 
     async def _payload(
-        self, response: aiohttp.ClientResponse, reservation: Reservation, span: tuple[int, int] | None
+        self, response: aiohttp.ClientResponse, reservation: Reservation, span: Span | None
     ) -> bytes:
         if response.status not in ((206,) if span else (200, 203)):
-            raise _refused(response, span)
+            raise _error_of_response(response, span)
         pieces = []
         received = 0
         expected = response.content_length if _encoding(response) == "identity" else None
-        await reservation.cover(0, expected)
-        async for piece in _decoded(response):
+        await reservation.reserve_stream(0, expected)
+        async for piece in _decompressed(response):
             received += len(piece)
-            await reservation.cover(received, expected)
+            await reservation.reserve_stream(received, expected)
             pieces.append(piece)
         return b"".join(pieces)
 
 
 def parse(uri: str) -> URL:
-    """An absolute http(s) URL. Raises Failure (`invalid_uri`)."""
+    """An absolute http(s) URL. Raises FetchError (`invalid_uri`)."""
     try:
         url = URL(uri, encoded=not NEEDS_QUOTING.search(uri))
         if url.scheme in ("http", "https") and url.host and url.port is not None:
             return url
     except ValueError as error:
-        raise Failure(Status.INVALID_URI, f"not a URL: {error}") from error
-    raise Failure(Status.INVALID_URI, f"not an absolute http(s) URL: {uri}")
+        raise FetchError(Status.INVALID_URI, f"not a URL: {error}") from error
+    raise FetchError(Status.INVALID_URI, f"not an absolute http(s) URL: {uri}")
 
 
 def follow(url: URL, location: str) -> URL:
-    """Where a redirect leads. Raises Failure for anything but http(s)."""
+    """Where a redirect leads. Raises FetchError for anything but http(s)."""
     try:
         target = url.join(URL(location, encoded=not NEEDS_QUOTING.search(location)))
         if target.scheme in ("http", "https") and target.host and target.port is not None:
             return target
     except ValueError as error:
-        raise Failure(Status.HTTP_ERROR, f"redirect to what is not a URL: {location}") from error
-    raise Failure(Status.BLOCKED_ADDRESS, f"a redirect is followed to http(s) only, not to {location}")
+        raise FetchError(Status.HTTP_ERROR, f"redirect to an invalid URL: {location}") from error
+    raise FetchError(Status.BLOCKED_ADDRESS, f"a redirect is followed to http(s) only, not to {location}")
 
 
-def failure_of(error: aiohttp.ClientError | OSError | ValueError) -> Failure:
+def to_fetch_error(error: aiohttp.ClientError | OSError | ValueError) -> FetchError:
     """The status of a request that got no answer, or only a part of one."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, TimeoutError):
-        return Failure(Status.TIMEOUT, text)
+        return FetchError(Status.TIMEOUT, text)
     if isinstance(error, ValueError):  # aiohttp.InvalidURL, and names that IDNA cannot write
-        return Failure(Status.INVALID_URI, text)
+        return FetchError(Status.INVALID_URI, text)
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(cause, OSError) and cause.errno == BLOCKED_ERRNO:
-        return Failure(Status.BLOCKED_ADDRESS, str(cause.strerror))
-    # A name that does not exist, unlike a resolver that does not answer, is not asked for again at once.
+        return FetchError(Status.BLOCKED_ADDRESS, str(cause.strerror))
+    # A name that does not exist is not retried in this pass, unlike a resolver that does not answer.
     unknown_name = isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME
-    return Failure(Status.CONNECTION_FAILED, text, final=unknown_name)
+    return FetchError(Status.CONNECTION_FAILED, text, final=unknown_name)
 
 
-def _refused(response: aiohttp.ClientResponse, span: tuple[int, int] | None) -> Failure:
+def _error_of_response(response: aiohttp.ClientResponse, span: Span | None) -> FetchError:
     if span and response.status == 200:
-        return Failure(Status.HTTP_ERROR, "the server does not serve byte ranges")
-    asks = response.status in ASKS_FOR_PEACE
-    wait_s = retry_after_s(response.headers.get("Retry-After")) if asks else None
-    return Failure(
+        return FetchError(Status.HTTP_ERROR, "the server does not serve byte ranges")
+    honoured = response.status in RETRY_AFTER_CODES
+    retry_after_s = parse_retry_after(response.headers.get("Retry-After")) if honoured else None
+    return FetchError(
         status_of_code(response.status),
         f"HTTP {response.status} {response.reason or ''}",
-        retry_after_s=wait_s,
+        retry_after_s=retry_after_s,
     )
 
 
@@ -157,11 +150,8 @@ def _encoding(response: aiohttp.ClientResponse) -> str:
     return response.headers.get("Content-Encoding", "identity").strip().lower() or "identity"
 
 
-async def _decoded(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body as the image's bytes; identity was asked for, but some servers pack all the same.
-
-    A packed body is unpacked in small steps, so that a bomb meets the byte limit before it fills memory.
-    """
+async def _decompressed(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body without its Content-Encoding: we ask for identity, but some servers compress all the same."""
     encoding = _encoding(response)
     if encoding == "identity":
         async for piece in response.content.iter_any():
@@ -172,10 +162,12 @@ async def _decoded(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             packed = piece
             while packed:
                 try:
-                    unpacked = unpack.decompress(packed, SMALL_BYTES)
+                    unpacked = unpack.decompress(packed, DECOMPRESS_STEP)
                 except zlib.error as error:
-                    raise Failure(Status.HTTP_ERROR, f"broken {encoding} body: {error}") from error
+                    raise FetchError(Status.HTTP_ERROR, f"broken {encoding} body: {error}") from error
                 yield unpacked
                 packed = unpack.unconsumed_tail
     else:
-        raise Failure(Status.HTTP_ERROR, f"Content-Encoding {encoding[:40]}, though identity was asked for")
+        raise FetchError(
+            Status.HTTP_ERROR, f"Content-Encoding {encoding[:40]}, though identity was asked for"
+        )

@@ -134,6 +134,8 @@ class Forwarder:
 
     def __init__(self, port: int, address: str = "127.0.0.1") -> None:
         self.down = False
+        self.refused = 0
+        """Connections reset because it was down."""
         self._target = (address, port)
         self._open: list[Writer] = []
         self._loop = asyncio.new_event_loop()
@@ -169,6 +171,7 @@ class Forwarder:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
         if self.down:
+            self.refused += 1
             writer.transport.abort()
             return
         far_reader, far_writer = await asyncio.open_connection(*self._target)
@@ -243,6 +246,11 @@ async def slow(_server: FaultServer, writer: Writer, _path: str, _count: int) ->
     writer.write(whole(BODY))
 
 
+async def echo(_server: FaultServer, writer: Writer, path: str, _count: int) -> None:
+    """The request's path as the body."""
+    writer.write(whole(path.encode()))
+
+
 async def redirect(server: FaultServer, writer: Writer, path: str, _count: int) -> None:
     """`/redirect?target`, or `/redirect` to a healthy path, relative."""
     target = path.partition("?")[2] or "../ok"
@@ -259,6 +267,7 @@ not_found = fixed(whole(b"gone", "404 Not Found"))
 
 FAULTS: dict[str, Respond] = {
     "ok": fixed(whole(BODY)),
+    "echo": echo,
     "slow": slow,
     "large": fixed(whole(bytes(900_000))),
     "large-chunked": fixed(chunked(bytes(900_000))),

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.fetch.fetch import Fetcher, sources_of
+from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.source import sources_of
 from pipelines.inventory import dedupe, tables
 from pipelines.inventory import plan as frozen_plan
 from pipelines.inventory.inventory import plan

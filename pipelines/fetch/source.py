@@ -1,0 +1,66 @@
+"""Where one object's bytes are, and what fetching made of it."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+
+from pipelines.status import Status
+from pipelines.storage.uris import is_local
+
+Span = tuple[int, int]
+"""First byte and length of a part of an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one object's bytes are; the columns of `plan.LOCATION`."""
+
+    uri: str
+    container: str | None = None
+    offset: int | None = None
+    length: int | None = None
+    payload_column: str | None = None
+
+    @property
+    def location(self) -> str:
+        """The URI to open, without the white space that URLs bring along from web pages."""
+        place = self.container or self.uri
+        return place if is_local(place) else place.strip()
+
+    @property
+    def span(self) -> Span | None:
+        return (self.offset, self.length) if self.offset is not None and self.length is not None else None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The result for one object: its payload, or the status and error that say why there is none."""
+
+    status: Status
+    error: str | None = None
+    payload: bytes | None = None
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the payload, in hexadecimal."""
+        return hashlib.sha256(self.payload).hexdigest() if self.payload is not None else None
+
+
+Batch = list[tuple[int, Fetched]]
+"""Indexes of sources, each with its result."""
+
+
+def sources_of(items: pa.Table) -> list[Source]:
+    """The sources of a plan's items (`plan.LOCATION`)."""
+    columns = [items[name].to_pylist() for name in Source.__slots__]
+    return [Source(*values) for values in zip(*columns, strict=True)]
+
+
+def check_length(payload: bytes, source: Source) -> Fetched:
+    """The payload, unless its container ends before the planned byte range does."""
+    if source.length is not None and len(payload) != source.length:
+        error = f"{len(payload):,} of {source.length:,} bytes: the container ends before this member does"
+        return Fetched(Status.TRUNCATED, error)
+    return Fetched(Status.OK, None, payload)
