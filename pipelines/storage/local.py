@@ -86,12 +86,6 @@ class LocalStorage:
     def list(self, prefix: str = "") -> list[Entry]:
         return sorted(self._walk(self.root / prefix), key=lambda entry: entry.path)
 
-    def copy(self, source: str, target: str) -> None:
-        with self._temporary(target) as temporary:
-            shutil.copyfile(self.root / source, temporary)
-            sync_file(temporary)
-            temporary.replace(self.root / target)
-
     def delete(self, *paths: str) -> None:
         for path in paths:
             (self.root / path).unlink(missing_ok=True)

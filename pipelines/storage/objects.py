@@ -152,10 +152,6 @@ class ObjectStorage:
         entries = [Entry(meta["path"], meta["size"], meta["e_tag"], meta["last_modified"]) for meta in found]
         return sorted(entries, key=lambda entry: entry.path)
 
-    def copy(self, source: str, target: str) -> None:
-        with self._explained(source):
-            self.store.copy(source, target)
-
     def delete(self, *paths: str) -> None:
         with contextlib.suppress(FileNotFoundError), self._explained(paths[0] if paths else ""):
             self.store.delete(list(paths))

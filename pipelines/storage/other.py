@@ -70,10 +70,6 @@ class FsspecStorage:
         entries = [fsspec_entry(info, folder) for info in found if not is_temporary(info["name"])]
         return sorted(entries, key=lambda entry: entry.path)
 
-    def copy(self, source: str, target: str) -> None:
-        with self._replacing(target) as (filesystem, temporary):
-            filesystem.cp_file(f"{self.opened[1]}/{source}", temporary)
-
     def delete(self, *paths: str) -> None:
         filesystem, folder = self.opened
         for path in paths:

@@ -1,4 +1,4 @@
-"""A folder named by a URI -> read, atomic put, create-if-absent, list, copy, delete: the same on any storage.
+"""A folder named by a URI -> read, atomic put, create-if-absent, list, delete: the same on any storage.
 
 Three back ends: the local filesystem; S3, Google Cloud Storage and Azure through obstore, which has the
 conditional put that the ledger's fence rests on; any other scheme through fsspec, where create-if-absent
@@ -53,7 +53,7 @@ class Storage(Protocol):
     def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
         """`put_file` in place of what `version` saw. Raises AlreadyExists if there are other bytes since.
 
-        In one step on object stores, up to `object_storage.SINGLE_PUT_BYTES`. Elsewhere it is `put_file`:
+        In one step on object stores, up to `SINGLE_PUT_BYTES`. Elsewhere it is `put_file`:
         who must not come too late is stopped there by having its `local_file` removed.
         """
 
@@ -72,9 +72,6 @@ class Storage(Protocol):
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Every file below the folder `prefix`, at any depth, by path; none if it does not exist."""
-
-    def copy(self, source: str, target: str) -> None:
-        """Copy within the storage, on the server where it can, replacing `target`."""
 
     def delete(self, *paths: str) -> None:
         """Remove the files; no error for one that is not there."""

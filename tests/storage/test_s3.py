@@ -47,14 +47,14 @@ def small_run_on(bucket: str, n_items: int = 20) -> SmallRun:
     return small_run(join(bucket, uuid.uuid4().hex), n_items)
 
 
-def test_put_read_list_copy_delete(folder: Storage) -> None:
+def test_put_read_list_delete(folder: Storage) -> None:
     folder.put("a/b=1/per%20cent ü.txt", b"one")
     folder.put("a/b=1/per%20cent ü.txt", b"two")
-    folder.copy("a/b=1/per%20cent ü.txt", "z")
+    folder.put("z", b"end")
     entries = folder.list()
     assert [(entry.path, entry.size) for entry in entries] == [("a/b=1/per%20cent ü.txt", 3), ("z", 3)]
     assert all(entry.etag and entry.last_modified for entry in entries)
-    assert folder.read("a/b=1/per%20cent ü.txt") == folder.read("z") == b"two"
+    assert folder.read("a/b=1/per%20cent ü.txt") == b"two"
     folder.delete("z")
     folder.delete("z")
     assert not folder.exists("z")
