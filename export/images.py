@@ -19,9 +19,8 @@ from pipelines.datasets import readers
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns
 from pipelines.images.decoder import DecoderProcess
-from pipelines.images.prepare import ORIENTATION_TAG
+from pipelines.images.prepare import ORIENTATION_TAG, is_image_name
 from pipelines.inventory import tables
-from pipelines.inventory.listing import is_image_name
 from pipelines.messages import redact
 from pipelines.specs import ImageSpec
 from pipelines.status import Status

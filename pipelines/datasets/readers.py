@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines.datasets import splits
 from pipelines.datasets.settings import Columns
-from pipelines.inventory.listing import is_image_name
+from pipelines.images.prepare import is_image_name
 from pipelines.inventory.tables import is_payload
 
 TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")

@@ -27,6 +27,14 @@ if TYPE_CHECKING:  # the decoder's child starts without pydantic
 
 Pixels = npt.NDArray[np.uint8]
 
+IMAGE_SUFFIXES = frozenset({
+    "apng", "avif", "bmp", "cur", "dds", "dib", "eps", "gif", "heic", "heics", "heif", "hif",
+    "icns", "ico", "j2c", "j2k", "jfif", "jp2", "jpc", "jpe", "jpeg", "jpf", "jpg", "jpx", "jxl",
+    "mpo", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "ras", "sgi", "svg", "svgz",
+    "tga", "tif", "tiff", "wbmp", "webp", "xbm", "xpm",
+})  # fmt: skip
+"""Endings of image files, lower-case, also of formats that are not decoded: their rows say so."""
+
 REFUSED_PLUGINS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"})
 """EPS would run Ghostscript on other people's files; the others have no decoder of Pillow's own here."""
 
@@ -134,6 +142,11 @@ def prepare(payload: bytes, spec: ImageSpec, limits: DecodeLimits | None = None)
     except Exception as error:
         status, message = status_of(error, payload), one_line(error)
     return Prepared(status, message, None, width_px, height_px, name or sniff(payload))
+
+
+def is_image_name(path: str) -> bool:
+    """Whether the ending of a file's name says that it is an image."""
+    return path.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES
 
 
 def sniff(payload: bytes) -> str | None:

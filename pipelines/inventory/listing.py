@@ -15,19 +15,12 @@ from urllib.parse import quote
 
 import pyarrow.fs as pafs
 
+from pipelines.images.prepare import is_image_name
 from pipelines.inventory import tables
 from pipelines.messages import redact
 from pipelines.specs import InventoryOptions
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import Entry, StorageError, is_local, local_path, split
-
-IMAGE_SUFFIXES = frozenset({
-    "apng", "avif", "bmp", "cur", "dds", "dib", "eps", "gif", "heic", "heics", "heif", "hif",
-    "icns", "ico", "j2c", "j2k", "jfif", "jp2", "jpc", "jpe", "jpeg", "jpf", "jpg", "jpx", "jxl",
-    "mpo", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "ras", "sgi", "svg", "svgz",
-    "tga", "tif", "tiff", "wbmp", "webp", "xbm", "xpm",
-})  # fmt: skip
-"""File names that make an image of a listed file, in any case; `all_files` takes every file."""
 
 WILDCARD = re.compile(r"[*?]")
 
@@ -136,11 +129,6 @@ def _writable(uri: str) -> str:
     except UnicodeEncodeError:
         return "file://" + quote(os.fsencode(uri))
     return uri
-
-
-def is_image_name(path: str) -> bool:
-    """Whether a file's name makes it an image."""
-    return path.rsplit(".", 1)[-1].lower() in IMAGE_SUFFIXES
 
 
 def _hidden(path: str) -> bool:

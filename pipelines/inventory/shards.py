@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from pipelines.inventory.listing import InventoryError, is_image_name
+from pipelines.images.prepare import is_image_name
+from pipelines.inventory.listing import InventoryError
 from pipelines.messages import redact
 from pipelines.storage.storage import open_input
 
