@@ -62,10 +62,7 @@ class LabelledData:
         classes = self.rows["classes"].combine_chunks()
         if not self.multi_label:
             return np.asarray(classes.flatten().to_numpy(), np.int64)
-        targets_nc = np.zeros((self.rows.num_rows, len(self.classes)), np.uint8)
-        parents = pa.compute.list_parent_indices(classes).to_numpy()
-        targets_nc[parents, classes.flatten().to_numpy()] = 1
-        return targets_nc
+        return class_matrix(classes, len(self.classes))
 
     def class_counts(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Images of each class among these row numbers."""
@@ -73,6 +70,27 @@ class LabelledData:
         if self.multi_label:
             return np.asarray(targets.sum(axis=0, dtype=np.int64))
         return np.bincount(targets, minlength=len(self.classes))
+
+    def rows_by_split(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Row numbers of every split that has some, the training split first."""
+        found = {name: self.indices(name) for name in (splits.TRAIN, splits.VALIDATION, splits.TEST)}
+        return {name: rows for name, rows in found.items() if len(rows)}
+
+    def images_per_class(self, rows: Mapping[str, npt.NDArray[np.int64]]) -> dict[str, dict[str, int]]:
+        """Split -> class id -> images, among the row numbers of each split."""
+        return {
+            name: dict(zip(self.classes, self.class_counts(of_split).tolist(), strict=True))
+            for name, of_split in rows.items()
+        }
+
+
+def class_matrix(classes: pa.Array | pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.uint8]:
+    """Lists of class indices as a 0/1 matrix `[N, classes]`."""
+    if isinstance(classes, pa.ChunkedArray):
+        classes = classes.combine_chunks()
+    targets_nc = np.zeros((len(classes), n_classes), np.uint8)
+    targets_nc[pa.compute.list_parent_indices(classes).to_numpy(), classes.flatten().to_numpy()] = 1
+    return targets_nc
 
 
 def load(settings: DataSettings) -> LabelledData:

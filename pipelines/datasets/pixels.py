@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipelines.datasets.dataset import class_matrix
 from pipelines.datasets.readers import IMAGE_COLUMN
 from pipelines.datasets.settings import Ingest
 from pipelines.fetch.fetch import Fetcher
@@ -189,10 +190,7 @@ def pixels_of(batch: pa.Table, spec: ImageSpec) -> Pixels:
 
 def dense(classes: pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.float32]:
     """Class lists as a 0/1 matrix float32 [n, classes]."""
-    targets_nc = np.zeros((len(classes), n_classes), np.float32)
-    flat = classes.combine_chunks()
-    targets_nc[pa.compute.list_parent_indices(flat).to_numpy(), flat.flatten().to_numpy()] = 1
-    return targets_nc
+    return class_matrix(classes, n_classes).astype(np.float32)
 
 
 class PixelStore:

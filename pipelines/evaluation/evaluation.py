@@ -4,13 +4,12 @@ It knows arrays and the taxonomy, no files, pictures or pages: `report.py` draws
 thresholds is measured on the images given here, which are not those that the thresholds were fitted on.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from sklearn import metrics as sk
@@ -47,6 +46,13 @@ class Scored:
     @property
     def multi_label(self) -> bool:
         return self.targets.ndim == 2
+
+    def at_temperature(self, temperature: float) -> Self:
+        """The same with the probabilities that this temperature gives."""
+        scores_nc = metrics.probabilities(
+            self.logits_nc, temperature=temperature, multi_label=self.multi_label
+        )
+        return replace(self, probabilities_nc=scores_nc)
 
     @cached_property
     def targets_nc(self) -> Array:
@@ -116,7 +122,7 @@ class Evaluation:
 
     def document(self) -> dict[str, Any]:
         """All of it as plain data: floats to 6 significant digits, None for what is undefined."""
-        fields: dict[str, Any] = plain(dataclasses.asdict(self))
+        fields: dict[str, Any] = plain(asdict(self))
         return fields
 
     def to_json(self) -> str:

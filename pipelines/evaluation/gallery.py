@@ -12,7 +12,7 @@ from pipelines.datasets import pixels
 from pipelines.evaluation import attention
 from pipelines.evaluation.evaluation import Scored, choose_images
 from pipelines.evaluation.metrics import Array
-from pipelines.evaluation.report import Material, Shown, pictures
+from pipelines.evaluation.report import ReportExtras, ReportImage, caption_images
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
 from pipelines.taxonomy.taxonomy import Taxonomy
@@ -22,7 +22,7 @@ ATTENTION_MAPS = 12
 
 def gallery(
     scored: Scored, taxonomy: Taxonomy, images: pa.Table, spec: ImageSpec, *, network: Any = None
-) -> Material:
+) -> ReportExtras:
     """The pictures of a report.
 
     Args:
@@ -33,14 +33,14 @@ def gallery(
     sample, worst = choose_images(scored)
     shown = {name: fetched(images, rows, spec) for name, rows in (("sample", sample), ("worst", worst))}
     looked = with_attention(shown["sample"][:ATTENTION_MAPS], spec, network) if network is not None else []
-    return Material(
-        sample=pictures(scored, taxonomy, shown["sample"]),
-        worst=pictures(scored, taxonomy, shown["worst"]),
-        attention=pictures(scored, taxonomy, looked),
+    return ReportExtras(
+        sample=caption_images(scored, taxonomy, shown["sample"]),
+        worst=caption_images(scored, taxonomy, shown["worst"]),
+        attention=caption_images(scored, taxonomy, looked),
     )
 
 
-def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[Shown]:
+def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[ReportImage]:
     """These rows' images as the model saw them; one that cannot be read again is left out."""
     chosen = images.take(pa.array(rows))
     if "item_id" not in chosen.column_names:
@@ -48,7 +48,7 @@ def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[Shown]:
     loaded = pixels.decode_batch(chosen, spec, DecodeLimits())
     pixels_nhwc = pixels.pixels_of(loaded, spec)
     return [
-        Shown(int(row), uri, pixels_hwc)
+        ReportImage(int(row), uri, pixels_hwc)
         for row, uri, pixels_hwc, status in zip(
             rows, chosen["uri"].to_pylist(), pixels_nhwc, loaded["status"].to_pylist(), strict=True
         )
@@ -56,7 +56,7 @@ def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[Shown]:
     ]
 
 
-def with_attention(images: list[Shown], spec: ImageSpec, network: Any) -> list[Shown]:
+def with_attention(images: list[ReportImage], spec: ImageSpec, network: Any) -> list[ReportImage]:
     """The images with their roll-out maps; none for a model that has no attention over patches."""
     if not images:
         return []
@@ -65,5 +65,6 @@ def with_attention(images: list[Shown], spec: ImageSpec, network: Any) -> list[S
     except attention.NoAttention:
         return []
     return [
-        Shown(image.row, image.uri, image.pixels_hwc, seen) for image, seen in zip(images, maps, strict=True)
+        ReportImage(image.row, image.uri, image.pixels_hwc, seen)
+        for image, seen in zip(images, maps, strict=True)
     ]

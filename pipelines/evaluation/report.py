@@ -42,7 +42,7 @@ TILES = (
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReportImage:
     """One image of a report."""
 
     row: int
@@ -55,10 +55,10 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Picture:
+class CaptionedImage:
     """One image with what is true of it and what the model said."""
 
-    image: Shown
+    image: ReportImage
     truth: tuple[str, ...]
     """Paths of its true labels."""
     answers: tuple[tuple[str, float], ...]
@@ -67,14 +67,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Material:
+class ReportExtras:
     """What a report shows beside the numbers; whatever is empty is left out."""
 
-    sample: Sequence[Picture] = ()
+    sample: Sequence[CaptionedImage] = ()
     """Images of every class."""
-    worst: Sequence[Picture] = ()
+    worst: Sequence[CaptionedImage] = ()
     """The mistakes of the highest loss."""
-    attention: Sequence[Picture] = ()
+    attention: Sequence[CaptionedImage] = ()
     """Images with their roll-out maps."""
     history: Sequence[Mapping[str, Any]] = ()
     """Lines of `metrics.jsonl`."""
@@ -82,21 +82,21 @@ class Material:
     """Split -> class id -> images, the training split first."""
     balancing: str = ""
     """What training did about rare classes, in a sentence."""
-    augmented: Sequence[Shown] = ()
+    augmented: Sequence[ReportImage] = ()
     """Augmented training images."""
 
 
-def write_report(evaluation: Evaluation, output_uri: str, material: Material | None = None) -> None:
+def write_report(evaluation: Evaluation, output_uri: str, material: ReportExtras | None = None) -> None:
     """Write `report.html`, then `evaluation.json`, into a folder of any storage."""
     folder = storage.open_storage(output_uri)
-    folder.put(REPORT_FILE, page(evaluation.document(), material or Material()).encode())
+    folder.put(REPORT_FILE, page(evaluation.document(), material or ReportExtras()).encode())
     folder.put(EVALUATION_FILE, evaluation.to_json().encode())
 
 
-def pictures(scored: Scored, taxonomy: Taxonomy, images: Sequence[Shown]) -> list[Picture]:
+def caption_images(scored: Scored, taxonomy: Taxonomy, images: Sequence[ReportImage]) -> list[CaptionedImage]:
     """What is true of each image and what the model said of it."""
     return [
-        Picture(
+        CaptionedImage(
             image=image,
             truth=tuple(
                 taxonomy.path(scored.class_ids[c]) for c in np.flatnonzero(scored.targets_nc[image.row])
@@ -114,7 +114,7 @@ def _answers(scored: Scored, taxonomy: Taxonomy, row: int) -> tuple[tuple[str, f
     return tuple((taxonomy.path(scored.class_ids[c]), float(scores[c])) for c in best)
 
 
-def page(document: Mapping[str, Any], material: Material) -> str:
+def page(document: Mapping[str, Any], material: ReportExtras) -> str:
     """The report as one HTML text, from the content of `evaluation.json`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipelines.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -139,7 +139,7 @@ def page(document: Mapping[str, Any], material: Material) -> str:
     )
 
 
-def drawn(document: Mapping[str, Any], material: Material) -> dict[str, str | None]:
+def drawn(document: Mapping[str, Any], material: ReportExtras) -> dict[str, str | None]:
     """Every plot of the page by name; None where there is nothing to draw."""
     classes, cells, curves = document["classes"], document["confusions"], document["curves"]
     roc, precision_recall = plots.curves(curves, classes) if curves else (None, None)
@@ -185,12 +185,12 @@ def relation(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return "same Tier 1" if one["tier1"] == other["tier1"] else "unrelated"
 
 
-def thumbnail(image: Shown) -> str:
+def thumbnail(image: ReportImage) -> str:
     """The image as a JPEG `data:` URI, `PICTURE_SIDE` pixels on its longer side."""
     return _jpeg(_small(image.pixels_hwc))
 
 
-def overlay(image: Shown) -> str:
+def overlay(image: ReportImage) -> str:
     """The image with its attention laid over it, as a JPEG `data:` URI."""
     small = _small(image.pixels_hwc)
     strength = Image.fromarray(np.asarray(image.attention, np.float32)).resize(

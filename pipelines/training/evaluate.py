@@ -1,137 +1,120 @@
-"""What the best model of a run is worth: calibrated on validation, measured on both splits, reported.
+"""The best model of a run: scored on validation and test, calibrated on validation, reported.
 
-Nothing is ever fitted on the test split. When the dataset has none, the report is about validation and
-says so.
+Nothing is fitted on the test split. A dataset without one gets a report on validation, which says so.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from collections.abc import Mapping
+from dataclasses import replace
 
 from pipelines.datasets import splits
-from pipelines.evaluation import calibration, metrics
-from pipelines.evaluation.evaluation import Evaluation, Scored, evaluate
+from pipelines.datasets.dataset import LabelledData
+from pipelines.datasets.pixels import IngestError
+from pipelines.evaluation import calibration
+from pipelines.evaluation.eval_set import EvalSet, take_images
+from pipelines.evaluation.evaluation import Evaluation, evaluate
 from pipelines.evaluation.gallery import gallery
 from pipelines.evaluation.report import write_report
+from pipelines.evaluation.score import EvalResult, score
 from pipelines.messages import redact
-from pipelines.storage import uris
-from pipelines.training import logits as scoring
+from pipelines.storage.uris import join
 from pipelines.training import runs
 from pipelines.training.checkpoints import Sidecar
 from pipelines.training.decoded import DecodedData
+from pipelines.training.logits import load_network, predict_on_cluster
 from pipelines.training.preview import augmented_samples
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 
 MEASURED = (splits.VALIDATION, splits.TEST)
 
+Results = Mapping[str, EvalResult]
+"""Split -> scores of its images."""
 
-@dataclass(frozen=True)
-class Scores:
-    """Raw logits of the validation and test images."""
 
-    corpus: DecodedData
-    logits: Mapping[str, npt.NDArray[np.float32]]
-    """Split -> [images, classes], in the order of `corpus.rows`."""
+def score_splits(
+    corpus: DecodedData, sidecar: Sidecar, files: Mapping[str, bytes], resources: Resources
+) -> dict[str, EvalResult]:
+    """Run the model in these files over the validation and test images that there are.
 
-    @classmethod
-    def of(
-        cls, corpus: DecodedData, sidecar: Sidecar, files: Mapping[str, bytes], resources: Resources
-    ) -> Self:
-        """Run the model in these files over what is there to measure on."""
-        measured = [name for name in MEASURED if len(corpus.rows[name])]
-        return cls(
-            corpus,
-            {
-                name: scoring.score(corpus.decoded[name], corpus.rows[name], files, sidecar, resources)
-                for name in measured
-            },
+    Raises:
+        IngestError: an image of a streamed dataset could be read before training and cannot now.
+    """
+    found = {}
+    targets = corpus.data.targets()
+    for name in (name for name in MEASURED if len(corpus.rows[name])):
+        rows = corpus.rows[name]
+        eval_set = EvalSet(take_images(corpus.data, rows), targets[rows])
+        predictions = predict_on_cluster(corpus.decoded[name], files, sidecar, resources)
+        found[name] = score(eval_set, sidecar.class_ids, predictions)
+        _refuse_lost(found[name])
+    return found
+
+
+def _refuse_lost(result: EvalResult) -> None:
+    if lost := len(result.unreadable):
+        raise IngestError(
+            f"{lost} of {lost + result.images.num_rows} images to measure could be read before training and "
+            "cannot now; the same command measures again without training again. --ingest.mode disk reads "
+            "every image once"
         )
 
-    def targets(self, split: str) -> npt.NDArray[Any]:
-        targets: npt.NDArray[Any] = self.corpus.data.targets()[self.corpus.rows[split]]
-        return targets
 
-    def scored(self, split: str, sidecar: Sidecar) -> Scored:
-        """Logits, calibrated probabilities and truth of one split."""
-        logits_nc = self.logits[split]
-        return Scored(sidecar.class_ids, logits_nc, probabilities_of(logits_nc, sidecar), self.targets(split))
-
-
-def probabilities_of(logits_nc: npt.NDArray[np.float32], sidecar: Sidecar) -> npt.NDArray[np.float32]:
-    return metrics.probabilities(logits_nc, temperature=sidecar.temperature, multi_label=sidecar.multi_label)
-
-
-def calibrated(scores: Scores, sidecar: Sidecar, *, target_precision: float) -> Sidecar:
-    """The sidecar with the temperature and the thresholds that suit the validation images."""
-    logits_nc, truth = scores.logits[splits.VALIDATION], scores.targets(splits.VALIDATION)
-    sidecar = replace(sidecar, temperature=calibration.fit_temperature(logits_nc, truth))
+def calibrate(
+    results: Results, sidecar: Sidecar, data: LabelledData, *, target_precision: float
+) -> tuple[dict[str, EvalResult], Sidecar]:
+    """The results and the sidecar with the temperature and the thresholds that suit the validation images."""
+    on_validation = results[splits.VALIDATION].scored
+    temperature = calibration.fit_temperature(on_validation.logits_nc, on_validation.targets)
+    calibrated = {
+        name: replace(result, scored=result.scored.at_temperature(temperature))
+        for name, result in results.items()
+    }
     thresholds = calibration.fit_thresholds(
-        probabilities_of(logits_nc, sidecar),
-        truth,
-        scores.corpus.data.taxonomy.rollup(sidecar.class_ids),
+        calibrated[splits.VALIDATION].scored.probabilities_nc,
+        on_validation.targets,
+        data.taxonomy.rollup(sidecar.class_ids),
         target_precision=target_precision,
     )
-    return replace(sidecar, thresholds=thresholds)
+    return calibrated, replace(sidecar, temperature=temperature, thresholds=thresholds)
 
 
-def evaluations(scores: Scores, sidecar: Sidecar, *, about: Mapping[str, str]) -> dict[str, Evaluation]:
+def evaluate_splits(
+    results: Results, sidecar: Sidecar, data: LabelledData, *, model: str
+) -> dict[str, Evaluation]:
     """Split -> everything measured on it."""
-    data = scores.corpus.data
+    about = {"model": model, "dataset": redact(data.settings.uri), "taxonomy": data.taxonomy.name}
     return {
         name: evaluate(
-            scores.scored(name, sidecar),
-            data.taxonomy,
-            thresholds=sidecar.thresholds,
-            about={
-                **about,
-                "dataset": redact(data.settings.uri),
-                "split": name,
-                "taxonomy": data.taxonomy.name,
-            },
+            result.scored, data.taxonomy, thresholds=sidecar.thresholds, about={**about, "split": name}
         )
-        for name in scores.logits
+        for name, result in results.items()
     }
 
 
-def report(
-    scores: Scores,
-    sidecar: Sidecar,
+def write_run_report(
+    results: Results,
     found: Mapping[str, Evaluation],
+    corpus: DecodedData,
     recipe: Recipe,
+    *,
     files: Mapping[str, bytes],
     output: str,
 ) -> None:
-    """Write the run's report: the last split measured, its pictures, how training went."""
-    corpus, split = scores.corpus, list(found)[-1]
-    data, rows = corpus.data, corpus.rows[split]
-    images = data.rows.take(pa.array(rows)).append_column("item_id", pa.array(rows, pa.int64()))
-    network = scoring.network(files)
-    shown = gallery(scores.scored(split, sidecar), data.taxonomy, images, corpus.spec, network=network)
-    material = replace(
+    """Write the run's report: the last split measured, its images, how training went."""
+    split, data = list(found)[-1], corpus.data
+    result = results[split]
+    shown = gallery(result.scored, data.taxonomy, result.images, corpus.spec, network=load_network(files))
+    extras = replace(
         shown,
         history=runs.history(output),
-        class_counts=class_counts(corpus, (splits.TRAIN, *found)),
-        balancing=balancing(recipe),
+        class_counts=data.images_per_class({name: corpus.rows[name] for name in (splits.TRAIN, *found)}),
+        balancing=describe_balancing(recipe),
         augmented=augmented_samples(corpus, recipe),
     )
-    write_report(found[split], uris.join(output, runs.REPORT), material)
+    write_report(found[split], join(output, runs.REPORT), extras)
 
 
-def class_counts(corpus: DecodedData, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Split -> class -> images that were used, after broken ones and copies were left out."""
-    data = corpus.data
-    return {
-        name: dict(zip(data.classes, data.class_counts(corpus.rows[name]).tolist(), strict=True))
-        for name in names
-    }
-
-
-def balancing(recipe: Recipe) -> str:
+def describe_balancing(recipe: Recipe) -> str:
     """What was done about rare classes, in a sentence."""
     balance, done = recipe.balance, []
     counted = "" if balance.sampling == "none" else ", counted as sampled"

@@ -107,10 +107,12 @@ def fit(job: TrainingJob, how: Ingest, listen: Listener | None = None) -> runs.R
     result = train(job, prepared, listen)
     files, best = best_model(result)
     train_s = time.time() - started
-    scores = evaluate.Scores.of(prepared, job.sidecar, files, job.resources)
-    sidecar = evaluate.calibrated(scores, job.sidecar, target_precision=job.recipe.target_precision)
-    found = evaluate.evaluations(scores, sidecar, about={"model": job.recipe.model})
-    evaluate.report(scores, sidecar, found, job.recipe, files, job.output)
+    results = evaluate.score_splits(prepared, job.sidecar, files, job.resources)
+    results, sidecar = evaluate.calibrate(
+        results, job.sidecar, job.data, target_precision=job.recipe.target_precision
+    )
+    found = evaluate.evaluate_splits(results, sidecar, job.data, model=job.recipe.model)
+    evaluate.write_run_report(results, found, prepared, job.recipe, files=files, output=job.output)
     content = {
         **runs.identity(job.recipe, job.data),
         "image_spec": asdict(job.spec),

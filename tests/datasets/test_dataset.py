@@ -346,12 +346,12 @@ def test_the_report_counts_the_images_that_were_used_and_names_all_that_was_done
     data = load(image_folder(tmp_path / "images", per_class=20))
     rows = {name: data.indices(name)[3:] for name in ("train", "validation", "test")}
     used = corpus.DecodedData(data, SPEC, SPEC, {}, rows, "memory", Ingest(), [], {})
-    counts = evaluate.class_counts(used, ("train", "test"))
+    counts = data.images_per_class({name: used.rows[name] for name in ("train", "test")})
     assert {name: sum(found.values()) for name, found in counts.items()} == {"train": 39, "test": 3}
     balance = Balance(sampling="oversample", class_weights="sqrt")
-    words = evaluate.balancing(Recipe(balance=balance, loss=Loss(focal_gamma=2)))
+    words = evaluate.describe_balancing(Recipe(balance=balance, loss=Loss(focal_gamma=2)))
     assert "focal loss (gamma 2)" in words and "(sqrt, counted as sampled)" in words
-    assert evaluate.balancing(Recipe()) == "Nothing was done about rare classes."
+    assert evaluate.describe_balancing(Recipe()) == "Nothing was done about rare classes."
 
 
 def test_copies_in_two_splits_stay_where_they_are_measured():

@@ -19,7 +19,7 @@ from jobs.config import EvaluateConfig
 from pipelines.datasets import dataset as datasets
 from pipelines.datasets.normalize import normalize
 from pipelines.datasets.settings import DataSettings, Splits
-from pipelines.evaluation import attention, evaluation, hierarchy, metrics, report, score
+from pipelines.evaluation import attention, eval_set, evaluation, hierarchy, metrics, report
 from pipelines.evaluation.evaluation import Scored
 from pipelines.messages import InputError
 from pipelines.taxonomy import taxonomy
@@ -116,7 +116,7 @@ def test_multi_label_evaluation_has_map_and_no_confusion_matrix() -> None:
     found = evaluation.evaluate(Scored(IDS, logits_nc, scores_nc, targets_nc), TAXONOMY)
     assert found.overall["map"] > 0.8
     assert found.confusions == []
-    page = report.page(found.document(), report.Material())
+    page = report.page(found.document(), report.ReportExtras())
     assert "mAP" in page
     assert 'id="confusion"' not in page
 
@@ -149,12 +149,12 @@ class References(html.parser.HTMLParser):
             self.images.append(found)
 
 
-def material(judged: Scored, tree: taxonomy.Taxonomy) -> report.Material:
+def report_extras(judged: Scored, tree: taxonomy.Taxonomy) -> report.ReportExtras:
     """Everything that a report can show."""
     rng = np.random.default_rng(0)
     rows = evaluation.choose_images(judged)[0]
     images = [
-        report.Shown(
+        report.ReportImage(
             int(row),
             f"s3://bucket/{row}.jpg",
             rng.integers(0, 255, (40, 56, 3), np.uint8),
@@ -162,13 +162,13 @@ def material(judged: Scored, tree: taxonomy.Taxonomy) -> report.Material:
         )
         for row in rows
     ]
-    pictures = report.pictures(judged, tree, images)
+    pictures = report.caption_images(judged, tree, images)
     history = [
         {"epoch": epoch, "loss": 2 / epoch, "accuracy": epoch / 9, "learning_rate": 1e-3}
         for epoch in range(1, 6)
     ]
     counts = {"train": dict.fromkeys(judged.class_ids, 70), "test": dict.fromkeys(judged.class_ids, 10)}
-    return report.Material(
+    return report.ReportExtras(
         sample=pictures, worst=pictures[:6], attention=pictures[:6], history=history, class_counts=counts,
         balancing="Rare classes were oversampled.", augmented=images[:10],
     )  # fmt: skip
@@ -176,7 +176,7 @@ def material(judged: Scored, tree: taxonomy.Taxonomy) -> report.Material:
 
 def test_the_report_needs_nothing_from_elsewhere_and_every_plot_names_its_axes(tmp_path: Path) -> None:
     judged, tree = random_scores(20)
-    report.write_report(evaluation.evaluate(judged, tree), str(tmp_path), material(judged, tree))
+    report.write_report(evaluation.evaluate(judged, tree), str(tmp_path), report_extras(judged, tree))
     found = References()
     found.feed((tmp_path / "report.html").read_text())
     assert all(link.startswith(("data:image/", "#")) for link in found.links)
@@ -198,8 +198,8 @@ def test_hostile_labels_and_addresses_stay_text() -> None:
     labels = ("<script>alert(1)</script>", 'a" onload="alert(2)')
     judged = scored_as([0, 1, 1], [0, 1, 0], ids=labels)
     tree = taxonomy.flat(labels)
-    shown = report.Shown(0, '"><img src=http://evil.example/x>', np.zeros((4, 4, 3), np.uint8))
-    pictures = report.Material(sample=report.pictures(judged, tree, [shown]))
+    shown = report.ReportImage(0, '"><img src=http://evil.example/x>', np.zeros((4, 4, 3), np.uint8))
+    pictures = report.ReportExtras(sample=report.caption_images(judged, tree, [shown]))
     page = report.page(evaluation.evaluate(judged, tree).document(), pictures)
     found = References()
     found.feed(page)
@@ -225,7 +225,7 @@ document.title = `wide ${wide.length} overlapping ${overlapping} scrolling ${scr
 @pytest.mark.parametrize("n_classes", [20, 300])
 def test_nothing_overflows_or_overlaps_at_1280_pixels(n_classes: int, tmp_path: Path) -> None:
     judged, tree = random_scores(n_classes, 3_000)
-    page = report.page(evaluation.evaluate(judged, tree).document(), material(judged, tree))
+    page = report.page(evaluation.evaluate(judged, tree).document(), report_extras(judged, tree))
     (tmp_path / "page.html").write_text(page + OVERFLOW)
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -268,11 +268,11 @@ def test_a_label_below_a_class_counts_as_that_class_and_a_foreign_one_is_left_ou
     lines = [f"{i}.jpg,{label},{'test' if i else 'train'}" for i, label in enumerate(labels)]
     (pictures / "labels.csv").write_text("\n".join(["file,label,split", *lines]))
     data = datasets.load(DataSettings(str(pictures / "labels.csv")))
-    asked = score.questions(data, "test", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
+    asked = eval_set.build_eval_set(data, "test", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
     assert asked.targets.tolist() == [1, 2, 4, 0, 1, 2, 4]
     assert dict(asked.uncovered) == {"150": 2}
-    with pytest.raises(score.NothingToExamine, match=r"9 test, 1 train.*--split all"):
-        score.questions(data, "validation", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
+    with pytest.raises(InputError, match=r"9 test, 1 train.*--split all"):
+        eval_set.build_eval_set(data, "validation", small_models.CLASS_IDS, TAXONOMY, multi_label=False)
 
 
 def evaluate(*arguments: str) -> int:
@@ -329,12 +329,12 @@ def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog)
     n_test = len(trained_on.indices("test"))
     assert asked("--checkpoint", str(run / "best")) == (n_test, f"0 of {n_test} images")
     assert asked("--bundle", str(tmp_path / "bundle"), "--run", str(run))[0] == n_test
-    assert "flattered" not in caplog.text
+    assert "too good" not in caplog.text
     assert asked("--bundle", str(tmp_path / "bundle"))[1].startswith("unknown")
     assert "--run RUN" in caplog.text
     known, n_train = runs.recorded_splits(str(run)), len(trained_on.indices("train"))
-    everything = score.seen_in_training(trained_on, "all", known)
-    assert everything == score.Seen(f"{n_train} of 40 images", True)
+    everything = eval_set.find_leakage(trained_on, "all", known)
+    assert everything == eval_set.Leakage(f"{n_train} of 40 images", True)
 
 
 def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
@@ -342,8 +342,8 @@ def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
     data = datasets.LabelledData(
         rows, ("x",), taxonomy.flat(["x"]), DataSettings("b"), False, divided_here=frozenset(["test"])
     )
-    seen = score.seen_in_training(data, "test", {"a/1": "train", "a/2": "train"})
-    assert seen.suspect and "2 are at addresses that its run does not know" in seen.words
+    seen = eval_set.find_leakage(data, "test", {"a/1": "train", "a/2": "train"})
+    assert seen.suspected and "2 are at addresses that its run does not know" in seen.summary
 
 
 def test_a_bundle_and_a_checkpoint_cannot_be_judged_at_once() -> None:
@@ -354,5 +354,5 @@ def test_a_bundle_and_a_checkpoint_cannot_be_judged_at_once() -> None:
 def test_settings_of_a_bundle_are_refused_for_a_checkpoint() -> None:
     """Or float32's numbers would be taken for int8's."""
     settings = ("--checkpoint", "run", "--dataset", "x", "--output", "y", "--precision", "int8")
-    with pytest.raises(InputError, match="precision: a checkpoint is judged in PyTorch"):
+    with pytest.raises(InputError, match="precision: a checkpoint is evaluated in PyTorch"):
         evaluate(*settings)

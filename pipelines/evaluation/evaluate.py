@@ -1,0 +1,82 @@
+"""Evaluate a model on a labelled dataset in one process: score, measure, draw, write."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pipelines.datasets.dataset import LabelledData
+from pipelines.evaluation.eval_set import ALL, EvalSet, Leakage, build_eval_set, find_leakage
+from pipelines.evaluation.evaluation import Evaluation, evaluate
+from pipelines.evaluation.gallery import gallery
+from pipelines.evaluation.models import EvaluatedModel
+from pipelines.evaluation.report import write_report
+from pipelines.evaluation.score import EvalResult, predict_on_threads, score
+
+log = logging.getLogger(__name__)
+
+LISTED = 20
+"""Unreadable images named in the log."""
+
+
+def evaluate_model(
+    model: EvaluatedModel,
+    data: LabelledData,
+    split: str,
+    *,
+    recorded: Mapping[str, str] | None,
+    threads: int,
+    output: str,
+) -> Evaluation:
+    """Measure the model on a split and write `report.html` and `evaluation.json`.
+
+    Args:
+        split: name of a split, or `all`.
+        recorded: image URI -> split in the run that made the model, where that is known.
+
+    Raises:
+        InputError: the split is empty, or its labels are not the model's.
+        JobFailed: no image can be decoded.
+    """
+    data = data.divided_as(recorded or {})
+    eval_set = build_eval_set(data, split, model.class_ids, model.taxonomy, multi_label=model.multi_label)
+    leakage = find_leakage(data, split, recorded)
+    _warn(eval_set, leakage)
+    predictions = predict_on_threads(eval_set.images, model.predict, model.image_spec, threads=threads)
+    result = score(eval_set, model.class_ids, predictions)
+    for image in result.unreadable[:LISTED]:
+        log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
+    found = evaluate(
+        result.scored,
+        model.taxonomy,
+        thresholds=model.thresholds,
+        about=_about(model, data, split, leakage, result),
+    )
+    shown = gallery(result.scored, model.taxonomy, result.images, model.image_spec, network=model.network)
+    counts = {} if split == ALL else data.images_per_class(data.rows_by_split())
+    write_report(found, output, replace(shown, history=model.history, class_counts=counts))
+    return found
+
+
+def _warn(eval_set: EvalSet, leakage: Leakage) -> None:
+    if leakage.suspected:
+        log.warning(
+            "the numbers may be too good; training images in this split: %s. Give --run RUN, which made the "
+            "model, or use --split all with images that it has never seen",
+            leakage.summary,
+        )
+    for label, images in eval_set.uncovered.items():
+        log.warning("no class of the model covers %s (%d images)", label, images)
+
+
+def _about(
+    model: EvaluatedModel, data: LabelledData, split: str, leakage: Leakage, result: EvalResult
+) -> dict[str, str]:
+    return {
+        "model": model.name,
+        "dataset": data.settings.uri,
+        "split": split,
+        "seen in training": leakage.summary,
+        "taxonomy": model.taxonomy.name,
+        "unreadable images": str(len(result.unreadable)),
+        "certificate": model.certificate,
+    }
