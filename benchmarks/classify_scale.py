@@ -29,8 +29,9 @@ from process_tree import ProcessTree
 
 from jobs import classify_images
 from jobs.config import ClassifyConfig
-from pipelines.classify.on_ray import work_list
+from pipelines.classify import run as runs
 from pipelines.classify.sizing import CPU_CHUNK
+from pipelines.classify.steps import work_list
 from pipelines.ledger.entries import Part
 from pipelines.ledger.item_set import Range
 
@@ -151,7 +152,7 @@ def record_most(config: ClassifyConfig) -> None:
     began = time.monotonic()
     run = classify_images.prepare(config)
     console.print(f"planned {run.plan.n_items:,} images in {time.monotonic() - began:.1f} s")
-    run.ledger.announce(classify_images.session(run))
+    runs.announce(run)
     run.ledger.record([finished(number, items) for number, items in enumerate(done_items(run.plan.n_items))])
 
 

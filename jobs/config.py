@@ -159,6 +159,9 @@ class CertifyConfig(JobConfig):
 class ClassifyConfig(RayConfig):
     """Label every image of an inventory with a bundle, exactly once, into a Parquet table."""
 
+    engine: Literal["auto", "local", "ray"] = "auto"
+    """`local` runs in this process; `ray` on a cluster. `auto` is `ray` where an address names a cluster."""
+
     inventory: str
     """Table of URIs (Parquet, CSV, JSON lines), folder or prefix of images, Parquet with bytes, or tars."""
     bundle: str

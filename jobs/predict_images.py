@@ -32,9 +32,10 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """
     from jobs.certificate_gate import require_certificate
     from pipelines.bundle import bundle as bundles
-    from pipelines.bundle.predictor import black, loaded_row, loaded_table, open_predictor
+    from pipelines.bundle.predictor import open_predictor
     from pipelines.fetch.fetch import Fetcher
-    from pipelines.images.prepare import prepare
+    from pipelines.fetch.load import decode_here, load
+    from pipelines.fetch.source import Source
     from pipelines.specs import RuntimeSpec
 
     if not config.images:
@@ -45,18 +46,17 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
     predictor = open_predictor(bundle, runtime, config.top_k)
     fetcher = Fetcher(config.fetch)
-    pixels_nhwc = black(len(config.images), bundle.image_spec)
-    rows = []
     try:
-        for index, uri in enumerate(config.images):
-            fetched = fetcher.fetch(uri)
-            image = None if fetched.payload is None else prepare(fetched.payload, bundle.image_spec)
-            if image is not None and image.pixels_hwc is not None:
-                pixels_nhwc[index] = image.pixels_hwc
-            rows.append(loaded_row(index, fetched, image))
+        loaded = load(
+            fetcher,
+            [Source(uri) for uri in config.images],
+            item_ids=range(len(config.images)),
+            spec=bundle.image_spec,
+            decode=decode_here(bundle.image_spec),
+        )
     finally:
         fetcher.close()
-    scored = predictor.score(loaded_table(rows, pixels_nhwc)).to_pylist()
+    scored = predictor.score(loaded).to_pylist()
     model = {
         "cattax": bundle.cattax,
         "taxonomy": bundle.taxonomy_name,

@@ -1,10 +1,4 @@
-"""Fetched bytes and decoded pixels -> rows of `schema.LOADED`; through the model -> rows of `schema.SCORED`.
-
-What the workers of a cluster and the one process of `predict` have in common. It fetches and decodes
-nothing itself.
-"""
-
-from collections.abc import Sequence
+"""Rows of `schema.LOADED` with pixels -> rows of `schema.SCORED`, through a loaded model."""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,61 +10,9 @@ from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.labelling import Floats, Labeller, labeller
 from pipelines.bundle.session import OnnxModel
-from pipelines.fetch.source import Fetched
-from pipelines.images.prepare import Pixels, Prepared
+from pipelines.images.pixels import pixels_of
 from pipelines.specs import ImageSpec, RuntimeSpec
 from pipelines.status import Status
-
-Row = dict[str, object]
-"""One image by the columns of `schema.LOADED`."""
-
-
-def black(n: int, spec: ImageSpec) -> Pixels:
-    """uint8 [n, height, width, 3] of zeros, which a row without pixels keeps."""
-    return np.zeros((n, spec.height, spec.width, 3), np.uint8)
-
-
-def loaded_row(item_id: int, fetched: Fetched, image: Prepared | None) -> Row:
-    """What became of one image, whether or not bytes or pixels came of it.
-
-    Args:
-        image: what decoding made of the payload, if there is one.
-    """
-    row: Row = {"item_id": item_id, "status": fetched.status.value, "error": fetched.error}
-    return row | image_columns(image) | {"sha256": fetched.sha256} if image else row
-
-
-def loaded_table(rows: Sequence[Row], pixels_nhwc: Pixels) -> pa.Table:
-    """Rows of `schema.LOADED` with their column `pixels`, which shows the array."""
-    table = pa.Table.from_pylist(rows, schema=schema.LOADED)
-    return table.append_column("pixels", pixels_column(pixels_nhwc))
-
-
-def image_columns(image: Prepared) -> Row:
-    return {
-        "status": image.status.value,
-        "error": image.error,
-        "width_px": image.width_px,
-        "height_px": image.height_px,
-        "format": image.format,
-    }
-
-
-def pixels_column(pixels_nhwc: Pixels) -> pa.Array:
-    """uint8 [n, height, width, 3] as fixed-size binary, without a copy."""
-    n, height, width, _ = pixels_nhwc.shape
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(pixels_nhwc))]
-    return pa.FixedSizeBinaryArray.from_buffers(schema.pixels_type(height, width), n, buffers)
-
-
-def pixels_of(column: pa.ChunkedArray, spec: ImageSpec) -> Pixels:
-    """The inverse of `pixels_column`: uint8 [n, height, width, 3], without a copy for a single chunk."""
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    size = spec.height * spec.width * 3
-    flat = np.frombuffer(array.buffers()[1], np.uint8)[
-        array.offset * size : (array.offset + len(array)) * size
-    ]
-    return flat.reshape(len(array), spec.height, spec.width, 3)
 
 
 class Predictor:

@@ -111,3 +111,16 @@ def gpu_name(device_id: int) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise ProviderUnavailable(f"nvidia-smi does not answer: {error}") from error
     return answer.stdout.strip().replace(", ", " driver ")
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that this process may use: `CUDA_VISIBLE_DEVICES`, else all that nvidia-smi lists."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        devices = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        return sum(device.strip() not in ("", "-1") for device in devices)
+    try:
+        command = ["nvidia-smi", "--list-gpus"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return len(answer.stdout.splitlines())

@@ -10,11 +10,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ray.data import Dataset
+import pyarrow as pa
 
 from pipelines.ledger.item_set import count
 from pipelines.ledger.ledger import Ledger, LedgerLost
@@ -55,19 +55,19 @@ class Passes:
     """Wait before each later pass, seconds."""
 
 
-def classify_missing(
+def run_passes(
     ledger: Ledger,
     committer: Committer,
     passes: Passes,
-    dataflow: Callable[[bool], Dataset],
+    dataflow: Callable[[bool], Iterable[pa.Table]],
     *,
     progress: Progress,
-    every_s: float,
 ) -> None:
     """Run until every item is recorded.
 
     Args:
-        dataflow: the dataset over what the ledger misses; its argument says whether this pass is final.
+        dataflow: classifies what the ledger misses and yields a row per written part; its argument says
+            whether this pass is final.
 
     Raises:
         JobFailed: asked to stop, or a final pass recorded nothing new. What was recorded is kept.
@@ -77,7 +77,7 @@ def classify_missing(
         try:
             for number in itertools.count():
                 before = len(ledger.done)
-                for written in arrivals(dataflow(number >= passes.later), every_s=every_s):
+                for written in arrivals(dataflow(number >= passes.later), every_s=committer.interval_s):
                     take(written, committer, progress)
                 committer.flush()
                 if ledger.done.full:
@@ -85,7 +85,7 @@ def classify_missing(
                 left = ledger.done.n_items - len(ledger.done)
                 if number >= passes.later and len(ledger.done) == before:
                     raise JobFailed(
-                        f"{left:,} images came to no end in a whole pass; run the same command again"
+                        f"{left:,} images did not finish in a full pass; run the same command again"
                     )
                 log.info("trying %s images again", f"{left:,}")
                 time.sleep(passes.pause_s)
@@ -121,26 +121,32 @@ def take(written: WriteResult | None, committer: Committer, progress: Progress) 
     progress.show()
 
 
-def arrivals(parts: Dataset, *, every_s: float) -> Iterator[WriteResult | None]:
+def arrivals(written: Iterable[pa.Table], *, every_s: float) -> Iterator[WriteResult | None]:
     """Every written part as it comes, and None whenever `every_s` seconds passed without one."""
     arrived: queue.Queue[Arrival] = queue.Queue()
-    threading.Thread(target=consume, args=(parts, arrived), name="consume", daemon=True).start()
-    while True:
-        try:
-            arrival = arrived.get(timeout=every_s)
-        except queue.Empty:
-            yield None
-            continue
-        if arrival is None:
-            return
-        if isinstance(arrival, BaseException):
-            raise arrival
-        yield arrival
-
-
-def consume(parts: Dataset, arrived: "queue.Queue[Arrival]") -> None:
+    stop = threading.Event()
+    threading.Thread(target=consume, args=(written, arrived, stop), name="consume", daemon=True).start()
     try:
-        for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        while True:
+            try:
+                arrival = arrived.get(timeout=every_s)
+            except queue.Empty:
+                yield None
+                continue
+            if arrival is None:
+                return
+            if isinstance(arrival, BaseException):
+                raise arrival
+            yield arrival
+    finally:
+        stop.set()
+
+
+def consume(written: Iterable[pa.Table], arrived: "queue.Queue[Arrival]", stop: threading.Event) -> None:
+    try:
+        for batch in written:
+            if stop.is_set():
+                return
             for row in batch.to_pylist():
                 arrived.put(read_result(row))
         arrived.put(None)

@@ -6,7 +6,7 @@ per core, and one load actor for every eight, since decoding a photo costs a fra
 
 from collections.abc import Mapping
 
-from pipelines.classify.on_ray import Pools
+from pipelines.classify.steps import Pools
 from pipelines.specs import RuntimeSpec, Workers
 
 CORES_PER_LOAD_ACTOR = 8

@@ -35,6 +35,7 @@ from pipelines.images.shared_memory import (
     read_outcome,
     write_outcome,
 )
+from pipelines.messages import JobFailed
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
 
@@ -42,7 +43,7 @@ PAYLOAD_BYTES_AT_ONCE = 32 << 20
 """Payloads in shared memory at a time; a larger one goes alone. It bounds the memory of a large batch."""
 
 
-class DecoderUnavailable(RuntimeError):
+class DecoderUnavailable(JobFailed):
     """The supervisor does not start: this machine is at fault, not an image."""
 
 

@@ -214,7 +214,7 @@ class Committer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger, self._state = ledger, state
-        self._every_s, self._clock = every_s, clock
+        self.interval_s, self._clock = every_s, clock
         self._written_at = clock()
         self._pending: list[Part] = []
         self._claimed: ItemSet = ledger.done.copy()
@@ -233,7 +233,7 @@ class Committer:
 
     def tick(self) -> None:
         """Write the entry if it is time; with nothing to write, look for a rival."""
-        if self._clock() - self._written_at < self._every_s:
+        if self._clock() - self._written_at < self.interval_s:
             return
         if self._pending:
             self.flush()

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
-from pipelines.classify.on_ray import work_list
+from pipelines.classify.steps import work_list
 from tests.builders import decoder_faults
 from tests.builders.drivers import start
 from tests.builders.fault_server import FaultServer
@@ -180,7 +180,14 @@ def test_a_failing_inventory_is_not_published_and_a_higher_budget_publishes_it(
 @pytest.mark.slow
 def test_a_killed_driver_continues_and_a_stopped_one_says_how(bundle, tmp_path):
     images = draw(tmp_path / "images", 240)
-    settings = ["--workers.rows-per-part", "20", "--workers.rows-per-chunk", "20", "--commit-every-s", "0.05"]
+    settings = [
+        "--workers.items-per-part",
+        "20",
+        "--workers.items-per-batch",
+        "20",
+        "--commit-every-s",
+        "0.05",
+    ]
     arguments = command(images, bundle, tmp_path / "out", *settings)
     ledger = tmp_path / "out" / "state" / "ledger"
 

@@ -10,6 +10,7 @@ from jobs.cli import main
 from jobs.config import ClassifyConfig
 from pipelines.bundle import bundle
 from pipelines.bundle.bundle import open_bundle
+from pipelines.classify import run as runs
 from tests.builders.models import PASSED, dataset, small_bundle
 
 
@@ -73,12 +74,12 @@ def test_run_whose_first_half_was_without_proof_is_never_reported_as_certified(b
     output = str(tmp_path / "out")
     settings = {"inventory": str(pictures), "bundle": str(bare), "output": output}
     first = classify_images.prepare(ClassifyConfig(**settings, allow_uncertified=True))
-    first.ledger.announce(classify_images.session(first))
+    runs.announce(first)
     bundle.add_certificate(str(bare), first.bundle.manifest, "cpu", "fp32", PASSED)
     second = classify_images.prepare(ClassifyConfig(**settings))
-    second.ledger.announce(classify_images.session(second))
+    runs.announce(second)
     assert second.certified
-    classify_images.report(second)
+    runs.write_report(second)
     report = json.loads((tmp_path / "out" / "state" / "report.json").read_text())
     assert (report["certified"], report["providers"]) == (False, ["cpu"])
     assert json.loads((tmp_path / "out" / "state" / "run.json").read_text())["certified"] is False

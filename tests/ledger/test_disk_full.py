@@ -86,7 +86,7 @@ def test_a_command_whose_disk_filled_up_says_so_and_completes_once_there_is_spac
     for pages in (0, 4, 8, 9, 10, 11, 12, 13, 14):
         output = small_disk / str(pages)
         command = ["classify", "--inventory", str(images), "--bundle", str(tmp_path / "bundle"),
-                   "--output", str(output), "--workers.rows-per-part", "10"]  # fmt: skip
+                   "--output", str(output), "--workers.items-per-part", "10"]  # fmt: skip
         ballast = leave_free(small_disk, pages)
         code = main(command)
         message = capsys.readouterr().err.strip()

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines.classify.on_ray import Loader, Source, work_list
+from pipelines.classify.steps import Loader, Source, work_list
 from pipelines.inventory.inventory import plan
 from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
 from pipelines.storage.storage import open_storage

@@ -1,0 +1,74 @@
+"""Where classification runs: threads of this process, or a Ray cluster."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from jobs.cluster import LOGICAL_CPUS_PER_CORE, joins_cluster
+from pipelines.classify.run import Engine
+from pipelines.machine import cores
+from pipelines.messages import JobFailed, root_cause
+from pipelines.specs import Provider
+from pipelines.storage.uris import is_local
+
+Choice = Literal["auto", "local", "ray"]
+
+
+def resolve_engine(choice: Choice, ray_address: str | None) -> Literal["local", "ray"]:
+    """`auto` is `ray` where an address or `RAY_ADDRESS` (set in a Ray job) names a cluster, else `local`."""
+    if choice == "auto":
+        return "ray" if joins_cluster(ray_address) else "local"
+    return choice
+
+
+@contextmanager
+def open_engine(
+    choice: Choice,
+    *,
+    ray_address: str | None,
+    num_cpus: int | None,
+    provider: Provider,
+    folders: Sequence[str],
+) -> Iterator[Engine]:
+    """Start the engine for the duration of a run.
+
+    Args:
+        folders: what every node has to reach; a local one must exist on each.
+
+    Raises:
+        JobFailed: a node does not see a folder, or Ray itself failed.
+    """
+    if resolve_engine(choice, ray_address) == "ray":
+        with _ray_engine(ray_address, num_cpus, folders) as engine:
+            yield engine
+        return
+    from pipelines.bundle.providers import count_gpus
+    from pipelines.classify.local import run_dataflow
+
+    cpus, gpus = num_cpus or LOGICAL_CPUS_PER_CORE * cores(), 0 if provider == "cpu" else count_gpus()
+    resources = {"CPU": float(cpus), "GPU": float(gpus)}
+    yield Engine("local", run_dataflow, resources, num_cpus or cores())
+
+
+@contextmanager
+def _ray_engine(ray_address: str | None, num_cpus: int | None, folders: Sequence[str]) -> Iterator[Engine]:
+    from jobs.cluster import nodes_without, quieten, ray_cluster
+
+    quieten()
+    import ray
+    from ray.exceptions import RayError
+
+    from pipelines.classify.on_ray import run_dataflow
+
+    try:
+        with ray_cluster(ray_address, num_cpus=num_cpus):
+            for uri in filter(is_local, folders):
+                if blind := nodes_without(uri):
+                    raise JobFailed(
+                        f"{uri} does not exist on {', '.join(blind)}; put output and bundle on storage that "
+                        "every node reaches (s3://, gs://, az://, or a mount that all share)"
+                    )
+            local_cores = None if joins_cluster(ray_address) else cores()
+            yield Engine("ray", run_dataflow, ray.cluster_resources(), local_cores)
+    except RayError as error:
+        raise JobFailed(root_cause(str(error))) from error

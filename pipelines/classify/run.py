@@ -1,0 +1,222 @@
+"""One classification run: ledger, passes, error budget, publishing, report.
+
+What the `classify` command and a night have in common. Where it runs is an `Engine`: threads of this process
+(`local.run_dataflow`) or a Ray cluster (`on_ray.run_dataflow`).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.bundle.bundle import Bundle
+from pipelines.classify import report
+from pipelines.classify.passes import Passes, Progress, run_passes
+from pipelines.classify.sizing import size_pools
+from pipelines.classify.steps import Model, Pools, Source, work_list
+from pipelines.inventory.plan import Plan
+from pipelines.ledger import parts, publish
+from pipelines.ledger.entries import Phase
+from pipelines.ledger.ledger import Ledger
+from pipelines.ledger.parts import Committer, PartContext
+from pipelines.messages import Refused, redact
+from pipelines.specs import DecodeLimits, FetchLimits, RuntimeSpec, Workers
+from pipelines.storage.storage import Storage
+
+Dataflow = Callable[[pa.Table, Source, Model, PartContext, Pools], Iterator[pa.Table]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the dataflow runs, and what is there."""
+
+    name: str
+    run_dataflow: Dataflow
+    resources: Mapping[str, float]
+    """`CPU` and `GPU`, as Ray counts them."""
+    local_cores: int | None
+    """Cores, where all of it is this machine."""
+
+
+@dataclass(frozen=True)
+class ErrorBudget:
+    """Rows without a label beyond which a table is not published."""
+
+    max_error_rate: float
+    """Largest fraction of all rows."""
+    max_error_rate_of: Mapping[str, float]
+    """Largest fraction of all rows by status."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run classifies; `identity` says which of it decides the rows."""
+
+    runtime: RuntimeSpec
+    top_k: int
+    decode: DecodeLimits
+    fetch: FetchLimits
+    workers: Workers
+    passes: Passes
+    budget: ErrorBudget
+    commit_interval_s: float
+
+
+@dataclass
+class Run:
+    """One classification: its settings, what there is to do, and how far it is."""
+
+    settings: RunSettings
+    bundle: Bundle
+    state: Storage
+    table: Storage
+    plan: Plan
+    ledger: Ledger
+    certified: bool
+    """Whether a certificate covers what this process runs."""
+    images: int = 0
+    """Recorded by this process."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def identity(bundle: Bundle, plan: Plan, settings: RunSettings) -> dict[str, Any]:
+    """What decides the rows of the table; a resume must agree with it.
+
+    That is which images are taken, not how long or how hard each is tried: time-outs, attempts and memory.
+    """
+    return {
+        "plan": plan.hash,
+        "model_id": bundle.model_id,
+        "precision": settings.runtime.precision,
+        "top_k": settings.top_k,
+        "max_pixels": settings.decode.max_pixels,
+        "max_side": settings.decode.max_side,
+        "max_bytes": settings.fetch.max_bytes,
+        "max_redirects": settings.fetch.max_redirects,
+        "allow_private_addresses": settings.fetch.allow_private_addresses,
+        "allowed_networks": settings.fetch.allowed_networks,
+    }
+
+
+def announce(run: Run) -> None:
+    """Enter this process in the ledger, so that a second driver is found before it starts anything."""
+    run.ledger.announce(_session(run))
+
+
+def is_published(run: Run) -> bool:
+    """Whether the table is whole; finishes a publication that was interrupted after its last entry."""
+    if run.ledger.state.phase is not Phase.PUBLISHED:
+        return False
+    publish.finish(run.ledger, run.state, run.table)
+    return True
+
+
+def is_missing_images(run: Run) -> bool:
+    """Whether images are left to classify."""
+    return run.ledger.state.phase is Phase.RUNNING and not run.ledger.done.full
+
+
+def reopen_failed(run: Run) -> bool:
+    """Open a generation for the rows that failed for a passing reason; whether there are any."""
+    failed = publish.find_failed_items(run.ledger, run.plan, run.table)
+    if failed:
+        run.ledger.start_generation(failed, _session(run))
+    return bool(failed)
+
+
+def classify_missing(run: Run, engine: Engine, progress: Progress) -> None:
+    """Classify every image that the ledger misses, pass after pass."""
+    started, before = time.monotonic(), len(run.ledger.done)
+    committer = Committer(run.ledger, run.state, every_s=run.settings.commit_interval_s)
+    try:
+        run_passes(
+            run.ledger,
+            committer,
+            run.settings.passes,
+            lambda final: _run_dataflow(run, engine, final=final),
+            progress=progress,
+        )
+    finally:
+        run.seconds["classify"] = time.monotonic() - started
+        run.images = len(run.ledger.done) - before
+
+
+def publish_table(run: Run) -> None:
+    """Check the error budget, publish, report.
+
+    Raises:
+        Refused: more rows have no label than the budget allows.
+    """
+    if run.ledger.state.phase is Phase.RUNNING:
+        _check_budget(run)
+    started = time.monotonic()
+    rows_per_file = run.settings.workers.rows_per_file
+    publish.publish(run.ledger, run.plan, run.state, run.table, rows_per_file=rows_per_file)
+    run.seconds["publish"] = time.monotonic() - started
+    write_report(run)
+
+
+def write_report(run: Run) -> None:
+    """Write `state/report.json`."""
+    sessions = run.ledger.state.sessions
+    about = {
+        "model_id": run.bundle.model_id,
+        "taxonomy": run.bundle.taxonomy_name,
+        "providers": sorted({each["provider"] for each in sessions}),
+        "precision": run.settings.runtime.precision,
+        "certified": all(each["certified"] for each in sessions),
+    }
+    seconds = {name: round(value, 3) for name, value in run.seconds.items()}
+    report.write(run.state, run.ledger, run.plan, {"images": run.images, "seconds": seconds}, about)
+
+
+def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table]:
+    """The dataflow over what the ledger misses."""
+    settings, bundle = run.settings, run.bundle
+    pools = size_pools(
+        settings.workers,
+        engine.resources,
+        settings.runtime,
+        n_items=run.plan.n_items - len(run.ledger.done),
+        local_cores=engine.local_cores,
+    )
+    fetch = settings.fetch.shared_by(pools.load_actors)
+    target = PartContext(
+        state_uri=run.state.uri,
+        generation=run.ledger.state.generation,
+        model_id=bundle.model_id,
+        taxonomy=bundle.taxonomy_name,
+        cattax=bundle.cattax,
+        final=final,
+    )
+    return engine.run_dataflow(
+        work_list(run.ledger.done.missing(), pools.items_per_batch),
+        Source(run.state.uri, bundle.image_spec, settings.decode, fetch),
+        Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
+        target,
+        pools,
+    )
+
+
+def _check_budget(run: Run) -> None:
+    """Refuse too many rows without a label; a rerun of failed rows can only improve a published table."""
+    if run.ledger.state.generation > 1:
+        return
+    over = parts.exceeded_error_budget(
+        run.ledger.statuses(),
+        run.ledger.hosts(),
+        max_error_rate=run.settings.budget.max_error_rate,
+        max_error_rate_of=run.settings.budget.max_error_rate_of,
+    )
+    if over:
+        raise Refused(
+            f"nothing was published: {over}. What was classified is kept in {redact(run.state.uri)}; the "
+            "same command with a higher --max-error-rate publishes it, and another --output starts over"
+        )
+
+
+def _session(run: Run) -> dict[str, Any]:
+    """What the ledger keeps of each process that classified or published."""
+    return {"provider": run.settings.runtime.provider, "certified": run.certified}

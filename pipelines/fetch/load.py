@@ -1,0 +1,71 @@
+"""Where images are -> rows of `schema.LOADED` with their pixels: the one path from a URI to pixels.
+
+Classification, training, evaluation and `predict` all load through it; they differ in who decodes.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pyarrow as pa
+
+from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.source import Batch, Fetched, Source
+from pipelines.images.pixels import black_pixels, pixels_column
+from pipelines.images.prepare import Pixels, Prepared, prepare
+from pipelines.schema import LOADED
+from pipelines.specs import DecodeLimits, ImageSpec
+
+Decode = Callable[[Sequence[bytes], Pixels, Sequence[int]], Sequence[Prepared]]
+"""Decodes payloads into these positions of uint8 [n, height, width, 3]; returns one outcome per payload."""
+
+Row = dict[str, object]
+"""One image by the columns of `schema.LOADED`."""
+
+
+def load(
+    fetcher: Fetcher, sources: Sequence[Source], *, item_ids: Sequence[int], spec: ImageSpec, decode: Decode
+) -> pa.Table:
+    """Fetch and decode: rows of `schema.LOADED` and the column `pixels`, in the order of `sources`.
+
+    An image that cannot be used keeps its row, with the status that says why, and black pixels.
+    """
+    pixels_nhwc = black_pixels(len(sources), spec)
+    rows: list[Row] = [{}] * len(sources)
+    for batch in fetcher.fetch_batches(sources):
+        for index, row in _load_batch(batch, pixels_nhwc, decode):
+            rows[index] = {"item_id": item_ids[index], **row}
+    table = pa.Table.from_pylist(rows, schema=LOADED)
+    return table.append_column("pixels", pixels_column(pixels_nhwc))
+
+
+def decode_here(spec: ImageSpec, limits: DecodeLimits | None = None) -> Decode:
+    """A `Decode` that runs in the calling process."""
+
+    def decode(payloads: Sequence[bytes], pixels_nhwc: Pixels, positions: Sequence[int]) -> list[Prepared]:
+        outcomes = [prepare(payload, spec, limits) for payload in payloads]
+        for position, outcome in zip(positions, outcomes, strict=True):
+            if outcome.pixels_hwc is not None:
+                pixels_nhwc[position] = outcome.pixels_hwc
+        return outcomes
+
+    return decode
+
+
+def _load_batch(batch: Batch, pixels_nhwc: Pixels, decode: Decode) -> list[tuple[int, Row]]:
+    payloads = {index: fetched.payload for index, fetched in batch if fetched.payload is not None}
+    prepared = decode(list(payloads.values()), pixels_nhwc, list(payloads)) if payloads else ()
+    images = dict(zip(payloads, prepared, strict=True))
+    return [(index, _row(fetched, images.get(index))) for index, fetched in batch]
+
+
+def _row(fetched: Fetched, image: Prepared | None) -> Row:
+    """What became of one image; `image` is what decoding made of its payload, if there is one."""
+    if image is None:
+        return {"status": fetched.status.value, "error": fetched.error}
+    return {
+        "status": image.status.value,
+        "error": image.error,
+        "sha256": fetched.sha256,
+        "width_px": image.width_px,
+        "height_px": image.height_px,
+        "format": image.format,
+    }
