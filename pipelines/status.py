@@ -30,7 +30,17 @@ class Status(StrEnum):
     DECODE_TIMEOUT = "decode_timeout"
     # the model
     MODEL_ERROR = "model_error"
+    # a bug: whatever else was raised for this one image
+    INTERNAL_ERROR = "internal_error"
 
 
-TRANSIENT = frozenset({Status.TIMEOUT, Status.THROTTLED, Status.SERVER_ERROR, Status.CONNECTION_FAILED})
+TRANSIENT = frozenset(
+    {
+        Status.TIMEOUT,
+        Status.THROTTLED,
+        Status.SERVER_ERROR,
+        Status.CONNECTION_FAILED,
+        Status.INTERNAL_ERROR,  # memory or threads may have run out, or a later version mends it
+    }
+)
 """Failures that may pass: tried again in a later pass, and by `--retry-failed`."""

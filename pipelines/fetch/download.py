@@ -52,7 +52,7 @@ class Downloader:
                     except FetchError as error:
                         reservation.release()
                         if not await retry.sleep(error):
-                            return Fetched(error.status, error.error)
+                            return Fetched.of(error)
         except TimeoutError:
             error_text = f"not complete within {self._limits.total_timeout_s:g} s (--fetch.total-timeout-s)"
             return Fetched(Status.TIMEOUT, error_text)

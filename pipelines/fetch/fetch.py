@@ -18,10 +18,9 @@ from pipelines.fetch.download import Downloader
 from pipelines.fetch.memory import Memory, Reservation
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
 from pipelines.fetch.results import BATCH_BYTES, Result, ResultQueue, done
-from pipelines.fetch.retry import FetchError
+from pipelines.fetch.retry import internal_error
 from pipelines.fetch.source import Batch, Fetched, Source
 from pipelines.specs import FetchLimits
-from pipelines.status import Status
 from pipelines.storage.uris import is_local
 
 FILE_THREADS = 16
@@ -132,9 +131,10 @@ class Fetcher:
     def _read_file(self, index: int, source: Source, queue: ResultQueue) -> None:
         reservation = Reservation(self._memory)
         try:
-            queue.put(Result(index, files.read_source(source, reservation), reservation))
-        except Exception as error:  # a bug of ours: the caller raises it instead of waiting for ever
-            queue.put(Result(index, error, reservation))
+            fetched = files.read_source(source, reservation)
+        except Exception as error:  # a bug, or memory has run out: this object's result like any other
+            fetched = Fetched.of(internal_error(error))
+        queue.put(Result(index, fetched, reservation))
 
     def _start_remote(self, sources: Sequence[tuple[int, Source]], queue: ResultQueue) -> None:
         for index, source in sources:
@@ -150,14 +150,12 @@ class Fetcher:
             fetched = await self._downloader.fetch(source, timeout, reservation)
         except asyncio.CancelledError:
             reservation.release()
-            queue.put(Result(index, RuntimeError("the fetcher was closed"), reservation))
+            queue.put(Result(index, None, reservation))
             raise
-        except Exception as error:  # a bug of ours, as above
-            reservation.release()
-            queue.put(Result(index, error, reservation))
-        else:
-            reservation.shrink(len(fetched.payload or b""))
-            queue.put(Result(index, fetched, reservation))
+        except BaseException as error:  # as above; a panic of obstore's Rust code is not an Exception
+            fetched = Fetched.of(internal_error(error))
+        reservation.shrink(len(fetched.payload or b""))
+        queue.put(Result(index, fetched, reservation))
 
     def _fetch_embedded(self, sources: Sequence[tuple[int, Source]]) -> Iterator[Batch]:
         """Read rows of Parquet files in the caller's thread; it holds no memory while it waits for more."""
@@ -169,7 +167,7 @@ class Fetcher:
         held = 0
         try:
             for index, outcome in read_embedded(self._tables, places, self._limits.max_bytes):
-                fetched, reservation = _embedded(outcome), Reservation(self._memory)
+                fetched, reservation = Fetched.of(outcome), Reservation(self._memory)
                 n_bytes = len(fetched.payload or b"")
                 if held + n_bytes > BATCH_BYTES or not reservation.try_reserve(n_bytes):
                     yield from _yield_batch(results)
@@ -188,21 +186,15 @@ class Fetcher:
 
 
 def _yield_batch(results: list[Result]) -> Iterator[Batch]:
-    """Yield the results as one batch, then empty both and release their memory. Raises a bug's exception."""
+    """Yield the results as a batch, then empty both and release their memory; RuntimeError after `close`."""
     try:
         batch: Batch = []
         for result in results:
-            if isinstance(result.fetched, Exception):
-                raise result.fetched
+            if result.fetched is None:
+                raise RuntimeError("the fetcher was closed")
             batch.append((result.index, result.fetched))
         yield batch
         batch.clear()
     finally:
         done(results)
         results.clear()
-
-
-def _embedded(outcome: bytes | FetchError) -> Fetched:
-    if isinstance(outcome, FetchError):
-        return Fetched(outcome.status, outcome.error)
-    return Fetched(Status.OK, None, outcome)

@@ -35,7 +35,7 @@ def read_source(source: Source, reservation: Reservation) -> Fetched:
     try:
         return check_length(read_local(source.location, source.span, reservation), source)
     except FetchError as error:
-        return Fetched(error.status, error.error)
+        return Fetched.of(error)
 
 
 def local_file(uri: str) -> bytes:

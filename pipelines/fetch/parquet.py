@@ -13,10 +13,11 @@ from itertools import accumulate, groupby
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from aiohttp import ClientError
 from obstore.exceptions import BaseError
 
 from pipelines.fetch.memory import check_size
-from pipelines.fetch.retry import FetchError
+from pipelines.fetch.retry import FetchError, internal_error
 from pipelines.status import Status
 from pipelines.storage.storage import open_input
 
@@ -27,8 +28,8 @@ IDLE_CURSORS = 2
 """Readers kept open for the rows that follow: one for each thread that loads."""
 
 
-UNREADABLE = (OSError, BaseError, pa.ArrowException, LookupError)
-"""What reading a table raises; BaseError is obstore's, from below pyarrow's reader."""
+UNREADABLE = (OSError, BaseError, ClientError, pa.ArrowException, LookupError)
+"""What reading a table raises; below pyarrow's reader are obstore (BaseError) and fsspec with aiohttp."""
 
 
 class Cursor:
@@ -121,7 +122,7 @@ def read_embedded(
             for payload in reader.read(container, column, [place.row for place in found]):
                 yield found[done].index, _outcome(payload, max_bytes)
                 done += 1
-        except UNREADABLE as error:
+        except Exception as error:
             failed = _to_fetch_error(error)
             for place in found[done:]:
                 yield place.index, failed
@@ -139,6 +140,8 @@ def _outcome(payload: pa.Scalar, max_bytes: int) -> bytes | FetchError:
 
 
 def _to_fetch_error(error: Exception) -> FetchError:
+    if not isinstance(error, UNREADABLE):
+        return internal_error(error)
     if isinstance(error, FileNotFoundError):
         return FetchError(Status.NOT_FOUND, "the table does not exist any more")
     if isinstance(error, LookupError):

@@ -22,8 +22,8 @@ class Result:
     """One fetched object, and the memory that it holds."""
 
     index: int
-    fetched: Fetched | Exception
-    """An exception is a bug of ours: the caller raises it instead of waiting for ever."""
+    fetched: Fetched | None
+    """None if the fetcher was closed meanwhile."""
     reservation: Reservation
 
 

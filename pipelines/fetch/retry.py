@@ -1,7 +1,9 @@
 """Why a request failed, and whether and when to try again."""
 
 import asyncio
+import logging
 import random
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -9,6 +11,9 @@ from email.utils import parsedate_to_datetime
 from pipelines.messages import redact
 from pipelines.specs import FetchLimits
 from pipelines.status import TRANSIENT, Status
+
+logger = logging.getLogger(__name__)
+_logged: set[tuple[str, str]] = set()
 
 BACKOFF_FACTOR = 2.5
 """Four attempts 1, 2.5 and 6 seconds apart outlast a short outage and free their slot soon."""
@@ -42,6 +47,18 @@ class FetchError(Exception):
         self.status = status
         self.retry_after_s = retry_after_s
         self.final = final or status not in TRANSIENT
+
+
+def internal_error(error: BaseException) -> FetchError:
+    """The status of an unexpected exception; the first of each line of code is logged with its traceback."""
+    found = FetchError(Status.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+    frames = traceback.extract_tb(error.__traceback__)
+    kind = (type(error).__name__, str(frames[-1]) if frames else "")
+    if kind not in _logged:
+        _logged.add(kind)
+        # without the exception itself, whose text may hold secrets
+        logger.error("internal_error: %s\n%s", found.error, "".join(traceback.format_list(frames)))
+    return found
 
 
 def status_of_code(code: int) -> Status:

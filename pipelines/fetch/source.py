@@ -3,9 +3,11 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import pyarrow as pa
 
+from pipelines.fetch.retry import FetchError
 from pipelines.status import Status
 from pipelines.storage.uris import is_local
 
@@ -42,6 +44,12 @@ class Fetched:
     error: str | None = None
     payload: bytes | None = None
 
+    @classmethod
+    def of(cls, outcome: bytes | FetchError) -> Self:
+        if isinstance(outcome, FetchError):
+            return cls(outcome.status, outcome.error)
+        return cls(Status.OK, None, outcome)
+
     @cached_property
     def sha256(self) -> str | None:
         """Of the payload, in hexadecimal."""
@@ -63,4 +71,4 @@ def check_length(payload: bytes, source: Source) -> Fetched:
     if source.length is not None and len(payload) != source.length:
         error = f"{len(payload):,} of {source.length:,} bytes: the container ends before this member does"
         return Fetched(Status.TRUNCATED, error)
-    return Fetched(Status.OK, None, payload)
+    return Fetched.of(payload)

@@ -103,7 +103,7 @@ def parse(uri: str) -> URL:
         url = URL(uri, encoded=not NEEDS_QUOTING.search(uri))
         if url.scheme in ("http", "https") and url.host and url.port is not None:
             return url
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # yarl's IndexError: brackets without a host
         raise FetchError(Status.INVALID_URI, f"not a URL: {error}") from error
     raise FetchError(Status.INVALID_URI, f"not an absolute http(s) URL: {uri}")
 
@@ -114,7 +114,7 @@ def follow(url: URL, location: str) -> URL:
         target = url.join(URL(location, encoded=not NEEDS_QUOTING.search(location)))
         if target.scheme in ("http", "https") and target.host and target.port is not None:
             return target
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise FetchError(Status.HTTP_ERROR, f"redirect to an invalid URL: {location}") from error
     raise FetchError(Status.BLOCKED_ADDRESS, f"a redirect is followed to http(s) only, not to {location}")
 

@@ -23,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from aiohttp import ClientPayloadError
 from obstore.exceptions import GenericError
 
+from pipelines.fetch import retry
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.hosts import Hosts
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
@@ -102,6 +104,7 @@ FAULT_TABLE = {
     "redirect?http://127.0.0.1:WITNESS/": (Status.BLOCKED_ADDRESS, 1),
     "redirect?http://localhost:WITNESS/": (Status.BLOCKED_ADDRESS, 1),
     "redirect?http://169.254.169.254/latest/meta-data/": (Status.BLOCKED_ADDRESS, 1),
+    "redirect?http://[x]@/": (Status.HTTP_ERROR, 1),
     "redirect?file:///etc/passwd": (Status.BLOCKED_ADDRESS, 1),
     "html": (Status.OK, 1),
     "endless": (Status.TOO_LARGE, 1),
@@ -309,6 +312,8 @@ def test_public_addresses_are_not_refused(address: str) -> None:
         ("http:///x.jpg", Status.INVALID_URI),
         ("http://[::1/x", Status.INVALID_URI),
         ("http://a:99999/x", Status.INVALID_URI),
+        ("http://[x]@/a.jpg", Status.INVALID_URI),
+        ("https://user[1]@/x", Status.INVALID_URI),
         ("what://x/y.jpg", Status.INVALID_URI),
         ("s3://bucket", Status.INVALID_URI),
         ("s3://bucket/", Status.INVALID_URI),
@@ -694,15 +699,58 @@ def test_back_off_grows_with_jitter_and_retry_after_reads_dates() -> None:
     assert [parse_retry_after(text, now) for text in ("-5", "nan", "inf", "1e9")] == [0, 0, 3600, 3600]
 
 
-def test_unexpected_mistake_is_raised_and_does_not_hang(
-    monkeypatch: pytest.MonkeyPatch, fetcher: Fetcher
+class Panic(BaseException):
+    """Like pyo3's PanicException, which no `except Exception` catches."""
+
+
+@pytest.mark.parametrize("kind", [KeyError, MemoryError, Panic])
+def test_unexpected_exception_is_the_status_of_its_object_alone(
+    kind: type[BaseException],
+    server: FaultServer,
+    fetcher: Fetcher,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def broken(*_: object) -> None:
-        raise KeyError("ours")
+        raise kind("ours\nsk_secret")
 
-    monkeypatch.setattr(fetcher._downloader._web, "get", broken)
-    with pytest.raises(KeyError, match="ours"):
-        fetcher.fetch("http://example.com/x.jpg")
+    monkeypatch.setattr(retry, "_logged", set())
+    monkeypatch.setattr(fetcher._downloader._buckets, "get", broken)
+    uris = [f"{server.url}/ok", *(f"s3://bucket/{n}.jpg" for n in range(5)), f"{server.url}/ok"]
+    found = outcomes(fetcher, uris)
+    assert [one.status for one in found] == [Status.OK, *[Status.INTERNAL_ERROR] * 5, Status.OK]
+    assert kind.__name__ in f"{found[1].error}"
+    assert "\n" not in f"{found[1].error}"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "broken" in caplog.text
+    assert free_bytes(fetcher) == LIMITS.max_buffered_bytes
+
+
+def test_unexpected_exception_for_a_file_is_its_status(
+    fetcher: Fetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise TypeError("ours")
+
+    monkeypatch.setattr("pipelines.fetch.files.read_local", broken)
+    assert fetcher.fetch(str(tmp_path / "a.jpg")).status is Status.INTERNAL_ERROR
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(TypeError("ours"), Status.INTERNAL_ERROR), (ClientPayloadError("503"), Status.CONNECTION_FAILED)],
+)
+def test_exception_while_reading_a_table_is_the_status_of_its_rows(error: Exception, status: Status) -> None:
+    class Broken(EmbeddedReader):
+        def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
+            yield pa.scalar(b"first")
+            raise error
+
+    places = [Place("s3://b/t.parquet", "image", row, row) for row in range(2)]
+    found = dict(read_embedded(Broken(), places, 1_000))
+    assert found[0] == b"first"
+    assert isinstance(found[1], FetchError)
+    assert found[1].status is status
 
 
 def test_fetcher_works_inside_a_running_event_loop(server: FaultServer, fetcher: Fetcher) -> None:
