@@ -53,7 +53,8 @@ def test_payloads_of_many_chunks_share_one_budget_until_they_are_decoded(
     assert [row for table in loaded for row in table["item_id"].to_pylist()] == list(range(40))
     assert len({digest for table in loaded for digest in table["sha256"].to_pylist()}) == 40
     assert peak < BUDGET + 8 * 2 * MB * inside_a_table + 3 * MB
-    assert loader._fetcher._budget._free == BUDGET
+    memory = loader._fetcher._memory
+    assert memory._small._free + memory._large._free == BUDGET
     loader._fetcher.close()
 
 
