@@ -202,7 +202,7 @@ def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table
 
 def _check_budget(run: Run) -> None:
     """Refuse too many rows without a label; a rerun of failed rows can only improve a published table."""
-    if run.ledger.state.generation > 1:
+    if run.ledger.state.reopened:
         return
     over = parts.exceeded_error_budget(
         run.ledger.statuses(),

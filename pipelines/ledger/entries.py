@@ -75,7 +75,7 @@ class LedgerState:
     at: str = ""
     """When the last entry was written, ISO 8601."""
     generation: int = 1
-    """1 for the first run; each rerun of failed rows is another."""
+    """Each rerun of failed rows is another; 1 first, or what the first driver announced."""
     phase: Phase = Phase.RUNNING
     parts: tuple[Part, ...] = ()
     """Recorded in this generation, in order."""
@@ -130,7 +130,8 @@ def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerSt
             return replace(state, phase=Phase.PUBLISHING, rows_per_file=entry["rows_per_file"])
         case "file":
             file = _read_file_entry(entry["file"])
-            return replace(state, files={**state.files, file.name: file})
+            kept = {name: kept for name, kept in state.files.items() if name != entry.get("replaces")}
+            return replace(state, files={**kept, file.name: file})
         case _:
             return replace(state, phase=Phase.PUBLISHED)
 
@@ -139,7 +140,7 @@ def _apply_start(state: LedgerState, entry: Mapping[str, Any]) -> LedgerState:
     """A driver announced itself; with `reopened` it also started the next generation."""
     state = replace(state, driver=entry["driver"], sessions=(*state.sessions, entry["session"]))
     if not entry["reopened"]:
-        return state
+        return replace(state, generation=entry.get("generation", state.generation))
     return replace(
         state,
         generation=state.generation + 1,

@@ -68,11 +68,13 @@ class Pending:
 class Ledger:
     """Owns the log of one state folder, as one driver sees and extends it."""
 
-    def __init__(self, storage: Storage, n_items: int, *, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self, storage: Storage, n_items: int, *, lease_s: float = LEASE_S, first_generation: int = 1
+    ) -> None:
         self._storage = storage
         self._pending: Pending | None = None
         self.driver = identify_driver(lease_s)
-        self.state = LedgerState()
+        self.state = LedgerState(generation=first_generation)
         self.done = ItemSet(n_items)
         """Items that are recorded, in this generation or an earlier one."""
         self._paths: set[str] = set()
@@ -88,6 +90,7 @@ class Ledger:
         n_items: int,
         details: Mapping[str, Any] | None = None,
         lease_s: float = LEASE_S,
+        first_generation: int = 1,
     ) -> "Ledger":
         """The ledger of a state folder, which is made if there is none yet.
 
@@ -95,6 +98,7 @@ class Ledger:
             identity: flat, JSON-able settings that decide what the rows will say.
             details: more about the run, stored with the identity but not compared.
             lease_s: a driver that was silent for so long may be replaced.
+            first_generation: of a new ledger; above 1 where its table replaces another ledger's.
 
         Raises:
             InputError: the folder holds a run of another identity.
@@ -105,7 +109,7 @@ class Ledger:
             storage.create(RUN_JSON, json.dumps(described, indent=1, sort_keys=True).encode())
         except AlreadyExists:
             _refuse_other_run(json.loads(storage.read(RUN_JSON))["identity"], identity, storage.uri)
-        return cls(storage, n_items, lease_s=lease_s)
+        return cls(storage, n_items, lease_s=lease_s, first_generation=first_generation)
 
     def announce(self, session: Mapping[str, Any] | None = None) -> None:
         """Take the run over, before anything costly starts.
@@ -116,7 +120,8 @@ class Ledger:
         Raises:
             LedgerLost: another driver did so since this one read the ledger.
         """
-        self._append("start", reopened=[], session=dict(session or {}))
+        generation = self.state.generation
+        self._append("start", generation=generation, reopened=[], session=dict(session or {}))
 
     def start_generation(self, items: Sequence[Range], session: Mapping[str, Any] | None = None) -> None:
         """Start the next generation of a published run, in which these items are run again."""
@@ -155,9 +160,9 @@ class Ledger:
             )
         self._append("close", rows_per_file=rows_per_file)
 
-    def record_file(self, file: TableFile) -> None:
-        """Make a table file count, in place of an earlier one of its name."""
-        self._append("file", file=asdict(file))
+    def record_file(self, file: TableFile, *, replaces: str | None = None) -> None:
+        """Make a table file count, in place of an earlier one of its name or of the name given."""
+        self._append("file", file=asdict(file), replaces=replaces)
 
     def publish(self) -> None:
         """Record that the table is complete."""

@@ -1,17 +1,24 @@
 """Recorded parts -> the published table, its `_SUCCESS`, and a cleared-up state folder; safe to repeat.
 
-    1  the ledger is closed to new parts, which fixes the layout
-    2  file by file: written under its final name in one atomic put, then entered in the ledger
-    3  `published` is entered; `_SUCCESS` is written last; the parts are removed
+    1  the ledger is closed to new parts, which fixes which parts make up which file
+    2  a `_SUCCESS` that lists other files is removed
+    3  file by file: written under its final name in one atomic put, then entered in the ledger
+    4  `published` is entered; then `_SUCCESS` is written; then parts and superseded files are removed
 
-The same ledger gives the same bytes, so whatever a crash left half done is done again over itself. A rerun
-of failed rows replaces only the files that hold such rows, each at once and under its old name: a reader
-sees every row exactly once at any moment.
+The same ledger gives the same bytes, so a step that a crash interrupted is repeated with the same result. A
+rerun of failed rows replaces only the files that hold such rows. In a plain table each is replaced at once
+under its old name: a reader sees every row exactly once at any moment. In a table of generations it gets a
+new name, and the old file stays until `_SUCCESS` lists the new one.
+
+Why parts are read and encoded again, not moved: part names are random and part sizes follow batches and
+retries, while a table wants deterministic names, files of a chosen size and row groups for column scans;
+parts also have a column that is not published. It costs 1.7 s per million rows.
 
 A driver may be paused between any two steps, wake long after another has gone on, and must not write an old
-file over a newer one. Object stores put a file only in place of what lay there before the ledger was checked.
-Locally a file is renamed out of its generation's spool folder, which is removed at 3. A file system with
-neither (`fenced` is False), and a file beyond `SINGLE_PUT_BYTES`, leave the moment between check and write.
+file over a newer one. Object stores put a file only in place of what was there before the ledger was checked.
+Locally a file is renamed out of its generation's spool folder, which is removed at 4. A file system with
+neither (`fenced` is False), a file beyond `SINGLE_PUT_BYTES`, and the removal at 2 leave the moment between
+check and write: at 2 the worst is a whole table without its marker, which the same command writes again.
 """
 
 import hashlib
@@ -32,6 +39,13 @@ from pipelines import schema
 from pipelines.inventory.plan import Plan
 from pipelines.ledger.entries import LedgerState, Part, Phase, TableFile
 from pipelines.ledger.item_set import ItemSet, Range, ids_of, join_adjacent, ranges_of
+from pipelines.ledger.layout import (
+    PLAIN,
+    SUCCESS,
+    TableLayout,
+    find_superseded,
+    rename_file,
+)
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import count_values, parts_folder, read_part
 from pipelines.ledger.republish import list_row_items, replace_rows
@@ -41,7 +55,6 @@ from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage, sha256_of
 from pipelines.storage.uris import Version, is_local, local_path
 
-SUCCESS = "_SUCCESS"
 ROWS_PER_GROUP = 65_536
 """Rows of a Parquet row group: large enough for column scans, small enough to hold one in memory."""
 
@@ -56,7 +69,15 @@ class FileContent:
     replaces: TableFile | None = None
 
 
-def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_per_file: int) -> None:
+def publish(
+    ledger: Ledger,
+    plan: Plan,
+    state: Storage,
+    table: Storage,
+    *,
+    rows_per_file: int,
+    layout: TableLayout = PLAIN,
+) -> None:
     """Bring the table to completion, from wherever an earlier attempt stopped.
 
     Raises:
@@ -68,23 +89,51 @@ def publish(ledger: Ledger, plan: Plan, state: Storage, table: Storage, *, rows_
     if ledger.state.phase is Phase.RUNNING:
         ledger.close(rows_per_file)
     if ledger.state.phase is Phase.PUBLISHING:
-        refuse_foreign_files(ledger, table)
+        refuse_foreign_files(ledger, table, layout)
         with ledger.detect_rival():
-            for content in files_to_write(ledger, plan, state, table):
+            _withdraw_marker(ledger, table, layout)
+            for content in files_to_write(ledger, plan, state, table, layout):
                 seen = table.version(content.name)
-                ledger.check()  # after looking: what lies there is then none of a successor's
-                ledger.record_file(_write_file(content, seen, ledger.state.generation, plan, state, table))
+                ledger.check()  # after `version`: what was seen is then not a successor's
+                file = _write_file(content, seen, ledger.state.generation, plan, state, table)
+                ledger.record_file(file, replaces=content.replaces.name if content.replaces else None)
         ledger.publish()
-    finish(ledger, state, table)
+    finish(ledger, state, table, layout)
 
 
-def finish(ledger: Ledger, state: Storage, table: Storage) -> None:
+def finish(ledger: Ledger, state: Storage, table: Storage, layout: TableLayout = PLAIN) -> None:
     """What remains once the ledger says `published`: the marker, and removing what is no longer needed."""
-    if not table.exists(SUCCESS):
-        table.put(SUCCESS, b"")
+    with ledger.detect_rival():
+        _write_marker(ledger, state, table, layout)
+    table.delete(*find_superseded([entry.path for entry in table.list()], ledger.state, layout))
     for generation in range(1, ledger.state.generation + 1):
         for folder in (parts_folder(generation), spool_folder(generation)):
             state.delete(*[entry.path for entry in state.list(folder)])
+
+
+def _withdraw_marker(ledger: Ledger, table: Storage, layout: TableLayout) -> None:
+    """Remove a marker that lists other files than the table is about to have; an empty one may stay."""
+    if _read_marker(table) not in (None, layout.encode_marker(ledger.state)):
+        ledger.check()
+        table.delete(SUCCESS)
+
+
+def _write_marker(ledger: Ledger, state: Storage, table: Storage, layout: TableLayout) -> None:
+    marker = layout.encode_marker(ledger.state)
+    if _read_marker(table) == marker:
+        return
+    with _open_spool(state, ledger.state.generation) as spool:
+        spool.write_bytes(marker)
+        seen = table.version(SUCCESS)
+        ledger.check()
+        table.put_file_over(SUCCESS, spool, seen)
+
+
+def _read_marker(table: Storage) -> bytes | None:
+    try:
+        return table.read(SUCCESS)
+    except FileNotFoundError:
+        return None
 
 
 def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:
@@ -98,12 +147,13 @@ def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]
     return failed.present([(0, plan.n_items)])
 
 
-def refuse_foreign_files(ledger: Ledger, table: Storage) -> None:
-    """Raise InputError if readers of the table would see files that this run has not written."""
-    ours = set(ledger.state.files)
+def refuse_foreign_files(ledger: Ledger, table: Storage, layout: TableLayout = PLAIN) -> None:
+    """Raise InputError if readers of the table would see files that are not this table's."""
+    names = [entry.path for entry in table.list()]
+    ours = {*ledger.state.files, *find_superseded(names, ledger.state, layout)}
     if ledger.state.phase is Phase.PUBLISHING:
-        ours |= {file_name(number) for number in range(len(assign_parts(ledger.state)))}
-    foreign = [entry.path for entry in table.list() if entry.path not in ours and is_visible(entry.path)]
+        ours |= _name_new_files(ledger.state, layout)
+    foreign = [name for name in names if name not in ours and is_visible(name)]
     if foreign:
         raise InputError(
             f"{table.uri} holds files that are not of this run and that readers would count too "
@@ -116,18 +166,29 @@ def is_visible(path: str) -> bool:
     return not path.rpartition("/")[2].startswith((".", "_"))
 
 
-def files_to_write(ledger: Ledger, plan: Plan, state: Storage, table: Storage) -> Iterator[FileContent]:
+def files_to_write(
+    ledger: Ledger, plan: Plan, state: Storage, table: Storage, layout: TableLayout = PLAIN
+) -> Iterator[FileContent]:
     """The table files that this generation has yet to write, in order."""
-    if ledger.state.generation > 1:
+    generation = ledger.state.generation
+    if ledger.state.reopened:
         for file in _stale_files(ledger.state):
             rows = replace_rows(file, ledger, plan, state, table)
-            yield FileContent(file.name, file.items, rows, replaces=file)
+            yield FileContent(rename_file(file, generation, layout), file.items, rows, replaces=file)
         return
     for number, parts in enumerate(assign_parts(ledger.state)):
-        if file_name(number) not in ledger.state.files:
+        name = layout.name_file(number, generation)
+        if name not in ledger.state.files:
             items = tuple(join_adjacent(span for part in parts for span in part.items))
             rows = (read_part(part, state).drop_columns([ITEM_ID]) for part in parts)
-            yield FileContent(file_name(number), items, rows)
+            yield FileContent(name, items, rows)
+
+
+def _name_new_files(state: LedgerState, layout: TableLayout) -> set[str]:
+    """The names that this generation writes, of which some may be there already."""
+    if state.reopened:
+        return {rename_file(file, state.generation, layout) for file in _stale_files(state)}
+    return {layout.name_file(number, state.generation) for number in range(len(assign_parts(state)))}
 
 
 def _stale_files(state: LedgerState) -> list[TableFile]:
@@ -148,11 +209,6 @@ def assign_parts(state: LedgerState) -> list[list[Part]]:
         files[-1].append(part)
         rows += part.rows
     return files
-
-
-def file_name(number: int) -> str:
-    """The deterministic name of a table file."""
-    return f"part-{number:05d}.parquet"
 
 
 def _write_file(
@@ -184,7 +240,7 @@ def _write_file(
 
 
 def row_groups(tables: Iterable[pa.Table], fields: pa.Schema) -> Iterator[pa.Table]:
-    """The same rows cut anew, so that the bytes do not depend on how they were cut before."""
+    """The same rows in full groups, however they were cut before: equal rows give equal bytes."""
     waiting = fields.empty_table()
     for table in tables:
         waiting = pa.concat_tables([waiting, table.select(fields.names).cast(fields)])

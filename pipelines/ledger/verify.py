@@ -22,9 +22,10 @@ from pipelines import schema
 from pipelines.inventory.plan import PLAN_JSON, NoPlan, Plan, hash_of, open_plan
 from pipelines.ledger.entries import LedgerDamaged, Phase, TableFile, sum_counts
 from pipelines.ledger.item_set import ItemSet, overlap
+from pipelines.ledger.layout import SUCCESS, detect_layout, sort_files
 from pipelines.ledger.ledger import RUN_JSON, Ledger
 from pipelines.ledger.parts import count_values
-from pipelines.ledger.publish import SUCCESS, row_groups
+from pipelines.ledger.publish import row_groups
 from pipelines.ledger.republish import item_batches
 from pipelines.messages import first_line
 from pipelines.storage.storage import Storage, open_storage, sha256_of
@@ -76,7 +77,7 @@ class Predictions:
     @property
     def files(self) -> list[TableFile]:
         """The listed files by name."""
-        return sorted(self.ledger.state.files.values(), key=lambda file: file.name)
+        return sort_files(self.ledger.state)
 
 
 def verify(predictions_uri: str) -> Report:
@@ -158,6 +159,8 @@ def check_published(found: Predictions) -> Check:
             yield f"generation {state.generation} is still {state.phase}, {left:,} images are not recorded"
         if not found.table.exists(SUCCESS):
             yield f"{SUCCESS} is missing"
+        elif found.table.read(SUCCESS) != detect_layout(state.files).encode_marker(state):
+            yield f"{SUCCESS} does not list the files of generation {state.generation}"
 
     return _make_check(
         "published", problems(), f"{SUCCESS} is there, generation {found.ledger.state.generation}"

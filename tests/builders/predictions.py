@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipelines import schema
 from pipelines.inventory.plan import Plan, item_schema, write_plan
 from pipelines.ledger.entries import Part
+from pipelines.ledger.layout import PLAIN, TableLayout
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import PartContext, drop_repeats, write_part
 from pipelines.ledger.publish import find_failed_items, publish
@@ -66,8 +67,8 @@ class SmallRun:
         assert written.part is not None
         return written.part
 
-    def publish(self, ledger: Ledger, rows_per_file: int = 8) -> None:
-        publish(ledger, self.plan, self.state, self.table, rows_per_file=rows_per_file)
+    def publish(self, ledger: Ledger, rows_per_file: int = 8, layout: TableLayout = PLAIN) -> None:
+        publish(ledger, self.plan, self.state, self.table, rows_per_file=rows_per_file, layout=layout)
 
 
 def small_run(uri: str | Path, n_items: int = 20, *, host: str = "host") -> SmallRun:
