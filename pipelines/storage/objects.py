@@ -7,7 +7,6 @@ sentence.
 
 import contextlib
 import errno
-import logging
 import os
 import re
 import time
@@ -24,8 +23,6 @@ import pyarrow.fs as pafs
 
 from pipelines.messages import redact
 from pipelines.storage.uris import AlreadyExists, Entry, StorageError, Version, join, scheme_of
-
-log = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
 """How long a request is repeated while the server answers 5xx or nothing, seconds."""
@@ -87,21 +84,12 @@ class ObjectStorage:
             self.put_file(path, local_file)
             return
         store = self._store_for(size)
-        for mode in conditions(seen):
-            try:
+        for mode in _conditions(seen):
+            with contextlib.suppress(AlreadyExists):
                 self._put_if(store, path, local_file, mode)
                 return
-            except AlreadyExists:
-                if self.version(path) != seen:
-                    if self.size(path) == size and self.read(path) == local_file.read_bytes():
-                        return
-                    raise
-        log.warning(
-            "%s refuses to replace a file on a condition (If-Match): a driver that is paused right now, and "
-            "wakes when another has published, might write an old file over a newer one",
-            redact(self.uri),
-        )
-        self.put_file(path, local_file)
+        if self.size(path) != size or self.read(path) != local_file.read_bytes():
+            raise AlreadyExists(f"{join(self.uri, path)} holds what another has put there")
 
     def create(self, path: str, payload: bytes) -> None:
         try:
@@ -199,12 +187,12 @@ class ObjectStorage:
         )
 
 
-def conditions(seen: Version | None) -> list[Any]:
-    """obstore's put mode for replacing exactly this, and in its second spelling; for creating, if None."""
+def _conditions(seen: Version | None) -> list[Any]:
+    """obstore's put modes for replacing exactly this, to be tried in turn; for creating, if None."""
     if seen is None:
         return ["create"]
     given = {key: tag for key, tag in asdict(seen).items() if tag}
-    bare = given | {"e_tag": given.get("e_tag", "").strip('"')}  # all that Ceph 16 takes for its own ETag
+    bare = given | {"e_tag": given.get("e_tag", "").strip('"')}  # Ceph 16 compares the ETag without quotes
     return [given, bare]
 
 

@@ -23,7 +23,6 @@ from pipelines.ledger.ledger import LedgerLost
 from pipelines.ledger.parts import Committer
 from pipelines.ledger.publish import publish
 from pipelines.ledger.verify import verify
-from pipelines.storage.objects import ObjectStorage
 from pipelines.storage.storage import Storage, open_storage, sha256_of
 from pipelines.storage.uris import AlreadyExists, StorageError, join
 from tests.builders.flaky_proxy import FlakyProxy
@@ -101,20 +100,6 @@ def test_a_file_is_replaced_only_while_it_is_what_was_seen(folder: Storage, tmp_
         with pytest.raises(AlreadyExists, match="what another has put there"):
             folder.put_file_over("x", tmp_path / "late", stale)
     assert folder.read("x") == (tmp_path / "new").read_bytes()
-
-
-def test_where_the_condition_is_never_met_the_file_is_replaced_with_a_warning(
-    folder: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AlreadyExists
-
-    folder.put("x", b"old")
-    (tmp_path / "new").write_bytes(b"new")
-    monkeypatch.setattr(ObjectStorage, "_put_if", refuse)
-    folder.put_file_over("x", tmp_path / "new", folder.version("x"))
-    assert folder.read("x") == b"new"
-    assert "If-Match" in caplog.text
 
 
 def test_a_publisher_that_was_paused_does_not_write_over_a_rerun(bucket: str) -> None:
