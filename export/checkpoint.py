@@ -115,7 +115,7 @@ def read(folder: Path, source: str) -> Checkpoint:
         config=config,
         class_ids=class_ids,
         taxonomy=_taxonomy(name, class_ids),
-        taxonomy_table=None if _is_known(name) else taxonomy.opened(name).encode(),
+        taxonomy_table=None if _is_known(name) else taxonomy.read_table(name).encode(),
         image_spec=_image_spec(folder, config, ours),
         temperature=float(ours.get("temperature", 1.0)),
         thresholds=dict(ours.get("thresholds", {})),

@@ -19,7 +19,7 @@ from pipelines.datasets.readers import DatasetError, open_table, read
 from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.messages import redact
 from pipelines.taxonomy import taxonomy
-from pipelines.taxonomy.taxonomy import Taxonomy
+from pipelines.taxonomy.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def resolved(
     for name in distinct:
         try:
             ids[name] = at_tier(known, known.resolve(name), tier)
-        except ValueError as error:
+        except (UnknownLabel, AmbiguousLabel, DatasetError) as error:
             refused.append(str(error))
     if refused:
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""

@@ -1,4 +1,4 @@
-"""An id of one Content Taxonomy version -> the ids of another, with what is lost said aloud.
+"""An id of one Content Taxonomy version -> the ids of another, and whether meaning was lost.
 
 IAB Tech Lab publishes one mapping, 1.0 to 2.0. From 2.0 to 3.1 ids keep their meaning where they are kept;
 a dropped one becomes its nearest kept ancestor. Nothing is guessed by similarity of names.
@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from pipelines.taxonomy.taxonomy import CATTAX, Taxonomy, grouped, load, packaged
+from pipelines.messages import InputError
+from pipelines.taxonomy.taxonomy import CATTAX, Taxonomy, group_pairs, load, read_packaged
 
 OLDEST, BRIDGE = "1.0", "2.0"
-"""Ids of 1.0 (`IAB1-6`) share nothing with later ones; the published table leads to 2.0 and back."""
+"""Ids of 1.0 (`IAB1-6`) share nothing with later ones; the published table maps them to 2.0 and back."""
 
 
 @dataclass(frozen=True)
@@ -24,65 +25,61 @@ class Mapping:
     lossy: bool
 
 
-class NoCrosswalk(ValueError):
-    """A taxonomy that is no version of the Content Taxonomy; the message names those that are."""
-
-
 def convert(node_id: str, source: Taxonomy, target: Taxonomy) -> Mapping:
     """Express an id of the source version in the target version.
 
     Raises:
         UnknownLabel: the id is not in the source.
-        NoCrosswalk: one of the two is no Content Taxonomy.
+        InputError: one of the two is no Content Taxonomy.
     """
     source.node(node_id)
     for taxonomy in (source, target):
         if CATTAX.get(taxonomy.version) != taxonomy.cattax:
-            raise NoCrosswalk(
+            raise InputError(
                 f"no mapping from or to {taxonomy.name}; there is one between {', '.join(CATTAX)}"
             )
     if source.version == target.version:
         return Mapping((node_id,), lossy=False)
     if source.version == OLDEST:
-        return chained(from_oldest(node_id, source), load(BRIDGE), target)
+        return _chain(_from_oldest(node_id, source), load(BRIDGE), target)
     if target.version == OLDEST:
-        bridged = kept(node_id, source, load(BRIDGE))
-        return joined(bridged, [to_oldest(one, load(BRIDGE), target) for one in bridged.ids])
-    return kept(node_id, source, target)
+        bridged = _keep(node_id, source, load(BRIDGE))
+        return _join(bridged, [_to_oldest(one, load(BRIDGE), target) for one in bridged.ids])
+    return _keep(node_id, source, target)
 
 
-def chained(first: Mapping, bridge: Taxonomy, target: Taxonomy) -> Mapping:
+def _chain(first: Mapping, bridge: Taxonomy, target: Taxonomy) -> Mapping:
     """Take a mapping on into the target version."""
-    return joined(first, [convert(one, bridge, target) for one in first.ids])
+    return _join(first, [convert(one, bridge, target) for one in first.ids])
 
 
-def joined(first: Mapping, further: Sequence[Mapping]) -> Mapping:
+def _join(first: Mapping, further: Sequence[Mapping]) -> Mapping:
     """The ids of the second step, lossy when either step was."""
     ids = tuple(dict.fromkeys(one for mapping in further for one in mapping.ids))
     return Mapping(ids, lossy=first.lossy or not ids or any(mapping.lossy for mapping in further))
 
 
-def kept(node_id: str, source: Taxonomy, target: Taxonomy) -> Mapping:
+def _keep(node_id: str, source: Taxonomy, target: Taxonomy) -> Mapping:
     """Follow an id between 2.0 and 3.1: itself, or its nearest ancestor that the target kept.
 
     A node that was renamed beyond case and punctuation counts as lossy: "Music and Audio" became "Music".
     """
     for one in (node_id, *source.ancestors(node_id)):
         if one in target:
-            renamed = letters(source.node(one).name) != letters(target.node(one).name)
+            renamed = _letters(source.node(one).name) != _letters(target.node(one).name)
             return Mapping((one,), lossy=one != node_id or renamed)
     return Mapping((), lossy=True)
 
 
-def letters(name: str) -> str:
+def _letters(name: str) -> str:
     """A name without case, punctuation and "and"."""
     words = "".join(char if char.isalnum() else " " for char in name.casefold()).split()
     return " ".join(word for word in words if word != "and")
 
 
-def from_oldest(node_id: str, oldest: Taxonomy) -> Mapping:
+def _from_oldest(node_id: str, oldest: Taxonomy) -> Mapping:
     """From 1.0 to 2.0; lossy when the table says so or when other 1.0 ids lead to the same place."""
-    forward, noted, backward = published()
+    forward, noted, backward = _read_mapping()
     for one in (node_id, *oldest.ancestors(node_id)):
         if one in forward:
             target = forward[one]
@@ -90,27 +87,27 @@ def from_oldest(node_id: str, oldest: Taxonomy) -> Mapping:
     return Mapping((), lossy=True)
 
 
-def to_oldest(node_id: str, bridge: Taxonomy, oldest: Taxonomy) -> Mapping:
+def _to_oldest(node_id: str, bridge: Taxonomy, oldest: Taxonomy) -> Mapping:
     """From 2.0 back to 1.0; where several 1.0 ids lead here, what they have in common."""
-    _, noted, backward = published()
+    _, noted, backward = _read_mapping()
     for one in (node_id, *bridge.ancestors(node_id)):
         if one in backward:
-            shared = common(backward[one], oldest.ancestors)
+            shared = _nearest_common(backward[one], oldest.ancestors)
             exact = one == node_id and len(backward[one]) == 1 and backward[one][0] not in noted
             return Mapping((shared,) if shared else (), lossy=not exact)
     return Mapping((), lossy=True)
 
 
-def common(ids: Sequence[str], ancestors: Callable[[str], Sequence[str]]) -> str | None:
+def _nearest_common(ids: Sequence[str], ancestors: Callable[[str], Sequence[str]]) -> str | None:
     """The nearest node at or above all of these; None when they share none."""
     lines = [(one, *ancestors(one)) for one in ids]
     return next((one for one in lines[0] if all(one in line for line in lines[1:])), None)
 
 
 @cache
-def published() -> tuple[dict[str, str], frozenset[str], dict[str, tuple[str, ...]]]:
+def _read_mapping() -> tuple[dict[str, str], frozenset[str], dict[str, tuple[str, ...]]]:
     """The table 1.0 -> 2.0: forward, the ids whose row carries a reservation, and backward."""
-    rows = list(csv.DictReader(io.StringIO(packaged("map_1_0_to_2_0.csv"))))
+    rows = list(csv.DictReader(io.StringIO(read_packaged("map_1_0_to_2_0.csv"))))
     forward = {row["from_id"]: row["to_id"] for row in rows}
     noted = frozenset(row["from_id"] for row in rows if row["note"])
-    return forward, noted, grouped((row["to_id"], row["from_id"]) for row in rows)
+    return forward, noted, group_pairs((row["to_id"], row["from_id"]) for row in rows)

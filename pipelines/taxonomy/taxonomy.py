@@ -1,8 +1,7 @@
 """Category tables (IAB Content Taxonomy 1.0 to 3.1, a user's own, or flat labels) -> one tree to ask.
 
-Ids are case-sensitive text. A `Taxonomy` resolves labels, walks the tree
-and rolls class probabilities up to ancestors. It knows nothing of models or images; `crosswalk.py` maps ids
-between versions.
+Ids are case-sensitive text. A `Taxonomy` resolves labels, walks the tree and rolls class probabilities up
+to ancestors.
 """
 
 import csv
@@ -20,12 +19,15 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.messages import InputError
+from pipelines.storage.storage import read_uri
+
 CATTAX = {"1.0": 1, "2.0": 2, "2.1": 5, "2.2": 6, "3.0": 7, "3.1": 9}
 """Content Taxonomy version -> its number in AdCOM's list "Category Taxonomies"."""
 
 DEFAULT = "3.1"
 VECTORS = "vectors-3.0"
-"""The descriptive vectors of 3.0 (form factor, purpose, brand suitability …), sent under the same cattax."""
+"""The descriptive vectors of 3.0 (form factor, purpose, brand suitability …), under the cattax of 3.0."""
 
 OWN_CATTAX = 500
 """AdCOM leaves 500 and above to vendors: a user's own table, or flat labels."""
@@ -33,15 +35,11 @@ OWN_CATTAX = 500
 SEPARATOR = " > "
 
 
-class InvalidTaxonomy(ValueError):
-    """A table that is no tree: the message names the line and the remedy."""
-
-
-class UnknownLabel(ValueError):
+class UnknownLabel(InputError):
     """A label that is no id, path or name; the message lists close ones."""
 
 
-class AmbiguousLabel(ValueError):
+class AmbiguousLabel(InputError):
     """A name or path that several nodes share; the message lists their ids."""
 
 
@@ -53,7 +51,6 @@ class Node:
     parent_id: str | None
     name: str
     tier: int
-    extension: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,6 @@ class Taxonomy:
             parent = self._by_id[parent].parent_id
         return tuple(found)
 
-    def children(self, node_id: str) -> tuple[str, ...]:
-        """Ids directly below a node, in table order."""
-        self.node(node_id)
-        return self._children.get(node_id, ())
-
     def tier1(self, node_id: str) -> str:
         """The Tier 1 category that a node belongs to; a Tier 1 node is its own."""
         return (node_id, *self.ancestors(node_id))[-1]
@@ -111,7 +103,7 @@ class Taxonomy:
         """
         if label in self._by_id:
             return label
-        matches = self._by_text.get(normalised(label), ())
+        matches = self._by_text.get(_normalise(label), ())
         if not matches:
             raise self._unknown(label)
         if len(matches) > 1:
@@ -120,12 +112,6 @@ class Taxonomy:
                 "use the id or the full path"
             )
         return matches[0]
-
-    def distance(self, first: str, second: str) -> int:
-        """Edges between two nodes of the tree; Tier 1 nodes hang from one common root."""
-        one, two = (first, *self.ancestors(first)), (second, *self.ancestors(second))
-        shared = len(set(one) & set(two))
-        return len(one) + len(two) - 2 * shared
 
     def rollup(self, class_ids: Sequence[str]) -> "Rollup":
         """What turns the probabilities of these classes into those of all their ancestors too."""
@@ -138,19 +124,15 @@ class Taxonomy:
         return {node.id: node for node in self.nodes}
 
     @cached_property
-    def _children(self) -> dict[str, tuple[str, ...]]:
-        return grouped((node.parent_id, node.id) for node in self.nodes if node.parent_id is not None)
-
-    @cached_property
     def _by_text(self) -> dict[str, tuple[str, ...]]:
         """Normalised name or path -> ids; a Tier 1 name is its own path."""
         texts = ((text, node.id) for node in self.nodes for text in {node.name, self.path(node.id)})
-        return grouped((normalised(text), node_id) for text, node_id in texts)
+        return group_pairs((_normalise(text), node_id) for text, node_id in texts)
 
     def _unknown(self, label: str) -> UnknownLabel:
         folded = {node.id.casefold(): (node.id,) for node in self.nodes}
         texts = self._by_text | folded
-        close = difflib.get_close_matches(normalised(label), texts, n=5, cutoff=0.6)
+        close = difflib.get_close_matches(_normalise(label), texts, n=5, cutoff=0.6)
         found = list(dict.fromkeys(node_id for text in close for node_id in texts[text]))
         hint = f"did you mean {self._listing(found)}?" if found else "use an id, a full path or a unique name"
         return UnknownLabel(f"label {label!r} is not in {self.name}; {hint}")
@@ -216,112 +198,106 @@ def load(name_or_uri: str = DEFAULT, *, cattax: int = OWN_CATTAX) -> Taxonomy:
         cattax: AdCOM number of a table of the user's own.
 
     Raises:
-        InvalidTaxonomy: no such table, or it is no tree.
+        InputError: no such table, or it is no tree.
     """
     version = name_or_uri.removeprefix("iab-content-")
     if version in CATTAX:
-        return built_in(version)
+        return _load_built_in(version)
     if name_or_uri == VECTORS:
-        return Taxonomy(VECTORS, "3.0", CATTAX["3.0"], parse(packaged("vectors_3_0.csv")))
+        return Taxonomy(VECTORS, "3.0", CATTAX["3.0"], parse(read_packaged("vectors_3_0.csv")))
     if name_or_uri == "labels":
-        raise InvalidTaxonomy(
+        raise InputError(
             "taxonomy 'labels' holds the labels of a dataset or bundle: build it with flat(labels)"
         )
-    text = opened(name_or_uri)
+    text = read_table(name_or_uri)
     version = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Taxonomy(PurePosixPath(name_or_uri).stem, version, cattax, parse(text))
 
 
 @cache
-def built_in(version: str) -> Taxonomy:
+def _load_built_in(version: str) -> Taxonomy:
     """One of the project's own versions; parsed once, as it cannot change."""
-    text = packaged(f"content_{version.replace('.', '_')}.csv")
+    text = read_packaged(f"content_{version.replace('.', '_')}.csv")
     return Taxonomy(f"iab-content-{version}", version, CATTAX[version], parse(text))
 
 
 def flat(labels: Sequence[str]) -> Taxonomy:
     """Labels as they are: a taxonomy of one tier, named "labels"."""
-    return Taxonomy("labels", "", OWN_CATTAX, tree([{"id": label, "name": label} for label in labels]))
+    return Taxonomy("labels", "", OWN_CATTAX, _build_tree([{"id": label, "name": label} for label in labels]))
 
 
-def packaged(file: str) -> str:
+def read_packaged(file: str) -> str:
     """The text of one of the project's own tables."""
     return (resources.files("pipelines") / "taxonomy" / "tables" / file).read_text(encoding="utf-8")
 
 
-def opened(uri: str) -> str:
-    """The text of a user's table, from wherever fsspec reads."""
-    import fsspec
-
+def read_table(uri: str) -> str:
+    """The text of a user's table. Raises InputError."""
     try:
-        with fsspec.open(uri, "rt", encoding="utf-8-sig", newline="") as file:
-            text: str = file.read()
-    except (OSError, ValueError, ImportError) as error:
+        return read_uri(uri).decode("utf-8-sig")
+    except (OSError, ValueError, ImportError) as error:  # ValueError: not UTF-8, or an unknown scheme
         known = ", ".join([*CATTAX, VECTORS])
-        raise InvalidTaxonomy(
+        raise InputError(
             f"taxonomy {uri!r} is neither built in ({known}) nor a CSV that opens: {error}"
         ) from error
-    return text
 
 
 def parse(text: str) -> tuple[Node, ...]:
-    """Nodes of a CSV with `id,name` and optionally `parent_id,tier,extension`; tiers follow from parents."""
+    """Nodes of a CSV with `id,name` and optionally `parent_id`; tiers follow from parents."""
     reader = csv.DictReader(io.StringIO(text))
     missing = sorted({"id", "name"} - set(reader.fieldnames or ()))
     if missing:
-        raise InvalidTaxonomy(f"the taxonomy lacks {' and '.join(missing)}; it needs the columns id and name")
-    return tree([{key: (value or "").strip() for key, value in row.items() if key} for row in reader])
+        raise InputError(f"the taxonomy lacks {' and '.join(missing)}; it needs the columns id and name")
+    return _build_tree([{key: (value or "").strip() for key, value in row.items() if key} for row in reader])
 
 
-def tree(records: Sequence[dict[str, str]]) -> tuple[Node, ...]:
+def _build_tree(records: Sequence[dict[str, str]]) -> tuple[Node, ...]:
     """Nodes of records, checked to form a forest."""
-    check_ids(records)
+    _check_ids(records)
     parents = {record["id"]: record.get("parent_id") or None for record in records}
     return tuple(
-        Node(one, parents[one], record["name"], tier_of(one, parents), record.get("extension", ""))
+        Node(one, parents[one], record["name"], _tier_of(one, parents))
         for record in records
         for one in (record["id"],)
     )
 
 
-def check_ids(records: Sequence[dict[str, str]]) -> None:
+def _check_ids(records: Sequence[dict[str, str]]) -> None:
     """Refuse nameless and repeated nodes."""
     if not records:
-        raise InvalidTaxonomy("the taxonomy has no rows")
+        raise InputError("the taxonomy has no rows")
     for line, record in enumerate(records, start=2):
         if not record["id"] or not record["name"]:
-            raise InvalidTaxonomy(f"line {line} of the taxonomy has no id or no name: {record}")
+            raise InputError(f"line {line} of the taxonomy has no id or no name: {record}")
     repeated = [
         node_id for node_id, count in Counter(record["id"] for record in records).items() if count > 1
     ]
     if repeated:
-        raise InvalidTaxonomy(
-            f"ids given twice in the taxonomy: {', '.join(repeated[:10])}; each must be unique"
-        )
+        raise InputError(f"ids given twice in the taxonomy: {', '.join(repeated[:10])}; each must be unique")
 
 
-def tier_of(node_id: str, parents: dict[str, str | None]) -> int:
+def _tier_of(node_id: str, parents: dict[str, str | None]) -> int:
     """1 for a root, and one more than the parent's below.
 
     Raises:
-        InvalidTaxonomy: a parent is missing, or a node is above itself.
+        InputError: a parent is missing, or a node is above itself.
     """
     seen = [node_id]
     while (parent := parents[seen[-1]]) is not None:
         if parent not in parents:
-            raise InvalidTaxonomy(f"the parent {parent!r} of node {seen[-1]!r} is not in the taxonomy")
+            raise InputError(f"the parent {parent!r} of node {seen[-1]!r} is not in the taxonomy")
         if parent in seen:
-            raise InvalidTaxonomy(f"the taxonomy runs in a circle: {SEPARATOR.join([*seen, parent])}")
+            raise InputError(f"the taxonomy runs in a circle: {SEPARATOR.join([*seen, parent])}")
         seen.append(parent)
     return len(seen)
 
 
-def normalised(text: str) -> str:
+def _normalise(text: str) -> str:
     """Names and paths for comparing: case folded, one space between words and around ">"."""
     return re.sub(r"\s*>\s*", SEPARATOR, " ".join(text.split())).casefold()
 
 
-def grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+def group_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
     """key -> all its values, in order."""
     groups: dict[str, list[str]] = {}
     for key, value in pairs:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.messages import InputError
 from pipelines.taxonomy import crosswalk, taxonomy
 
 SMALL = "id,parent_id,name\nv9i3On,,Sensitive\nkid,v9i3On,Risky\n7,,Sports\n8,7,Tennis\n9,8,Clay court\n"
@@ -44,7 +45,6 @@ def test_default_is_3_1_with_ids_that_are_text() -> None:
     assert table.name == "iab-content-3.1"
     assert sum(not node.id.isdigit() for node in table.nodes) == 31
     assert table.node("v9i3On").name == "Sensitive Topics"
-    assert {node.extension for node in table.nodes} == {"", "SCD"}
 
 
 def test_descriptive_vectors_are_a_table_too() -> None:
@@ -71,14 +71,9 @@ def test_ambiguous_label_is_refused_with_all_candidates() -> None:
 
 def test_tree_walks(small: taxonomy.Taxonomy) -> None:
     assert small.ancestors("9") == ("8", "7")
-    assert small.children("7") == ("8",)
-    assert small.children("9") == ()
     assert small.tier1("9") == "7"
     assert small.path("9") == "Sports > Tennis > Clay court"
     assert [small.node(one).tier for one in ("7", "8", "9")] == [1, 2, 3]
-    assert small.distance("9", "8") == 1
-    assert small.distance("9", "kid") == 5
-    assert small.distance("kid", "kid") == 0
     assert (small.name, small.cattax) == ("small", 501)
 
 
@@ -96,12 +91,12 @@ def test_tree_walks(small: taxonomy.Taxonomy) -> None:
 def test_a_table_that_is_no_tree_is_refused(table: str, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_text(table)
-    with pytest.raises(taxonomy.InvalidTaxonomy, match=complaint):
+    with pytest.raises(InputError, match=complaint):
         taxonomy.load(str(path))
 
 
 def test_a_missing_table_is_refused_with_the_built_in_ones() -> None:
-    with pytest.raises(taxonomy.InvalidTaxonomy, match=r"1\.0, 2\.0.*3\.1"):
+    with pytest.raises(InputError, match=r"1\.0, 2\.0.*3\.1"):
         taxonomy.load("3.2")
 
 
@@ -109,7 +104,7 @@ def test_flat_labels_keep_their_spelling() -> None:
     pets = taxonomy.flat(["cat", "Cat", "a > b"])
     assert [pets.resolve(label) for label in ("Cat", "cat", "a > b")] == ["Cat", "cat", "a > b"]
     assert pets.rollup(["cat", "Cat"]).ids == ("cat", "Cat")
-    with pytest.raises(taxonomy.InvalidTaxonomy, match="given twice"):
+    with pytest.raises(InputError, match="given twice"):
         taxonomy.flat(["cat", "cat"])
 
 
@@ -187,5 +182,5 @@ def test_every_id_maps_into_the_target_or_to_nothing(source: str, target: str) -
 
 
 def test_a_users_own_table_has_no_crosswalk(small: taxonomy.Taxonomy) -> None:
-    with pytest.raises(crosswalk.NoCrosswalk, match="small"):
+    with pytest.raises(InputError, match="small"):
         crosswalk.convert("7", small, taxonomy.load())
