@@ -46,10 +46,10 @@ class Decoded(torch.utils.data.Dataset):
 
 
 def ours(pixels: np.ndarray, labels: np.ndarray) -> float:
-    """Samples/s of our loop: from the stored pixels to the optimiser's step."""
+    """Samples/s of our loop: from the stored pixels to the optimizer's step."""
     made = small_training.trainer_of(RECIPE, pixels, labels, n_classes=CLASSES)
     started = time.perf_counter()
-    for step, batches in itertools.islice(made.iter_steps(0, 0), STEPS):
+    for step, batches in itertools.islice(made.batches.iter_steps(0, 0), STEPS):
         made.train_step(batches, epoch=0, step=step)
     return STEPS * BATCH / (time.perf_counter() - started)
 

@@ -4,8 +4,8 @@
 `read_sidecar` reads the latter. The state of a run is one file, read without unpickling code.
 """
 
-import io
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -80,8 +80,24 @@ def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
     }
 
 
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    torch.save(dict(state), folder / STATE_FILE)
+def report(line: Mapping[str, Any], state: Mapping[str, Any], *, model: Any, sidecar: Sidecar) -> None:
+    """Hand Ray Train metrics and a checkpoint: the state, and the model's folder where there is a model."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(dict(state), folder / STATE_FILE)
+        if model is not None:
+            write_model(model, folder / MODEL_FOLDER, sidecar)
+        write_report(folder, line)
+        ray.train.report(dict(line), checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def report_metrics(line: Mapping[str, Any]) -> None:
+    """What the other workers hand in when one reports a checkpoint: Ray waits for all."""
+    import ray.train
+
+    ray.train.report(dict(line))
 
 
 def write_report(folder: Path, line: Mapping[str, Any]) -> None:
@@ -91,8 +107,9 @@ def write_report(folder: Path, line: Mapping[str, Any]) -> None:
     (folder / REPORT_FILE).write_text(json.dumps({"line": dict(line), "files": sizes}))
 
 
-def parse_state(payload: bytes, device: torch.device) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
+    """The state in a checkpoint's folder, read without unpickling code."""
+    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location=device, weights_only=True)
     return state
 
 

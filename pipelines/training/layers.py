@@ -152,7 +152,10 @@ def set_training(model: Any) -> None:
 
 
 def parameter_groups(model: Any, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """AdamW groups: `scale` of the rate by depth; no decay on biases, norms, tokens and positions."""
+    """AdamW groups: learning rate by depth; no weight decay on biases, norms, tokens and positions.
+
+    The optimizer's settings are those of a resolved recipe.
+    """
     top = len(blocks(model)) + 1
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     depth = depths(model)
@@ -163,7 +166,7 @@ def parameter_groups(model: Any, optimizer: Optimizer) -> list[dict[str, Any]]:
             {
                 "params": [],
                 "weight_decay": optimizer.weight_decay if decays else 0.0,
-                "scale": optimizer.layer_decay ** (top - depth[name]),
+                "lr": optimizer.peak * optimizer.layer_decay ** (top - depth[name]),
             },
         )
         group["params"].append(parameter)

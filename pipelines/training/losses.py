@@ -24,28 +24,26 @@ class Criterion:
     class_weights: Tensor
     """[classes]; multi-label: the weight of a class's positives."""
     log_prior: Tensor
-    """[classes], already times tau: added to the logits while training."""
+    """[classes], already times tau: added to the logits during training."""
 
     def __call__(self, logits_nc: Tensor, targets_nc: Tensor) -> Tensor:
         """Loss of each image, float32 [n]."""
         logits_nc = logits_nc.float() + self.log_prior.to(logits_nc.device)
+        weights, smoothing = self.class_weights.to(logits_nc.device), self.loss.smoothing
         if self.multi_label:
-            targets_nc = smoothed(targets_nc, self.loss.smoothing, choices=2)
-        weights = self.class_weights.to(logits_nc.device)
-        if not self.multi_label:
-            return cross_entropy(
-                logits_nc,
-                targets_nc,
-                weights,
-                smoothing=self.loss.smoothing,
-                focal_gamma=self.loss.focal_gamma,
-            )
-        if self.loss.multi_label == "asymmetric":
-            return asymmetric(logits_nc, targets_nc, weights, self.loss)
-        return binary_cross_entropy(logits_nc, targets_nc, weights, focal_gamma=self.loss.focal_gamma)
+            targets_nc = smooth(targets_nc, smoothing, choices=2)
+            if self.loss.multi_label == "asymmetric":
+                return asymmetric(logits_nc, targets_nc, weights, self.loss)
+            return binary_cross_entropy(logits_nc, targets_nc, weights, focal_gamma=self.loss.focal_gamma)
+        if self.loss.focal_gamma:
+            targets_nc = smooth(targets_nc, smoothing, choices=logits_nc.shape[1])
+            return focal_cross_entropy(logits_nc, targets_nc, weights, gamma=self.loss.focal_gamma)
+        return functional.cross_entropy(
+            logits_nc, targets_nc, weights, label_smoothing=smoothing, reduction="none"
+        )
 
 
-def criterion(
+def build_criterion(
     loss: Loss, balance: Balance, class_counts: npt.NDArray[np.int64], n_images: int, *, multi_label: bool
 ) -> Criterion:
     """The loss for training passes that draw `n_images` with these counts of each class.
@@ -98,18 +96,14 @@ def positive_weights(
     }[balance.class_weights]
 
 
-def cross_entropy(
-    logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, smoothing: float, focal_gamma: float
-) -> Tensor:
-    """-sum_c w_c t_c (1 - p_c)^gamma log p_c, with t smoothed towards uniform; [n]."""
-    targets_nc = smoothed(targets_nc, smoothing, choices=logits_nc.shape[1])
+def focal_cross_entropy(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, gamma: float) -> Tensor:
+    """-sum_c w_c t_c (1 - p_c)^gamma log p_c; [n]."""
     log_p = functional.log_softmax(logits_nc, 1)
-    focus = (1 - log_p.exp()) ** focal_gamma if focal_gamma else 1.0
-    return -(weights * targets_nc * focus * log_p).sum(1)
+    return -(weights * targets_nc * power(1 - log_p.exp(), gamma) * log_p).sum(1)
 
 
-def smoothed(targets_nc: Tensor, smoothing: float, *, choices: int) -> Tensor:
-    """Targets with this share of them spread evenly over all choices: the classes, or yes and no."""
+def smooth(targets_nc: Tensor, smoothing: float, *, choices: int) -> Tensor:
+    """Targets with this fraction of them spread evenly over all choices: the classes, or yes and no."""
     return targets_nc * (1 - smoothing) + smoothing / choices
 
 
@@ -117,11 +111,13 @@ def binary_cross_entropy(
     logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, focal_gamma: float
 ) -> Tensor:
     """Sigmoid cross entropy, the mean over classes; [n]."""
-    present = functional.logsigmoid(logits_nc) * targets_nc * weights
-    absent = functional.logsigmoid(-logits_nc) * (1 - targets_nc)
-    if focal_gamma:
-        p = logits_nc.sigmoid()
-        present, absent = present * (1 - p) ** focal_gamma, absent * p**focal_gamma
+    if not focal_gamma:
+        return functional.binary_cross_entropy_with_logits(
+            logits_nc, targets_nc, pos_weight=weights, reduction="none"
+        ).mean(1)
+    p = logits_nc.sigmoid()
+    present = power(1 - p, focal_gamma) * functional.logsigmoid(logits_nc) * targets_nc * weights
+    absent = power(p, focal_gamma) * functional.logsigmoid(-logits_nc) * (1 - targets_nc)
     return -(present + absent).mean(1)
 
 
@@ -132,6 +128,11 @@ def asymmetric(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, loss: Los
     """
     p = logits_nc.sigmoid()
     shifted = (p - loss.probability_margin).clamp(min=0)
-    present = (1 - p) ** loss.gamma_positive * functional.logsigmoid(logits_nc) * targets_nc * weights
-    absent = shifted**loss.gamma_negative * torch.log((1 - shifted).clamp(min=1e-8)) * (1 - targets_nc)
+    present = power(1 - p, loss.gamma_positive) * functional.logsigmoid(logits_nc) * targets_nc * weights
+    absent = power(shifted, loss.gamma_negative) * torch.log((1 - shifted).clamp(min=1e-8)) * (1 - targets_nc)
     return -(present + absent).mean(1)
+
+
+def power(base: Tensor, exponent: float) -> Tensor:
+    """base^exponent of probabilities; below an exponent of 1 the gradient at 0 would be infinite."""
+    return (base.clamp(min=1e-6) if 0 < exponent < 1 else base) ** exponent

@@ -42,7 +42,7 @@ class Network:
 
 @validated
 class Optimizer:
-    """AdamW and its schedule, per optimiser step over the global batch."""
+    """AdamW and its schedule, per optimizer step over the global batch."""
 
     learning_rate: PositiveFloat | None = None
     """Peak learning rate; unset: 5e-4 from scratch, 1e-4 for a pretrained model."""
@@ -59,7 +59,7 @@ class Optimizer:
     final_share: Fraction = 0.01
     """Last learning rate as a share of the peak (cosine and linear)."""
     accumulation: PositiveInt = 1
-    """Micro-batches per worker and optimiser step."""
+    """Micro-batches per worker and optimizer step."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 does not clip."""
     ema_decay: Decay | None = None
@@ -194,7 +194,7 @@ class Recipe:
     epochs: PositiveInt = 10
     """Passes over the training split (each image `augment.views` times)."""
     batch_size: PositiveInt = 64
-    """Images per optimiser step, over all workers and micro-batches."""
+    """Images per optimizer step, over all workers and micro-batches."""
     seed: int = 0
     """Seed of the weights, the order, the augmentation and the dropout."""
     precision: Precision = "auto"

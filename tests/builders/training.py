@@ -14,6 +14,7 @@ from pipelines.datasets import pixels
 from pipelines.schema import pixels_type
 from pipelines.specs import ImageSpec
 from pipelines.training import model
+from pipelines.training.batches import Batches
 from pipelines.training.checkpoints import Sidecar
 from pipelines.training.loop import Trainer
 from pipelines.training.recipe import Augment, Loss, Optimizer, Recipe
@@ -125,7 +126,7 @@ def trainer_over(
         epoch_images=len(store),
         run_uri="",
     )
-    made = Trainer(task, worker, store, pixels.PixelStore(held_out, spec, n_classes))
+    made = Trainer(task, worker, Batches(task, worker, store, pixels.PixelStore(held_out, spec, n_classes)))
     made.parallel = made.model
     made.model.train()
     return made
@@ -135,7 +136,7 @@ def streaming(recipe: Recipe, blocks: Blocks) -> Trainer:
     """A worker in this process that streams its images, the same ones for training and validation."""
     made = trainer_over(recipe, blocks, blocks, model.Classes(("a", "b", "c"), False), ALONE)
     made.task = replace(made.task, streams=True)
-    made.trains = made.validation = blocks
+    made.batches = Batches(made.task, ALONE, blocks, blocks)
     return made
 
 
@@ -164,7 +165,7 @@ def curve(rank: int, workers: int, accumulation: int, folder: str) -> None:
     made.wrap()
     losses = []
     for epoch in range(-(-50 // made.task.steps_per_epoch)):
-        for step, batches in made.iter_steps(epoch, 0):
+        for step, batches in made.batches.iter_steps(epoch, 0):
             losses.append(made.train_step(batches, epoch=epoch, step=step))
     np.save(f"{folder}/losses-{workers}-{rank}.npy", np.array(losses[:50]))
     torch.distributed.destroy_process_group()

@@ -24,12 +24,13 @@ from pipelines.datasets.settings import DataSettings, Ingest, Splits
 from pipelines.evaluation import metrics
 from pipelines.storage import uris
 from pipelines.training import checkpoints, decoded, fit, runs
-from pipelines.training import optimizer as optimisation
 from pipelines.training.decoded import epoch_order
 from pipelines.training.loop import Diverged
+from pipelines.training.optimizer import build_ema, learning_rate_factor
 from pipelines.training.recipe import Augment, Balance, Loss, Network, Optimizer, Stopping
 from pipelines.training.resources import Resources, threads_of
 from pipelines.training.task import Worker
+from pipelines.training.validation import compute_logits
 from tests.builders import training as small_training
 from tests.builders.training import RECIPE, STILL, drawn, image_folder, streaming, trained, trainer
 
@@ -39,12 +40,16 @@ SEVERAL = [[j for j in range(4) if (i * 7 + 3) >> j & 1] for i in range(64)]
 MIXED = Augment(views=1, mixup=0.5, cutmix=1.0, brightness=0.3, erasing=0.3)
 
 
+def logits_of(made, batches):
+    return compute_logits(made.model, batches, made.task, precision=made.precision)
+
+
 def first_step_gradients(recipe, labels, *, workers=1, **keywords):
     """Gradients of the first step, averaged over the workers as DistributedDataParallel does."""
     sums = None
     for rank in range(workers):
         made = trainer(recipe, labels, worker=Worker(rank, workers, torch.device("cpu")), **keywords)
-        _, micro_batches = next(made.iter_steps(0, 0))
+        _, micro_batches = next(made.batches.iter_steps(0, 0))
         made.accumulate(micro_batches, seed=1)
         gradients = [p.grad / workers for p in made.model.parameters()]
         sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
@@ -66,74 +71,72 @@ def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumul
 
 def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
     made = streaming(RECIPE, drawn(LABELS, lost=[0, 17, 18]))
-    batches = [pixels for _, micro_batches in made.iter_steps(0, 0) for pixels, _ in micro_batches]
+    batches = [pixels for _, micro_batches in made.batches.iter_steps(0, 0) for pixels, _ in micro_batches]
     assert len(batches) == 4 and all(len(pixels) == 16 for pixels in batches)
     assert all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches), "a black picture in their place"
-    assert (made.tally.images, made.tally.broken) == (64, 3)
-    assert made.broken_images() == {"broken_images": 3}
+    assert (made.batches.tally.images, made.batches.tally.broken) == (64, 3)
+    assert made.count_unreadable() == {"broken_images": 3}
     made.task = replace(made.task, max_broken_share=0.04)
     with pytest.raises(ingest.IngestError, match=r"3 of 64.*max-broken-share"):
-        made.broken_images()
+        made.count_unreadable()
 
 
 def test_a_batch_of_lost_images_keeps_workers_in_step():
     for lost in (range(16), range(16, 32), range(48, 64)):
         made = streaming(RECIPE, drawn(LABELS, lost=lost))
-        batches = [pixels for _, [(pixels, _)] in made.iter_steps(0, 0)]
+        batches = [pixels for _, [(pixels, _)] in made.batches.iter_steps(0, 0)]
         assert len(batches) == 4 and all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches)
     made = streaming(RECIPE, drawn(LABELS, lost=range(64)))
     with pytest.raises(ingest.IngestError, match="none of the 64 images"):
-        next(made.iter_steps(0, 0))
+        next(made.batches.iter_steps(0, 0))
 
 
 def test_a_shard_smaller_than_a_micro_batch_fills_it():
     made = streaming(RECIPE, drawn(LABELS[:5]))
-    [(_, [(pixels, targets)])] = made.iter_steps(0, 0)
+    [(_, [(pixels, targets)])] = made.batches.iter_steps(0, 0)
     assert pixels.shape == (16, 16, 16, 3) and targets.sum(0).tolist() == [7, 6, 3]
 
 
 def test_streamed_validation_measures_the_same_images_as_kept_ones():
     kept, stream = trainer(RECIPE, LABELS), streaming(RECIPE, drawn(LABELS, seed=99, lost=[9]))
-    stream.task = replace(stream.task, validation_rows=np.array([3, 4, 9, 40]))
+    stream.batches.task = replace(stream.task, validation_rows=np.array([3, 4, 9, 40]))
     stream.model.load_state_dict(kept.model.state_dict())
-    logits, targets = stream.logits(stream.validation_batches())
-    expected, truth = kept.logits([kept.validation.take(np.array([3, 4, 40]))])
+    logits, targets = logits_of(stream, stream.batches.iter_validation())
+    expected, truth = logits_of(kept, [kept.batches.validation.take(np.array([3, 4, 40]))])
     np.testing.assert_allclose(logits, expected, atol=1e-6)
-    assert (targets == truth).all() and stream.tally.broken == 1
+    assert (targets == truth).all() and stream.batches.tally.broken == 1
 
 
 def test_averaged_weights_follow_the_weights_at_their_decay():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    averaged = optimisation.Averaged(model, 0.9)
+    averaged = build_ema(model, 0.9)
     torch.nn.init.ones_(model.weight)
     expected = 0.0
     for step in range(1, 200):
-        averaged.update(model)
+        averaged.update_parameters(model)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay)
-        assert averaged.weights["weight"].item() == pytest.approx(expected, abs=1e-6)
-    with averaged.applied(model):
-        assert model.weight.item() == pytest.approx(expected, abs=1e-6)
+        assert averaged.module.weight.item() == pytest.approx(expected, abs=1e-6)
     assert model.weight.item() == 1
 
 
 def test_averaged_weights_differ_from_the_models_own():
     made = trained(trainer(replace(RECIPE, optimizer=replace(RECIPE.optimizer, ema_decay=0.9)), LABELS), 1)
     own = made.model.classifier.weight
-    assert not torch.equal(made.averaged.weights["classifier.weight"], own)
+    assert not torch.equal(made.learner.ema.module.classifier.weight, own)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_schedules_warm_up_and_end_where_they_should(schedule):
     optimizer = Optimizer(schedule=schedule, warmup=10, final_share=0.1)
-    shares = [optimisation.learning_rate_share(optimizer, step, 100) for step in range(101)]
+    shares = [learning_rate_factor(optimizer, step, 100) for step in range(101)]
     assert np.allclose(np.diff(shares[:10]), 1 / 11)
     assert shares[10] == pytest.approx(1)
     assert shares[100] == pytest.approx(1 if schedule == "constant" else 0.1)
     middle = {"cosine": 0.55, "linear": 0.55, "constant": 1}[schedule]
     assert shares[55] == pytest.approx(middle)
-    assert optimisation.learning_rate_share(replace(optimizer, warmup=0.1), 4, 100) == shares[4]
+    assert learning_rate_factor(replace(optimizer, warmup=0.1), 4, 100) == shares[4]
 
 
 def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
@@ -145,7 +148,7 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
     )
     unbroken = trained(trainer(recipe, LABELS), 2)
     first = trained(trainer(recipe, LABELS), 1)
-    steps = first.iter_steps(1, 0)
+    steps = first.batches.iter_steps(1, 0)
     for step, batches in [next(steps), next(steps)]:
         first.train_step(batches, epoch=1, step=step)
         first.progress.step = step + 1
@@ -154,9 +157,7 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
     second.train_epoch()
     for name, value in unbroken.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
-    assert torch.equal(
-        second.averaged.weights["classifier.bias"], unbroken.averaged.weights["classifier.bias"]
-    )
+    assert torch.equal(second.learner.ema.module.classifier.bias, unbroken.learner.ema.module.classifier.bias)
 
 
 def test_order_is_repeatable_and_covers_every_image_in_every_view():
@@ -188,7 +189,7 @@ def test_balancing_at_least_doubles_the_recall_of_a_rare_class():
     def minority_recall(balance: Balance) -> float:
         recipe = replace(RECIPE, epochs=2, batch_size=12, balance=balance)
         made = trained(trainer(recipe, labels, n_classes=2, noise=125), 2)
-        logits, _ = made.logits([made.validation.take(np.arange(200, 204))])
+        logits, _ = logits_of(made, [made.batches.validation.take(np.arange(200, 204))])
         return float((logits.argmax(1) == 1).mean())
 
     balanced = minority_recall(Balance(sampling="oversample"))
@@ -200,7 +201,7 @@ def test_multi_label_training_reaches_a_high_mean_average_precision(loss):
     labels = SEVERAL * 2
     recipe = replace(RECIPE, epochs=10, loss=Loss(multi_label=loss))
     made = trained(trainer(recipe, labels, n_classes=4, multi_label=True), 10)
-    logits, targets = made.logits(made.validation_batches())
+    logits, targets = logits_of(made, made.batches.iter_validation())
     assert metrics.classification(logits, targets.astype(np.uint8))["map"] > 0.9
 
 
@@ -214,10 +215,10 @@ def test_a_loss_that_is_no_number_stops_the_run_with_advice():
 def scripted(made, *measured: dict[str, float]) -> list[dict]:
     """Finish epochs whose evaluations give these numbers, in turn; returns what was reported."""
     answers, reported = iter(measured), []
-    made.evaluate = lambda: next(answers)
-    made.report = lambda line, **how: reported.append({**line, **how})
-    made.iter_steps = lambda epoch, first: iter(())
-    while not (made.is_stale() or made.progress.epoch == made.recipe.epochs):
+    made.evaluate = lambda model: next(answers)
+    made.report = lambda line, model: reported.append(line)
+    made.batches.iter_steps = lambda epoch, first: iter(())
+    while not (made.should_stop() or made.progress.epoch == made.recipe.epochs):
         made.train_epoch()
         made.finish_epoch(images_per_s=1.0)
     return reported
@@ -229,7 +230,7 @@ def test_early_stopping_asks_for_the_smallest_gain_since_the_last_that_counted()
     scores = (0.5, 0.55, 0.58, 0.61, 0.62, 0.63, 0.64, 0.9)
     reported = scripted(made, *({"accuracy": score} for score in scores))
     assert [line["score"] for line in reported] == list(scores[:7])
-    assert made.progress.best_score == 0.61 and made.is_stale()
+    assert made.progress.best_score == 0.61 and made.should_stop()
 
 
 def test_averaged_weights_are_reported_and_saved_where_they_are_better():
@@ -237,8 +238,8 @@ def test_averaged_weights_are_reported_and_saved_where_they_are_better():
     made = trainer(recipe, LABELS)
     own_then_averaged = [{"accuracy": score} for score in (0.6, 0.7, 0.8, 0.7)]
     first, second = scripted(made, *own_then_averaged)
-    assert (first["score"], first["averaged"], first["averaged_weights"]) == (0.7, True, True)
-    assert (second["score"], second["averaged"], second["averaged_weights"]) == (0.8, False, False)
+    assert (first["score"], first["averaged_weights"]) == (0.7, True)
+    assert (second["score"], second["averaged_weights"]) == (0.8, False)
 
 
 @pytest.mark.parametrize("averaged", [True, False])
@@ -251,8 +252,9 @@ def test_the_saved_model_has_the_weights_that_were_measured(averaged, monkeypatc
             saved.update(load_file(Path(folder, "model", "model.safetensors")))
 
     monkeypatch.setattr(ray.train, "report", keep)
-    made.report({"score": 1.0}, with_model=True, averaged=averaged)
-    own, average = made.model.state_dict(), made.averaged.weights
+    averaged_model = made.learner.ema.module
+    made.report({"score": 1.0}, model=averaged_model if averaged else made.model)
+    own, average = made.model.state_dict(), averaged_model.state_dict()
     expected, other = (average, own) if averaged else (own, average)
     assert torch.equal(saved["classifier.weight"], expected["classifier.weight"])
     assert not torch.equal(saved["classifier.weight"], other["classifier.weight"])
@@ -269,7 +271,7 @@ def test_saving_memory_or_compiling_does_not_change_what_is_learned(network):
     for one in (Network(), network):
         made = trainer(replace(RECIPE, network=one), LABELS)
         made.wrap()
-        _, micro_batches = next(made.iter_steps(0, 0))
+        _, micro_batches = next(made.batches.iter_steps(0, 0))
         made.accumulate(micro_batches, seed=1)
         found.append(torch.cat([parameter.grad.flatten() for parameter in made.model.parameters()]))
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)

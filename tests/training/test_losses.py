@@ -10,7 +10,7 @@ from torch.nn import functional
 from pipelines.datasets import dataset
 from pipelines.datasets.settings import DataSettings, Ingest, Splits
 from pipelines.training import decoded, fit
-from pipelines.training.losses import class_weights, criterion, positive_weights
+from pipelines.training.losses import build_criterion, class_weights, positive_weights
 from pipelines.training.recipe import Balance, Loss, Recipe
 from pipelines.training.resources import Resources
 
@@ -26,7 +26,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def single(loss: Loss = PLAIN, balance: Balance = UNWEIGHTED):
-    return criterion(loss, balance, COUNTS, 100, multi_label=False)
+    return build_criterion(loss, balance, COUNTS, 100, multi_label=False)
 
 
 def test_plain_loss_is_cross_entropy(batch):
@@ -92,7 +92,7 @@ def test_multi_label_loss_is_binary_cross_entropy_with_positive_weights():
     expected = functional.binary_cross_entropy_with_logits(
         logits, targets, pos_weight=torch.tensor(weights, dtype=torch.float32), reduction="none"
     ).mean(1)
-    found = criterion(PLAIN, balance, COUNTS, 100, multi_label=True)(logits, targets)
+    found = build_criterion(PLAIN, balance, COUNTS, 100, multi_label=True)(logits, targets)
     torch.testing.assert_close(found, expected)
 
 
@@ -101,7 +101,7 @@ def test_smoothing_moves_several_labels_towards_one_half(name):
     torch.manual_seed(2)
     logits, targets = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float()
     plain, smoothed = (
-        criterion(Loss(label_smoothing=s, multi_label=name), Balance(), COUNTS, 100, multi_label=True)
+        build_criterion(Loss(label_smoothing=s, multi_label=name), Balance(), COUNTS, 100, multi_label=True)
         for s in (0.0, 0.2)
     )
     torch.testing.assert_close(smoothed(logits, targets), plain(logits, 0.8 * targets + 0.1))
@@ -133,7 +133,7 @@ def test_what_sampling_evened_out_is_not_corrected_again(tmp_path):
         rows = {name: data.indices(name) for name in ("train", "validation", "test")}
         prepared = decoded.DecodedData(data, job.spec, job.spec, {}, rows, "memory", Ingest(), [], {})
         task = fit.task_of(job, prepared, None)
-        return criterion(PLAIN, balance, task.class_counts, task.epoch_images, multi_label=False)
+        return build_criterion(PLAIN, balance, task.class_counts, task.epoch_images, multi_label=False)
 
     weighted = Balance(class_weights="inverse", logit_adjustment=1)
     assert loss_of(weighted).class_weights.tolist() == pytest.approx([5 / 9, 5])
@@ -149,7 +149,7 @@ def test_asymmetric_loss_of_one_label_for_each_image_is_refused():
 
 def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
     settings = Loss(label_smoothing=0, multi_label="asymmetric")
-    loss = criterion(settings, Balance(), COUNTS, 100, multi_label=True)
+    loss = build_criterion(settings, Balance(), COUNTS, 100, multi_label=True)
     unlikely = torch.full((1, 3), -4.0)  # a probability of 0.018, below the margin of 0.05
     assert loss(unlikely, torch.zeros(1, 3)).item() == pytest.approx(0)
     p = torch.tensor(0.7)
@@ -157,3 +157,18 @@ def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
     absent = -((p - 0.05) ** 4) * torch.log(1 - (p - 0.05))
     torch.testing.assert_close(loss(logit, torch.zeros(1, 3))[0], absent)
     torch.testing.assert_close(loss(logit, torch.ones(1, 3))[0], -(1 - p) * p.log())
+
+
+@pytest.mark.parametrize(
+    ("loss", "multi_label"),
+    [
+        (Loss(label_smoothing=0, focal_gamma=0.5), False),
+        (Loss(label_smoothing=0, focal_gamma=0.5), True),
+        (Loss(label_smoothing=0, multi_label="asymmetric", gamma_positive=0.5, gamma_negative=0.5), True),
+    ],
+)
+def test_exponents_below_one_have_finite_gradients_where_the_model_is_certain(loss, multi_label):
+    logits = torch.tensor([[200.0, -200.0, -200.0]], requires_grad=True)
+    targets = torch.tensor([[1.0, 0.0, 0.0]])
+    build_criterion(loss, Balance(), COUNTS, 100, multi_label=multi_label)(logits, targets).sum().backward()
+    assert logits.grad.isfinite().all()

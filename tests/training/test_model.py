@@ -72,19 +72,19 @@ def test_gradual_unfreezing_thaws_one_block_at_a_time_from_the_top():
 
 def test_layer_decay_gives_each_block_the_stated_rate():
     model = vit.build(DEEP, CLASSES)
-    groups = layers.parameter_groups(model, Optimizer(layer_decay=0.5, weight_decay=0.1))
+    groups = layers.parameter_groups(model, Optimizer(learning_rate=1, layer_decay=0.5, weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    scale = {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
-    assert scale["classifier.weight"] == 1
-    assert scale["vit.layernorm.weight"] == 1
-    assert [scale[f"vit.layers.{i}.mlp.fc1.weight"] for i in range(3)] == [0.125, 0.25, 0.5]
-    assert scale["vit.embeddings.position_embeddings"] == 0.0625
+    rate = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rate["classifier.weight"] == 1
+    assert rate["vit.layernorm.weight"] == 1
+    assert [rate[f"vit.layers.{i}.mlp.fc1.weight"] for i in range(3)] == [0.125, 0.25, 0.5]
+    assert rate["vit.embeddings.position_embeddings"] == 0.0625
 
 
 def test_biases_norms_and_positions_are_not_decayed():
     model = vit.build(DEEP, CLASSES)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = layers.parameter_groups(model, Optimizer())
+    groups = layers.parameter_groups(model, Optimizer(learning_rate=1))
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     assert sum(len(group["params"]) for group in groups) == len(names)
@@ -148,8 +148,8 @@ def test_another_architecture_can_be_fine_tuned_and_decayed(tmp_path):
     )
     Dinov2ForImageClassification(config).save_pretrained(tmp_path)
     model = vit.build(Recipe(model=str(tmp_path)).resolved(multi_label=False), CLASSES)
-    groups = layers.parameter_groups(model, Optimizer(layer_decay=0.5))
-    assert {group["scale"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
+    groups = layers.parameter_groups(model, Optimizer(learning_rate=1, layer_decay=0.5))
+    assert {group["lr"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
     layers.freeze(model, Network(freeze="backbone"), 0)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {"classifier.weight", "classifier.bias"}

@@ -57,7 +57,7 @@ def built(folder, **network):
 def step(model, spec) -> None:
     """One optimiser step as the training loop takes it."""
     layers.set_training(model)
-    adam = torch.optim.AdamW(layers.parameter_groups(model, Optimizer()), lr=1e-2)
+    adam = torch.optim.AdamW(layers.parameter_groups(model, Optimizer(learning_rate=1e-2)))
     images = torch.randn(4, 3, spec.height, spec.width)
     logits = model(pixel_values=images).logits
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()

@@ -1,0 +1,79 @@
+"""The images of one worker, in the order in which it trains on them and measures them."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.datasets import pixels
+from pipelines.datasets.pixels import Pixels
+from pipelines.training.decoded import epoch_order
+from pipelines.training.task import Task, Worker, step_seed
+
+VALIDATION_BATCH = 256
+
+Targets = npt.NDArray[np.float32]
+MicroBatch = tuple[Pixels, Targets]
+
+
+class Batches:
+    """Micro-batches of training images and batches of validation images.
+
+    `training` and `validation` are each a `PixelStore`, or this worker's shard when the task streams.
+    """
+
+    def __init__(self, task: Task, worker: Worker, training: Any, validation: Any) -> None:
+        self.task, self.worker = task, worker
+        self.training, self.validation = training, validation
+        self.tally = pixels.Tally()
+
+    def iter_steps(self, epoch: int, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """The micro-batches of each step from `first` on."""
+        parts = self.task.recipe.optimizer.accumulation
+        source = self.iter_stream(epoch) if self.task.streams else self.iter_random(epoch, first)
+        for _ in range(first * parts if self.task.streams else 0):
+            next(source)
+        for step in range(first, self.task.steps_per_epoch):
+            yield step, [next(source) for _ in range(parts)]
+
+    def iter_random(self, epoch: int, first: int) -> Iterator[MicroBatch]:
+        """Micro-batches by row, in the order that the seed gives this epoch."""
+        recipe, n_steps = self.task.recipe, self.task.steps_per_epoch
+        views = recipe.augment.views or 1
+        order = epoch_order(self.task.strata, recipe.balance, views=views, seed=recipe.seed, epoch=epoch)
+        order = np.resize(order, n_steps * recipe.batch_size)  # repeats images when they fill no batch
+        parts = recipe.optimizer.accumulation
+        rows = self.task.train_rows[order].reshape(n_steps, self.worker.world_size, parts, -1)
+        for step in range(first, n_steps):
+            for part in rows[step, self.worker.rank]:
+                yield self.training.take(part)
+
+    def iter_stream(self, epoch: int) -> Iterator[MicroBatch]:
+        """Micro-batches of this worker's shard, pass after pass without end."""
+        task = self.task
+        size, n_classes = task.recipe.micro_batch(self.worker.world_size), len(task.classes.ids)
+        for view in itertools.count():
+            seed = step_seed(task.recipe.seed, epoch, view)
+            yield from pixels.stream_batches(
+                self.training, task.stored_spec, n_classes, batch_size=size, seed=seed, tally=self.tally
+            )
+
+    def iter_validation(self) -> Iterator[MicroBatch]:
+        """This worker's share of the validation images."""
+        task = self.task
+        rows, n_classes = task.validation_rows, len(task.classes.ids)
+        if task.streams:
+            yield from pixels.evaluation_batches(
+                self.validation,
+                task.sidecar.image_spec,
+                n_classes,
+                batch_size=VALIDATION_BATCH,
+                rows=rows,
+                tally=self.tally,
+            )
+            return
+        mine = rows[self.worker.rank :: self.worker.world_size]
+        for start in range(0, len(mine), VALIDATION_BATCH):
+            yield self.validation.take(mine[start : start + VALIDATION_BATCH])
