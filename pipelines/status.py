@@ -14,6 +14,7 @@ class Status(StrEnum):
     THROTTLED = "throttled"
     SERVER_ERROR = "server_error"
     CONNECTION_FAILED = "connection_failed"
+    TLS_FAILED = "tls_failed"
     REDIRECT_LOOP = "redirect_loop"
     BLOCKED_ADDRESS = "blocked_address"
     INVALID_URI = "invalid_uri"
@@ -40,6 +41,7 @@ TRANSIENT = frozenset(
         Status.THROTTLED,
         Status.SERVER_ERROR,
         Status.CONNECTION_FAILED,
+        Status.TLS_FAILED,
         Status.INTERNAL_ERROR,  # memory or threads may have run out, or a later version mends it
     }
 )

@@ -20,6 +20,9 @@ GRACE_S = 15.0
 PROBE_INTERVAL_S = 30.0
 """Time between the requests that are let through an open circuit, seconds."""
 
+BREAKER_STATUSES = frozenset({Status.CONNECTION_FAILED, Status.TLS_FAILED, Status.TIMEOUT})
+"""Failures of the host rather than of one object."""
+
 
 class CircuitOpen(FetchError):
     """The host failed too often: the request was not made."""
@@ -82,7 +85,7 @@ class Host:
     def _record_error(self, error: FetchError) -> None:
         if error.retry_after_s:
             self._resume_at = max(self._resume_at, _now() + error.retry_after_s)
-        if error.status not in (Status.CONNECTION_FAILED, Status.TIMEOUT):
+        if error.status not in BREAKER_STATUSES:
             self._failures = 0
             return
         if not self._failures:

@@ -124,6 +124,8 @@ def to_fetch_error(error: aiohttp.ClientError | OSError | ValueError) -> FetchEr
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, TimeoutError):
         return FetchError(Status.TIMEOUT, text)
+    if isinstance(error, aiohttp.ClientSSLError):  # before ValueError, which a certificate's error is too
+        return FetchError(Status.TLS_FAILED, text, final=True)  # certificates are not renewed in seconds
     if isinstance(error, ValueError):  # aiohttp.InvalidURL, and names that IDNA cannot write
         return FetchError(Status.INVALID_URI, text)
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error

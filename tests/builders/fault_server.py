@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import gzip
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter
@@ -51,9 +52,9 @@ class FaultServer:
         self._servers: list[asyncio.Server] = []
         self.port = self.another_port()
 
-    def another_port(self) -> int:
+    def another_port(self, tls: ssl.SSLContext | None = None) -> int:
         """One more port that leads here: another host to a client."""
-        started = asyncio.start_server(self._serve, ADDRESS, 0)
+        started = asyncio.start_server(self._serve, ADDRESS, 0, ssl=tls)
         self._servers.append(asyncio.run_coroutine_threadsafe(started, self._loop).result())
         port: int = self._servers[-1].sockets[0].getsockname()[1]
         return port

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import os
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -36,7 +37,7 @@ from pipelines.fetch.ssrf import block_reason
 from pipelines.inventory.inventory import plan
 from pipelines.inventory.listing import InventoryError
 from pipelines.specs import FetchLimits
-from pipelines.status import Status
+from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import StorageError
 from tests.builders.fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
@@ -191,6 +192,24 @@ def test_retry_after_holds_for_the_host_that_sent_it_and_no_other(
         assert fetcher.fetch(f"http://{host}/ok").status is Status.THROTTLED
     assert server.requests["/ok"] == 0
     assert fetcher.fetch(f"http://{ADDRESS}:{server.another_port()}/ok").status is Status.OK
+
+
+def test_expired_or_foreign_certificate_is_a_passing_failure_of_the_host(
+    server: FaultServer, fetcher: Fetcher, tmp_path: Path
+) -> None:
+    certificate = str(tmp_path / "certificate.pem")
+    subprocess.run(
+        f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=elsewhere -days 1 -keyout {certificate}.key "
+        f"-out {certificate}".split(),
+        check=True,
+        capture_output=True,
+    )
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, f"{certificate}.key")
+    fetched = fetcher.fetch(f"https://{ADDRESS}:{server.another_port(tls)}/ok")
+    assert fetched.status is Status.TLS_FAILED
+    assert "certificate" in f"{fetched.error}"
+    assert Status.TLS_FAILED in TRANSIENT
 
 
 def test_retry_after_of_a_missing_page_stops_nothing(server: FaultServer, fetcher: Fetcher) -> None:
