@@ -15,6 +15,7 @@ class Status(StrEnum):
     SERVER_ERROR = "server_error"
     CONNECTION_FAILED = "connection_failed"
     TLS_FAILED = "tls_failed"
+    CREDENTIALS_FAILED = "credentials_failed"
     REDIRECT_LOOP = "redirect_loop"
     BLOCKED_ADDRESS = "blocked_address"
     INVALID_URI = "invalid_uri"
@@ -42,6 +43,7 @@ TRANSIENT = frozenset(
         Status.SERVER_ERROR,
         Status.CONNECTION_FAILED,
         Status.TLS_FAILED,
+        Status.CREDENTIALS_FAILED,
         Status.INTERNAL_ERROR,  # memory or threads may have run out, or a later version mends it
     }
 )

@@ -23,6 +23,16 @@ CODE = re.compile(r"status code: (\d{3})([^:\n]{0,60})")
 KIND = re.compile(r"HttpError \{\s+kind: (\w+)")
 MESSAGE = re.compile(r'message: "([^"]{1,200})"')
 REASON = re.compile(r"<Code>(\w{1,60})</Code>")
+STATUS_OF_REASON = {"RequestTimeout": Status.TIMEOUT} | dict.fromkeys(
+    """
+    ExpiredToken TokenRefreshRequired InvalidToken InvalidAccessKeyId SignatureDoesNotMatch
+    RequestTimeTooSkewed RequestExpired AuthenticationFailed ExpiredAuthenticationToken
+    """.split(),  # noqa: SIM905
+    Status.CREDENTIALS_FAILED,
+)
+"""Error codes of S3 and Azure that say nothing about the object: our keys or our clock are wrong, or we were
+too slow. Their HTTP codes, 400 and 403, would make the failure final."""
+
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9.-]+)?")
 """Names of buckets and containers, and Azure's `container@account`; others make obstore panic."""
 
@@ -96,7 +106,9 @@ def to_fetch_error(error: Exception) -> FetchError:
     found = CODE.search(text)
     if found:
         described = f"HTTP {found[1]}{found[2].rstrip()}" + (f" ({reason[1]})" if reason else "")
-        return FetchError(status_of_code(int(found[1])), described)
+        known = STATUS_OF_REASON.get(reason[1]) if reason else None
+        status = known or status_of_code(int(found[1]))
+        return FetchError(status, described, final=status is Status.CREDENTIALS_FAILED)
     if isinstance(error, FileNotFoundError):
         return FetchError(Status.NOT_FOUND, "no such object")
     if isinstance(error, ValueError):

@@ -32,6 +32,10 @@ def whole(body: bytes, status: str = "200 OK", **headers: object) -> bytes:
     return head(status, Content_Length=len(body), **headers) + body
 
 
+def s3_error(code: str) -> bytes:
+    return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>m</Message></Error>".encode()
+
+
 def chunked(body: bytes) -> bytes:
     return (
         head("200 OK", Transfer_Encoding="chunked") + f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
@@ -273,6 +277,10 @@ FAULTS: dict[str, Respond] = {
     "large": fixed(whole(bytes(900_000))),
     "large-chunked": fixed(chunked(bytes(900_000))),
     "403": fixed(whole(b"", "403 Forbidden")),
+    "s3-expired-token": fixed(whole(s3_error("ExpiredToken"), "400 Bad Request")),
+    "s3-skewed-clock": fixed(whole(s3_error("RequestTimeTooSkewed"), "403 Forbidden")),
+    "s3-request-timeout": fixed(whole(s3_error("RequestTimeout"), "400 Bad Request")),
+    "s3-denied": fixed(whole(s3_error("AccessDenied"), "403 Forbidden")),
     "404": not_found,
     "404-for-an-hour": fixed(whole(b"", "404 Not Found", Retry_After=3600)),
     "410": fixed(whole(b"", "410 Gone")),

@@ -575,6 +575,24 @@ def test_table_that_its_bucket_refuses_is_a_passing_failure(
     assert [found[0].status, found[1].status] == [Status.CONNECTION_FAILED, Status.NOT_FOUND]
 
 
+def test_object_store_that_refuses_our_keys_or_clock_is_a_passing_failure(
+    server: FaultServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "a"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    buckets = ("s3-expired-token", "s3-skewed-clock", "s3-request-timeout", "s3-denied")
+    found = outcomes(fetcher, [f"s3://{bucket}/a.jpg" for bucket in buckets])
+    assert [fetched.status for fetched in found] == [
+        Status.CREDENTIALS_FAILED,
+        Status.CREDENTIALS_FAILED,
+        Status.TIMEOUT,
+        Status.DENIED,
+    ]
+    assert [fetched.status in TRANSIENT for fetched in found] == [True, True, True, False]
+    assert "ExpiredToken" in f"{found[0].error}"
+
+
 def test_table_that_breaks_off_keeps_the_rows_that_were_read() -> None:
     class Breaking(EmbeddedReader):
         def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
@@ -654,11 +672,11 @@ def test_bucket_that_refuses_gives_each_object_its_reason(s3: Forwarder, fetcher
 
 @pytest.mark.s3
 @pytest.mark.skipif(not REAL_S3, reason="moto checks no signatures")
-def test_wrong_key_is_denied(s3: Forwarder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_key_is_a_failure_of_the_credentials(s3: Forwarder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     fetcher = Fetcher(LIMITS)
     fetched = fetcher.fetch("s3://fetch-test/a.jpg")
-    assert fetched.status is Status.DENIED
+    assert fetched.status is Status.CREDENTIALS_FAILED
     assert "test-access" not in f"{fetched.error}"
     fetcher.close()
 
