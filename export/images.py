@@ -6,18 +6,19 @@ dataset (its validation and test splits where it has them), a table of URIs, or 
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.datasets import readers
-from pipelines.datasets.readers import DatasetError
+from pipelines.datasets.pixels import fetcher
+from pipelines.datasets.readers import LOCATION, DatasetError
 from pipelines.datasets.settings import Columns
+from pipelines.fetch.source import Source
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import ORIENTATION_TAG, is_image_name
 from pipelines.inventory import tables
@@ -60,8 +61,8 @@ class Place:
 
     uri: str
     labels: tuple[str, ...] = ()
-    container: str | None = None
-    position: int | None = None
+    source: Source | None = None
+    """Where the bytes are, unless at `uri`."""
 
 
 def draw(images_uri: str, *, count: int, seed: int) -> list[Sample]:
@@ -70,7 +71,7 @@ def draw(images_uri: str, *, count: int, seed: int) -> list[Sample]:
     if not places:
         raise NoImages(f"{redact(images_uri)} holds no image; give a folder, a table or a dataset")
     ranked = sorted(places, key=lambda place: hashlib.sha256(f"{seed}:{place.uri}".encode()).digest())
-    return list(_read(ranked[:count]))
+    return _read(ranked[:count])
 
 
 def find(images_uri: str) -> list[Place]:
@@ -85,7 +86,8 @@ def find(images_uri: str) -> list[Place]:
     held_out = rows.filter(pa.compute.is_in(rows["split"], pa.array(HELD_OUT)))
     rows = held_out if held_out.num_rows else rows
     return [
-        Place(row["uri"], tuple(row["labels"]), row["container"], row["position"]) for row in rows.to_pylist()
+        Place(row["uri"], tuple(row["labels"] or ()), Source(*(row[name] for name in LOCATION.names)))
+        for row in rows.to_pylist()
     ]
 
 
@@ -128,26 +130,14 @@ def _resolved(label: str, taxonomy: Taxonomy) -> str:
         return ""
 
 
-def _read(places: Sequence[Place]) -> Iterator[Sample]:
-    for place in places:
-        if place.container is None or place.position is None:
-            payload = storage.read_uri(place.uri)
-        else:
-            payload = _embedded(place.container, place.position)
-        yield Sample(place.uri, payload, place.labels)
-
-
-def _embedded(container: str, position: int) -> bytes:
-    folder, name = container.rsplit("/", 1)
-    with storage.open_storage(folder).open_input(name) as file:
-        parquet = pq.ParquetFile(file)
-        for group in range(parquet.num_row_groups):
-            rows = parquet.metadata.row_group(group).num_rows
-            if position < rows:
-                image = parquet.read_row_group(group, columns=["image"])["image"][position].as_py()
-                return bytes(image["bytes"] if isinstance(image, dict) else image)
-            position -= rows
-    raise NoImages(f"{container} has no row {position}")
+def _read(places: Sequence[Place]) -> list[Sample]:
+    payloads: dict[int, bytes] = {}
+    sources = [place.source or Source(place.uri) for place in places]
+    for index, fetched in fetcher().fetch_many(sources):
+        if fetched.payload is None:
+            raise NoImages(f"{redact(places[index].uri)} cannot be read: {fetched.status} {fetched.error}")
+        payloads[index] = bytes(fetched.payload)
+    return [Sample(place.uri, payloads[index], place.labels) for index, place in enumerate(places)]
 
 
 def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None]:

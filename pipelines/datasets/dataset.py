@@ -1,23 +1,25 @@
 """Labels as a dataset has them become classes of a taxonomy, and its images are divided into splits.
 
-What goes out names each image, its class indices and its split. Reading the dataset is `labelled_input.py`'s
-part, opening an image `ingest.py`'s.
+The result names each image, its class indices and its split. No image is opened here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.datasets import splits
-from pipelines.datasets.readers import DatasetError, open_table, read
+from pipelines.datasets.pixels import class_matrix
+from pipelines.datasets.readers import DatasetError, Labels, read, read_columns
 from pipelines.datasets.settings import DataSettings, Splits
+from pipelines.inventory import tables
 from pipelines.messages import redact
+from pipelines.storage.storage import open_storage
+from pipelines.storage.uris import split
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
 
@@ -27,7 +29,7 @@ class LabelledData:
     """Images with their classes, divided into splits."""
 
     rows: pa.Table
-    """uri, container, position, classes list<int32>, split; row number = row id."""
+    """Columns of `readers.LOCATION`, classes list<int32>, split; row number = item id."""
     classes: tuple[str, ...]
     """Class ids in the model's order."""
     taxonomy: Taxonomy
@@ -84,34 +86,22 @@ class LabelledData:
         }
 
 
-def class_matrix(classes: pa.Array | pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.uint8]:
-    """Lists of class indices as a 0/1 matrix `[N, classes]`."""
-    if isinstance(classes, pa.ChunkedArray):
-        classes = classes.combine_chunks()
-    targets_nc = np.zeros((len(classes), n_classes), np.uint8)
-    targets_nc[pa.compute.list_parent_indices(classes).to_numpy(), classes.flatten().to_numpy()] = 1
-    return targets_nc
-
-
 def load(settings: DataSettings) -> LabelledData:
     """Read the dataset, resolve its labels and divide it.
 
     Raises:
         DatasetError: nothing there, a label that the taxonomy does not know.
-        SplitError: the dataset's own division cannot be used.
+        InputError: the dataset's own division cannot be used.
     """
     found, multi_label = read(settings.uri, settings.columns)
-    labels, dropped = renamed(found["labels"].to_pylist(), settings.label_map)
-    keep = np.array([bool(names) or multi_label for names in labels])
+    labels = rename_labels(found["labels"].to_pylist(), settings.label_map)
+    keep = np.array([names is not None and (bool(names) or multi_label) for names in labels], bool)
     if not keep.any():
-        raise DatasetError(f"{settings.uri} holds no labelled image")
+        raise DatasetError(f"{redact(settings.uri)} holds no labelled image")
     found = found.filter(pa.array(keep))
-    labels = [names for names, kept in zip(labels, keep, strict=True) if kept]
-    if not multi_label and any(len(names) != 1 for names in labels):
-        raise DatasetError(
-            "some rows have several labels; put them in a column `labels` for a multi-label model"
-        )
-    known, ids = resolved(labels, settings.taxonomy, settings.tier)
+    labelled = [names for names, kept in zip(labels, keep, strict=True) if names is not None and kept]
+    dropped = {"without a label": int((~keep).sum())}
+    known, ids = resolved(labelled, settings.taxonomy, settings.tier)
     classes = tuple(in_order(known, {name for names in ids for name in names}))
     rows, divided_here = divided(found, ids, classes, settings.splits)
     return LabelledData(
@@ -141,20 +131,33 @@ def with_absolute_taxonomy(settings: DataSettings) -> DataSettings:
     return replace(settings, taxonomy=str(Path(name).absolute())) if is_local_table else settings
 
 
-def renamed(labels: list[list[str]], label_map: str | None) -> tuple[list[list[str]], dict[str, int]]:
-    """Labels through the map, and how many rows it left without one."""
+def rename_labels(labels: Labels, label_map: str | None) -> Labels:
+    """Labels through the map: an empty target drops the label, and with it an image of one label.
+
+    A map whose first line is itself a label of the dataset has no header.
+    """
     if label_map is None:
-        return labels, {"without a label": sum(not names for names in labels)}
-    fs, path = fsspec.core.url_to_fs(label_map)
-    table = open_table(fs, path)
-    if table.num_columns < 2:
+        return labels
+    mapping = read_label_map(label_map, {name for names in labels for name in names or ()})
+    mapped = [[mapping.get(name, name) for name in names] if names else names for names in labels]
+    return [[name for name in names if name] if names else names for names in mapped]
+
+
+def read_label_map(uri: str, known: Container[str]) -> dict[str, str]:
+    """Label -> target, from the first two columns of a table."""
+    folder, name = split(uri)
+    if not open_storage(folder).exists(name):
+        raise DatasetError(f"--label-map {redact(uri)} does not exist")
+    schema = tables.schema_of([uri])
+    if len(schema) < 2:
         raise DatasetError(
-            f"{label_map} has {table.num_columns} column; a label map needs two: label and target"
+            f"--label-map {redact(uri)} has {len(schema)} column; it needs two: label and target"
         )
-    mapping = dict(zip(table[0].to_pylist(), table[1].to_pylist(), strict=True))
-    mapped = [[mapping.get(name, name) for name in names] for names in labels]
-    mapped = [[name for name in names if name] for names in mapped]
-    return mapped, {"without a label": sum(not names for names in mapped)}
+    table = read_columns(uri, schema, schema.names[:2])
+    pairs = list(zip(table[0].to_pylist(), table[1].to_pylist(), strict=True))
+    if schema.names[0] in known:
+        pairs.insert(0, (schema.names[0], schema.names[1]))
+    return {str(label): str(target or "") for label, target in pairs if label is not None}
 
 
 def resolved(
@@ -195,19 +198,19 @@ def in_order(known: Taxonomy, ids: set[str]) -> list[str]:
 
 
 def divided(
-    found: pa.Table, ids: list[list[str]], classes: Sequence[str], split: Splits
+    found: pa.Table, ids: list[list[str]], classes: Sequence[str], division: Splits
 ) -> tuple[pa.Table, frozenset[str]]:
-    """The rows with class indices and a split each, reduced to `split.limit`; and the splits made here."""
+    """The rows with class indices and a split each, reduced to `division.limit`; and the splits made here."""
     index = {node_id: i for i, node_id in enumerate(classes)}
     indices = [sorted(index[node_id] for node_id in names) for names in ids]
     table = found.append_column("classes", pa.array(indices, pa.list_(pa.int32()))).drop_columns(["labels"])
     strata = rarest(indices, len(classes))
     names, groups = grouped(table)
-    if split.limit and split.limit < len(strata):
+    if division.limit and division.limit < len(strata):
         whole = table["split"].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy() + 1
-        kept = splits.sample(strata * (whole.max() + 1) + whole, split.limit, seed=split.seed)
+        kept = splits.sample(strata * (whole.max() + 1) + whole, division.limit, seed=division.seed)
         table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
-    chosen, divided_here = chosen_splits(table, strata, groups, names, split)
+    chosen, divided_here = chosen_splits(table, strata, groups, names, division)
     rows = table.drop_columns(["split", "group"])
     return rows.append_column("split", pa.array(chosen.tolist(), pa.string())), divided_here
 
@@ -217,17 +220,17 @@ def chosen_splits(
     strata: npt.NDArray[np.int64],
     groups: npt.NDArray[np.int64],
     group_names: Sequence[str],
-    split: Splits,
+    division: Splits,
 ) -> tuple[npt.NDArray[np.str_], frozenset[str]]:
     """Every row's split, and which splits the dataset did not name itself."""
     given = table["split"].to_pylist()
     if not any(given):
         shares = {
-            splits.TRAIN: 1 - split.validation - split.test,
-            splits.VALIDATION: split.validation,
-            splits.TEST: split.test,
+            splits.TRAIN: 1 - division.validation - division.test,
+            splits.VALIDATION: division.validation,
+            splits.TEST: division.test,
         }
-        return splits.divide(strata, groups, shares, seed=split.seed), frozenset(shares)
+        return splits.divide(strata, groups, shares, seed=division.seed), frozenset(shares)
     if not all(given):
         raise DatasetError(
             f"{given.count(None) + given.count('')} rows have no split; give all rows one, or none"
@@ -235,7 +238,7 @@ def chosen_splits(
     named = splits.named(given)
     splits.refuse_straddling(named, groups, group_names)
     completed = splits.complete(
-        named, strata, groups, validation_of_train=split.validation_of_train, seed=split.seed
+        named, strata, groups, validation_of_train=division.validation_of_train, seed=division.seed
     )
     moved = completed != named
     return completed, frozenset([*named[moved].tolist(), *completed[moved].tolist()])

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.datasets.dataset import class_matrix
-from pipelines.datasets.readers import IMAGE_COLUMN
+from pipelines.datasets.readers import LOCATION
 from pipelines.datasets.settings import Ingest
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.source import Source
@@ -109,12 +108,9 @@ def fetcher() -> Fetcher:
 
 
 def sources(batch: pa.Table) -> list[Source]:
-    """Where the bytes of each row are: a file of their own, or a row of a Parquet file's `image` column."""
-    columns = (batch[name].to_pylist() for name in ("uri", "container", "position"))
-    return [
-        Source(uri) if container is None else Source(uri, container, position, None, IMAGE_COLUMN)
-        for uri, container, position in zip(*columns, strict=True)
-    ]
+    """Where the bytes of each row are: a file of their own, or a row or a byte range of another."""
+    columns = (batch[name].to_pylist() for name in LOCATION.names)
+    return [Source(*place) for place in zip(*columns, strict=True)]
 
 
 def outcomes(dataset: Any) -> pa.Table:
@@ -188,8 +184,17 @@ def pixels_of(batch: pa.Table, spec: ImageSpec) -> Pixels:
     return flat.reshape(len(column), spec.height, spec.width, 3)
 
 
+def class_matrix(classes: pa.Array | pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.uint8]:
+    """Lists of class indices as a 0/1 matrix [n, classes]."""
+    if isinstance(classes, pa.ChunkedArray):
+        classes = classes.combine_chunks()
+    targets_nc = np.zeros((len(classes), n_classes), np.uint8)
+    targets_nc[pa.compute.list_parent_indices(classes).to_numpy(), classes.flatten().to_numpy()] = 1
+    return targets_nc
+
+
 def dense(classes: pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.float32]:
-    """Class lists as a 0/1 matrix float32 [n, classes]."""
+    """Class lists as the loss takes them: float32 [n, classes]."""
     return class_matrix(classes, n_classes).astype(np.float32)
 
 

@@ -1,221 +1,252 @@
 """Read any accepted labelled input: one row per image with its labels as the dataset spells them.
 
-An image folder, tables of files and labels (CSV, Parquet, JSON lines), or Hugging Face image Parquet. What
-the labels mean is `datasets.py`'s part.
+An image folder, tables of files and labels (CSV, Parquet, JSON lines), or Hugging Face image Parquet. No
+image is opened here, and labels stay text.
 """
 
 import json
-import posixpath
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipelines.datasets import splits
 from pipelines.datasets.settings import Columns
 from pipelines.images.prepare import is_image_name
-from pipelines.inventory.tables import is_payload
+from pipelines.inventory import tables
+from pipelines.inventory.listing import absolute
+from pipelines.messages import InputError, redact
+from pipelines.storage.storage import open_input, open_storage
+from pipelines.storage.uris import StorageError, join, split
 
-TABLE_SUFFIXES = (".csv", ".parquet", ".jsonl", ".json")
-IMAGE_COLUMN = "image"
-"""Column of Hugging Face image Parquet that holds the bytes."""
+IMAGE_COLUMNS = ("image", "img")
+"""Names of a Parquet column of images; one of another name is found by its type."""
+FILE_COLUMNS = ("uri", "file")
 LABEL_SEPARATOR = "|"
 """Between the labels of one image where a table has no list type (CSV)."""
 
-FOUND = pa.schema(
+LOCATION = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("container", pa.string()),
-        pa.field("position", pa.int64()),
-        pa.field("labels", pa.list_(pa.string()), nullable=False),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+        pa.field("payload_column", pa.string()),
+    ]
+)
+"""Where an image's bytes are: the fields of `fetch.Source`."""
+FOUND = pa.schema(
+    [
+        *LOCATION,
+        pa.field("labels", pa.list_(pa.string())),
         pa.field("split", pa.string()),
         pa.field("group", pa.string()),
     ]
 )
-"""One image as its dataset has it; `container` and `position` are the Parquet file and row with its bytes."""
+"""One image as its dataset has it; `labels` is null where the image is unlabelled."""
+
+Labels = Sequence[list[str] | None]
 
 
-class DatasetError(ValueError):
-    """The dataset cannot be trained on: what is wrong, and what to do."""
+class DatasetError(InputError):
+    """The dataset cannot be used: what is wrong, and what to do."""
 
 
 def read(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """Every image of the dataset in the schema FOUND, and whether an image can have several labels."""
-    found, several = read_all(dataset_uri, columns)
+    found, several = _read_all(absolute(dataset_uri), columns)
     if not columns.split:
         column = found.schema.get_field_index("split")
         found = found.set_column(column, FOUND.field("split"), pa.nulls(found.num_rows, pa.string()))
     return found, several
 
 
-def read_all(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
+def _read_all(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """The same with the splits that columns or the names of folders and files state."""
-    fs, path = fsspec.core.url_to_fs(dataset_uri)
-    if not fs.exists(path):
-        raise DatasetError(f"{dataset_uri} does not exist; give a folder or a table of labelled images")
-    if not fs.isdir(path):
-        return read_tables(fs, [path], columns)
-    names = sorted(fs.find(path))
-    tables = [name for name in names if name.endswith(".parquet")]
-    if tables:
-        return read_tables(fs, tables, columns)
-    return read_folder(fs, path, names), False
+    paths = list_files(uri)
+    parquet = [path for path in paths if tables.format_of(path) == "parquet"]
+    if paths == [uri] or parquet:
+        return _join([read_table(path, columns) for path in parquet or paths])
+    return read_folder(uri, paths), False
 
 
-def read_folder(fs: Any, root: str, names: Sequence[str]) -> pa.Table:
+def list_files(uri: str) -> list[str]:
+    """The table itself, or every file in the folder but hidden ones, by name.
+
+    Raises:
+        DatasetError: there is nothing, or no folder and no table.
+    """
+    folder, name = split(uri)
+    if tables.format_of(name) and open_storage(folder).exists(name):
+        return [uri]
+    try:
+        entries = open_storage(uri).list()
+    except NotADirectoryError as error:
+        endings = ", ".join(tables.SUFFIXES)
+        raise DatasetError(f"{redact(uri)} is no folder and no table; tables end in {endings}") from error
+    except StorageError as error:
+        raise DatasetError(f"{redact(uri)} cannot be listed: {error}") from error
+    if not entries:
+        raise DatasetError(f"{redact(uri)} does not exist; give a folder or a table of labelled images")
+    return sorted(join(uri, one.path) for one in entries if not _is_hidden(one.path))
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _join(found: Sequence[tuple[pa.Table, bool]]) -> tuple[pa.Table, bool]:
+    return pa.concat_tables([table for table, _ in found]), any(several for _, several in found)
+
+
+def read_folder(root: str, paths: Sequence[str]) -> pa.Table:
     """`root/<label>/…`, or `root/<split>/<label>/…`; folders that begin with `.` or `_` are skipped."""
-    images = filter(is_image_name, names)
-    paths = [(name, posixpath.relpath(name, root).split("/")) for name in images]
-    paths = [(name, parts) for name, parts in paths if len(parts) > 1 and parts[0][0] not in "._"]
-    has_splits = bool(paths) and all(len(p) > 2 and p[0].lower() in splits.ALIASES for _, p in paths)
+    images = [(path, path.removeprefix(root).strip("/").split("/")) for path in filter(is_image_name, paths)]
+    images = [(path, parts) for path, parts in images if len(parts) > 1 and parts[0][0] not in "._"]
+    has_splits = bool(images) and all(len(p) > 2 and p[0].lower() in splits.ALIASES for _, p in images)
     level = int(has_splits)
-    paths = [(name, parts) for name, parts in paths if parts[level][0] not in "._"]
-    if not paths:
+    images = [(path, parts) for path, parts in images if parts[level][0] not in "._"]
+    if not images:
         raise DatasetError(
-            f"{root} holds no images in folders named by their label; "
+            f"{redact(root)} holds no images in folders named by their label; "
             "give a folder `<label>/image.jpg`, or the table that names the labels"
         )
-    return pa.table(
-        {
-            "uri": [fs.unstrip_protocol(name) for name, _ in paths],
-            "container": pa.nulls(len(paths), pa.string()),
-            "position": pa.nulls(len(paths), pa.int64()),
-            "labels": [[parts[level]] for _, parts in paths],
-            "split": [parts[0] if has_splits else None for _, parts in paths],
-            "group": pa.nulls(len(paths), pa.string()),
-        },
-        schema=FOUND,
+    return make_found(
+        {"uri": [path for path, _ in images]},
+        [[parts[level]] for _, parts in images],
+        split=[parts[0] if has_splits else None for _, parts in images],
     )
 
 
-def read_tables(fs: Any, paths: Sequence[str], columns: Columns) -> tuple[pa.Table, bool]:
-    """Tables of URIs and labels, or of image bytes and labels."""
-    found = [read_table(fs, path, columns) for path in paths]
-    return pa.concat_tables([table for table, _ in found]), any(multi for _, multi in found)
+def make_found(
+    location: Mapping[str, Any], labels: Labels, *, split: Any = None, group: Any = None
+) -> pa.Table:
+    """A table of the schema FOUND; columns that are missing are null."""
+    given = {**location, "labels": labels, "split": split, "group": group}
+    columns = []
+    for field in FOUND:
+        values = given.get(field.name)
+        if values is None:
+            columns.append(pa.nulls(len(labels), field.type))
+        else:
+            columns.append(values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type))
+    return pa.table(columns, FOUND)
 
 
-def read_table(fs: Any, path: str, columns: Columns) -> tuple[pa.Table, bool]:
-    raw = open_table(fs, path)
-    label_column = "labels" if "labels" in raw.column_names else columns.label
-    if label_column not in raw.column_names:
-        raise DatasetError(f"{path} has no column {columns.label!r} among {', '.join(raw.column_names)}")
-    if holds_images(raw.schema) and not columns.file:
-        location = embedded(fs, path, raw.num_rows)
-    else:
-        location = located(fs, path, raw, columns)
-    labels = label_lists(raw, label_column)
-    split = raw[columns.split] if columns.split in raw.column_names else [split_of_name(path)] * len(labels)
-    group = raw[columns.group] if columns.group in raw.column_names else pa.nulls(len(labels))
-    table = pa.table(
-        {
-            **location,
-            "labels": labels,
-            "split": as_column(split),
-            "group": without_empty(as_column(group)),
-        },
-        schema=FOUND,
-    )
-    return table, label_column == "labels"
+def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
+    """A table of URIs and labels, or of image bytes and labels; whether it can have several per image."""
+    schema = tables.schema_of([uri])
+    label = find_label_column(schema, columns, uri)
+    wanted = {label, columns.split, columns.group, *FILE_COLUMNS, *template_fields(columns.file)}
+    raw = read_columns(uri, schema, [name for name in schema.names if name in wanted])
+    several = allows_several(schema, label)
+    names = class_names(uri, label)
+    labels = [parse_labels(value, names, several=several) for value in raw[label].to_pylist()]
+    n_rows = len(labels)
+    return make_found(
+        locate(uri, schema, raw, columns),
+        labels,
+        split=as_text(raw, columns.split) or [split_of_path(uri)] * n_rows,
+        group=as_text(raw, columns.group),
+    ), several
 
 
-def as_column(values: Any) -> Any:
-    return pa.array(values, pa.string()) if isinstance(values, list) else values.cast(pa.string())
+def read_columns(uri: str, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
+    """These columns of all rows; image bytes, which may not fit in memory, are never among them."""
+    wanted = pa.schema([schema.field(name) for name in names])
+    return pa.Table.from_batches(tables.batches([uri], schema, names), wanted)
 
 
-def without_empty(texts: Any) -> Any:
-    """Null for the empty text, which is how CSV spells it."""
+def find_label_column(schema: pa.Schema, columns: Columns, uri: str) -> str:
+    label = "labels" if "labels" in schema.names else columns.label
+    if label not in schema.names:
+        raise DatasetError(f"{redact(uri)} has no column {columns.label!r} among {', '.join(schema.names)}")
+    return label
+
+
+def allows_several(schema: pa.Schema, column: str) -> bool:
+    """Whether an image can have several labels: a list, or a column `labels` of text."""
+    return column == "labels"
+
+
+def parse_labels(value: Any, names: Sequence[str] | None, *, several: bool) -> list[str] | None:
+    """The labels of one image as text, integers by their names; None for an image without a label."""
+    if isinstance(value, str) and several:
+        value = [part.strip() for part in value.split(LABEL_SEPARATOR)]
+    entries = value if isinstance(value, list) else [value]
+    texts = [names[v] if names else str(v) for v in entries if v not in (None, "")]
+    return texts if texts or several else None
+
+
+def as_text(raw: pa.Table, column: str) -> pa.ChunkedArray | None:
+    """The column as text with null for the empty text, which is how CSV spells it; None without one."""
+    if column not in raw.column_names:
+        return None
+    texts = raw[column].cast(pa.string())
     return pa.compute.if_else(pa.compute.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
-def open_table(fs: Any, path: str) -> pa.Table:
-    """A CSV (every column as text: ids such as `007` survive), JSON-lines or Parquet table."""
-    with fs.open(path, "rb") as file:
-        try:
-            if path.endswith(".csv"):
-                header = file.readline().decode("utf-8-sig").strip().split(",")
-                file.seek(0)
-                types = {name.strip('"'): pa.string() for name in header}
-                options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-                return pa.csv.read_csv(file, convert_options=options)
-            if path.endswith((".jsonl", ".json")):
-                return pa.json.read_json(file)
-            if path.endswith(".parquet"):
-                return read_parquet(file)
-        except pa.ArrowInvalid as error:
-            raise DatasetError(f"{path} cannot be read as a table: {error}") from error
-    raise DatasetError(f"{path} is no folder and no table; tables end in {', '.join(TABLE_SUFFIXES)}")
+def locate(uri: str, schema: pa.Schema, raw: pa.Table, columns: Columns) -> dict[str, Any]:
+    """Where each image of a table is; a relative path is relative to the table."""
+    image = find_image_column(schema)
+    if image and not columns.file:
+        n_rows = raw.num_rows
+        return {
+            "uri": [f"{uri}#{row}" for row in range(n_rows)],
+            "container": [uri] * n_rows,
+            "offset": list(range(n_rows)),
+            "payload_column": [image] * n_rows,
+        }
+    names = file_names(uri, raw, columns)
+    folder, _ = split(uri)
+    return {"uri": [name if "://" in name or name.startswith("/") else join(folder, name) for name in names]}
 
 
-def read_parquet(file: Any) -> pa.Table:
-    """Every column but image bytes, of which only the presence is kept: they may not fit in memory."""
-    parquet = pq.ParquetFile(file)
-    schema = parquet.schema_arrow
-    if not holds_images(schema):
-        return parquet.read()
-    table = parquet.read(columns=[name for name in schema.names if name != IMAGE_COLUMN])
-    absent = pa.nulls(table.num_rows, schema.field(IMAGE_COLUMN).type)
-    return table.append_column(IMAGE_COLUMN, absent).replace_schema_metadata(schema.metadata)
+def find_image_column(schema: pa.Schema) -> str | None:
+    """The column with the images inside; a column of that name may also hold text."""
+    held = [field.name for field in schema if tables.is_payload(field.type)]
+    return next((name for name in IMAGE_COLUMNS if name in held), None)
 
 
-def holds_images(schema: pa.Schema) -> bool:
-    """Whether the table has the images inside; a column of that name may also hold text."""
-    return IMAGE_COLUMN in schema.names and is_payload(schema.field(IMAGE_COLUMN).type)
-
-
-def embedded(fs: Any, path: str, count: int) -> dict[str, Any]:
-    container = fs.unstrip_protocol(path)
-    return {
-        "uri": [f"{container}#{row}" for row in range(count)],
-        "container": [container] * count,
-        "position": list(range(count)),
-    }
-
-
-def located(fs: Any, path: str, raw: pa.Table, columns: Columns) -> dict[str, Any]:
-    """The URI of each image; a relative path is relative to the table."""
-    folder = posixpath.dirname(path)
+def file_names(uri: str, raw: pa.Table, columns: Columns) -> list[str]:
+    """Each image's path or URI, by the template or from the column that holds it."""
     if columns.file:
-        try:
-            names = [columns.file.format_map(row) for row in raw.to_pylist()]
-        except KeyError as error:
-            raise DatasetError(f"{columns.file!r} names {error}, which is no column of {path}") from error
-    else:
-        column = next((name for name in ("uri", "file") if name in raw.column_names), None)
-        if column is None:
-            raise DatasetError(
-                f"{path} has no column `uri` or `file`; name one, or give a template such as "
-                "`--columns.file 'images/{id}.jpg'`"
-            )
-        names = raw[column].to_pylist()
-    uris = [
-        name if "://" in name or name.startswith("/") else fs.unstrip_protocol(posixpath.join(folder, name))
-        for name in names
-    ]
-    return {"uri": uris, "container": pa.nulls(len(uris)), "position": pa.nulls(len(uris))}
+        missing = [name for name in template_fields(columns.file) if name not in raw.column_names]
+        if missing:
+            raise DatasetError(f"{columns.file!r} names {missing[0]!r}, which is no column of {redact(uri)}")
+        return [columns.file.format_map(row) for row in raw.to_pylist()]
+    column = next((name for name in FILE_COLUMNS if name in raw.column_names), None)
+    if column is None:
+        raise DatasetError(
+            f"{redact(uri)} has no column {' or '.join(map(repr, FILE_COLUMNS))} and no images inside; name "
+            "one, or give a template such as `--columns.file 'images/{id}.jpg'`"
+        )
+    names = raw[column].to_pylist()
+    if not all(names):
+        empty = sum(not name for name in names)
+        raise DatasetError(f"{empty} of {len(names)} rows of {redact(uri)} have no {column}")
+    return [str(name) for name in names]
 
 
-def label_lists(raw: pa.Table, column: str) -> list[list[str]]:
-    """The labels of each row as text; integer labels of Hugging Face Parquet by their names."""
-    names = class_names(raw.schema, column)
-    values = raw[column].to_pylist()
-    rows = [several(value) for value in values] if column == "labels" else [[value] for value in values]
-    return [[names[v] if names else str(v) for v in row if v not in (None, "")] for row in rows]
+def template_fields(template: str) -> list[str]:
+    """The columns that a template names.
+
+    Raises:
+        DatasetError: it is no template.
+    """
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    except ValueError as error:
+        raise DatasetError(f"--columns.file {template!r}: {error}") from error
 
 
-def several(value: str | list[Any] | None) -> list[Any]:
-    """One row's labels: a list, or a text of them with separators; none where it is null."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(LABEL_SEPARATOR)]
-    return value or []
-
-
-def class_names(schema: pa.Schema, column: str) -> list[str] | None:
+def class_names(uri: str, column: str) -> list[str] | None:
     """The names that a Hugging Face dataset stores for an integer label column."""
-    metadata = (schema.metadata or {}).get(b"huggingface")
+    if tables.format_of(uri) != "parquet":
+        return None
+    metadata = (pq.ParquetFile(open_input(uri)).schema_arrow.metadata or {}).get(b"huggingface")
     features = json.loads(metadata)["info"]["features"] if metadata else {}
     feature = features.get(column, {})
     feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
@@ -223,7 +254,8 @@ def class_names(schema: pa.Schema, column: str) -> list[str] | None:
     return list(names) if names else None
 
 
-def split_of_name(path: str) -> str | None:
-    """`train` for `train-00000-of-00002.parquet`, as Hugging Face names its files."""
-    head = posixpath.basename(path).split("-")[0].split(".")[0].lower()
-    return head if head in splits.ALIASES else None
+def split_of_path(uri: str) -> str | None:
+    """`train` for `train-00000-of-00002.parquet` or `train/0000.parquet`, as Hugging Face names its files."""
+    folder, name = split(uri)
+    heads = (name.split("-")[0].split(".")[0].lower(), split(folder)[1].lower())
+    return next((head for head in heads if head in splits.ALIASES), None)

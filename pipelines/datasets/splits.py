@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.messages import InputError
+
 Array = npt.NDArray[np.generic]
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -23,10 +25,6 @@ ALIASES = {
 
 ROUNDING = 1e-9
 """0.29 of 100 rows is 28.999999999999996 in floating point, and meant as 29."""
-
-
-class SplitError(ValueError):
-    """The dataset's own splits cannot be used as they are."""
 
 
 def divide(
@@ -85,11 +83,11 @@ def named(values: Sequence[str]) -> npt.NDArray[np.str_]:
     """The dataset's split column in our words.
 
     Raises:
-        SplitError: a name that is none of the known ones.
+        InputError: a name that is none of the known ones.
     """
     unknown = sorted({value for value in values if value.strip().lower() not in ALIASES})
     if unknown:
-        raise SplitError(
+        raise InputError(
             f"the split column holds {', '.join(map(repr, unknown[:5]))}; "
             f"it must hold {', '.join(sorted(ALIASES))}"
         )
@@ -99,14 +97,14 @@ def named(values: Sequence[str]) -> npt.NDArray[np.str_]:
 def refuse_straddling(
     splits: npt.NDArray[np.str_], groups: npt.NDArray[np.int64], names: Sequence[str]
 ) -> None:
-    """Raise SplitError when rows of one group lie in several of the dataset's own splits."""
+    """Raise InputError when rows of one group lie in several of the dataset's own splits."""
     pairs = np.unique(np.stack([groups, np.unique(splits, return_inverse=True)[1]]), axis=1)
     straddling = [group for group, n in Counter(pairs[0].tolist()).items() if n > 1]
     if straddling:
         examples = ", ".join(repr(names[group]) for group in straddling[:3])
-        raise SplitError(
+        raise InputError(
             f"{len(straddling)} groups have rows in several splits (such as {examples}); "
-            "mend the split column, or remove it to have groups kept whole"
+            "fix the split column, or remove it to have groups kept whole"
         )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.datasets import splits
-from pipelines.datasets.dataset import LabelledData, class_matrix
+from pipelines.datasets.dataset import LabelledData
+from pipelines.datasets.pixels import class_matrix
 from pipelines.evaluation.metrics import Array
 from pipelines.messages import InputError
 from pipelines.taxonomy.taxonomy import Taxonomy

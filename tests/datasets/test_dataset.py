@@ -13,6 +13,7 @@ from pipelines.datasets import dataset, splits
 from pipelines.datasets import pixels as ingest
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.messages import InputError
 from pipelines.specs import ImageSpec
 from pipelines.training import decoded as corpus
 from pipelines.training import evaluate, fit, runs
@@ -107,12 +108,15 @@ def test_unknown_labels_are_refused_all_at_once_with_candidates(tmp_path):
     assert "Tennis" in str(refused.value) and "Qqqqq" in str(refused.value)
 
 
-def test_a_label_map_renames_and_drops(tmp_path):
+def test_a_label_map_with_or_without_a_header_renames_and_drops(tmp_path):
     table = csv(tmp_path, "uri,label\n/a.jpg,tennis ball\n/b.jpg,car\n/c.jpg,blurry\n")
-    mapping = csv(tmp_path, "from,to\ntennis ball,Sports > Tennis\ncar,Automotive\nblurry,\n", "map.csv")
-    data = load(table, label_map=mapping)
-    assert data.rows.num_rows == 2 and data.dropped == {"without a label": 1}
-    assert "1" in data.classes
+    lines = "tennis ball,Sports > Tennis\ncar,Automotive\nblurry,\n"
+    for text in (f"from,to\n{lines}", lines):
+        data = load(table, label_map=csv(tmp_path, text, "map.csv"))
+        assert data.rows.num_rows == 2 and data.dropped == {"without a label": 1}
+        assert "1" in data.classes
+    with pytest.raises(InputError, match=r"--label-map .*nowhere.csv does not exist"):
+        load(table, label_map=str(tmp_path / "nowhere.csv"))
 
 
 def test_a_breeds_table_names_its_files_by_a_template(tmp_path):
@@ -219,7 +223,7 @@ def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
     assert all(len(found) == 1 for found in of_group.values())
     assert set(data.splits) == {"train", "validation", "test"}
     straddling = csv(tmp_path, "file,label,split,group\na,x,train,g\nb,y,test,g\nc,x,train,h\n", "b.csv")
-    with pytest.raises(splits.SplitError, match="'g'"):
+    with pytest.raises(InputError, match="'g'"):
         load(straddling, taxonomy="labels")
 
 
@@ -268,7 +272,7 @@ def test_rows_with_an_empty_group_are_groups_of_their_own(tmp_path):
     ],
 )
 def test_datasets_that_cannot_be_used_are_refused_with_the_reason(tmp_path, text, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(InputError, match=words):
         load(csv(tmp_path, text), taxonomy="labels")
 
 
