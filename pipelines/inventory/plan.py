@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.messages import InputError
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import AlreadyExists
 
@@ -53,7 +54,7 @@ class NoPlan(ValueError):
     """The folder holds no finished plan."""
 
 
-class PlanMismatch(ValueError):
+class PlanMismatch(InputError):
     """The folder holds the plan of something else."""
 
 

@@ -7,6 +7,7 @@ are. So what is compared is: the folder's listing, the files' bytes, their schem
 one that `run.json` names.
 """
 
+import binascii
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,21 +28,19 @@ from pipelines.ledger.ledger import RUN_JSON, Ledger
 from pipelines.ledger.parts import count_values
 from pipelines.ledger.publish import row_groups
 from pipelines.ledger.republish import item_batches
-from pipelines.messages import first_line
+from pipelines.messages import InputError, first_line
 from pipelines.storage.storage import Storage, open_storage, sha256_of
 from pipelines.storage.uris import join
 
 REPORT_JSON = "report.json"
 KEYS = schema.PREDICTIONS_HEAD
+_UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, binascii.Error, pa.ArrowException)
+"""What a damaged file of the state folder raises when it is parsed."""
 ROW_KEYS = pa.schema([*KEYS, schema.PREDICTIONS_TAIL.field("status")])
 
 
-class NotPredictions(ValueError):
-    """The folder was not written by classify."""
-
-
-class PlanDamaged(ValueError):
-    """The plan's files are not those that were frozen."""
+class _StateDamaged(Exception):
+    """A file of the state folder is not what was written; verify reports it as a failed check."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +80,22 @@ class Predictions:
 
 
 def verify(predictions_uri: str) -> Report:
-    """Check a predictions folder: `table/` and `state/` beneath it. Raises NotPredictions."""
+    """Check a predictions folder with its `table/` and `state/`.
+
+    Raises:
+        InputError: classify did not write the folder, or another version of it did.
+    """
     root = open_storage(predictions_uri).uri
     return verify_table(open_storage(join(root, "table")), open_storage(join(root, "state")))
 
 
 def verify_table(table: Storage, state: Storage) -> Report:
-    """Check a table against its state folder, wherever the two lie. Raises NotPredictions."""
+    """Check a table against its state folder, wherever the two are. Raises InputError, as `verify` does."""
     if not any(state.exists(path) for path in (RUN_JSON, PLAN_JSON)):
-        raise NotPredictions(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
+        raise InputError(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
     try:
         plan = _open_checked_plan(state)
-    except (PlanDamaged, NoPlan) as error:
+    except (_StateDamaged, NoPlan) as error:
         return Report((Check("plan", False, str(error)),))
     planned = Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows")
     started = check_run(plan, state)
@@ -106,37 +109,56 @@ def verify_table(table: Storage, state: Storage) -> Report:
 
 def _make_check(name: str, problems: Iterator[str], fine: str) -> Check:
     """A check that passes when there are no problems; of many, the first three are named."""
-    found = list(problems)
+    try:
+        found = list(problems)
+    except _StateDamaged as error:
+        found = [str(error)]
     more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
     return Check(name, not found, "; ".join(found[:3]) + more if found else fine)
 
 
 def _open_checked_plan(state: Storage) -> Plan:
-    """The plan, its files' bytes compared with what `plan.json` lists. Raises PlanDamaged or NoPlan."""
-    plan = open_plan(state)
+    """The plan, its files' bytes compared with what `plan.json` lists. Raises _StateDamaged or NoPlan."""
+    try:
+        plan = open_plan(state)
+    except (*_UNREADABLE, KeyError, TypeError) as error:
+        raise _StateDamaged(
+            f"{PLAN_JSON} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
     for file in plan.files:
         if not state.exists(file.path):
-            raise PlanDamaged(f"{file.path} is missing")
+            raise _StateDamaged(f"{file.path} is missing")
         if sha256_of(state, file.path) != file.sha256:
-            raise PlanDamaged(f"{file.path} has changed since {PLAN_JSON} was written")
+            raise _StateDamaged(f"{file.path} has changed since {PLAN_JSON} was written")
     if plan.hash != hash_of(plan.files, plan.carried):
-        raise PlanDamaged(f"{PLAN_JSON} does not have the hash of what it lists")
+        raise _StateDamaged(f"{PLAN_JSON} does not have the hash of what it lists")
     return plan
 
 
+def _read_json(state: Storage, path: str) -> Mapping[str, Any]:
+    """One JSON object. Raises _StateDamaged."""
+    try:
+        found = json.loads(state.read(path))
+    except _UNREADABLE as error:
+        raise _StateDamaged(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise _StateDamaged(f"{path} is not a JSON object")
+    return found
+
+
 def check_run(plan: Plan, state: Storage) -> Check:
-    """The plan that lies there is the one that the ledger speaks of."""
+    """The plan is the one that the ledger was begun with."""
 
     def problems() -> Iterator[str]:
         if not state.exists(RUN_JSON):
             yield f"{RUN_JSON} is missing"
             return
-        run: Mapping[str, Any] = json.loads(state.read(RUN_JSON))
+        run = _read_json(state, RUN_JSON)
         begun = run.get("identity", {}).get("plan"), run.get("n_items")
         if begun != (plan.hash, plan.n_items):
             yield (
                 f"{RUN_JSON} names the plan {begun[0]} of {begun[1]} images, and {PLAN_JSON} is "
-                f"{plan.hash} of {plan.n_items}: another plan was put under the ledger"
+                f"{plan.hash} of {plan.n_items}: the plan was exchanged"
             )
 
     return _make_check("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
@@ -255,7 +277,7 @@ def check_report(found: Predictions) -> Check:
         if not found.state.exists(REPORT_JSON):
             yield f"{REPORT_JSON} is missing"
             return
-        report: Mapping[str, Any] = json.loads(found.state.read(REPORT_JSON))
+        report = _read_json(found.state, REPORT_JSON)
         statuses = dict(sum_counts(file.statuses for file in found.files))
         if report.get("rows") != sum(statuses.values()) or report.get("statuses") != statuses:
             yield f"it says {report.get('rows')} rows, {report.get('statuses')}; the table has {statuses}"

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.ledger.publish import find_failed_items
-from pipelines.ledger.verify import NotPredictions, Report, verify
+from pipelines.ledger.verify import Report, verify
+from pipelines.messages import InputError
 from pipelines.storage.storage import sha256_of
 from tests.builders.predictions import SmallRun, small_run
 
@@ -48,7 +49,7 @@ def test_a_whole_table_passes_every_check(run: SmallRun) -> None:
 
 
 def test_a_folder_that_classify_did_not_write_is_not_a_failed_check(tmp_path: Path) -> None:
-    with pytest.raises(NotPredictions, match="not written by classify"):
+    with pytest.raises(InputError, match="not written by classify"):
         verify(str(tmp_path))
 
 
@@ -217,3 +218,20 @@ def test_a_rerun_that_was_not_finished_is_noticed(run: SmallRun) -> None:
     ledger = run.ledger()
     ledger.start_generation(find_failed_items(ledger, run.plan, run.table))
     assert failed(verify(run.uri)) == {"published"}
+
+
+@pytest.mark.parametrize(
+    ("path", "payload", "noticed_by"),
+    [
+        ("run.json", b"{", "run"),
+        ("run.json", b"[]", "run"),
+        ("report.json", b"\xff", "report"),
+        ("plan/plan.json", b"not JSON", "plan"),
+        ("plan/plan.json", b'{"format_version": 2}', "plan"),
+    ],
+)
+def test_a_file_of_the_state_that_cannot_be_read_is_a_failed_check(
+    run: SmallRun, path: str, payload: bytes, noticed_by: str
+) -> None:
+    run.state.put(path, payload)
+    assert noticed_by in failed(verify(run.uri))
