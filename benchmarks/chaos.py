@@ -59,7 +59,7 @@ class Round:
             sys.executable, "-m", "jobs", "classify", "--inventory", str(self.inventory),
             "--bundle", str(self.bundle), "--output", str(self.output), "--ray-address", self.ray_address,
             "--workers.load-actors", "2", "--workers.infer-actors", "2", "--workers.items-per-part", "150",
-            "--workers.items-per-batch", "64", "--commit-every-s", "0.3", "--retry-pause-s", "0.1",
+            "--workers.items-per-batch", "64", "--commit-interval-s", "0.3", "--retry-pause-s", "0.1",
         ]  # fmt: skip
         log = self.output.with_suffix(".log").open("ab")
         return subprocess.Popen(command, stdout=log, stderr=log)

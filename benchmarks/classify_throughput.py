@@ -36,9 +36,9 @@ from process_tree import ProcessTree
 
 from pipelines.bundle import session
 from pipelines.bundle.bundle import open_bundle
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.images.prepare import prepare
 from pipelines.machine import cores
-from pipelines.specs import RuntimeSpec
 
 BATCH = 16
 IMAGES_AT_ONCE = 32

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Source
-from pipelines.specs import FetchLimits
 
 BUCKET = "fetch-benchmark"
 ROUNDS = 3

@@ -21,10 +21,12 @@ import torch
 
 from export import certification, convert, release
 from export.checkpoint import opened
+from export.settings import ParitySettings
 from pipelines.bundle.bundle import Bundle, open_bundle
 from pipelines.bundle.providers import gpu_name
 from pipelines.bundle.session import load
-from pipelines.specs import ImageSpec, Measuring, Precision, RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.specs import ImageSpec, Precision
 
 FLOP_PER_IMAGE = 35.1e9
 """ViT-B/16 at 224 pixels: 17.6 G multiply-adds."""
@@ -35,7 +37,7 @@ COMPILE_MODE = "reduce-overhead"
 large products come from cuBLAS in both."""
 BATCHES = "256,32,1"
 """256 first: with its tail of 32 it is the certified one."""
-MEASURING = Measuring(sample_images=200, threads=8)
+MEASURING = ParitySettings(sample_images=200, threads=8)
 
 Run = Callable[[np.ndarray], object]
 Variant = tuple[str, Callable[[], Run]]

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from export.settings import ParitySettings
 from jobs import demo_images
-from pipelines.specs import ImageSpec, Measuring
+from pipelines.specs import ImageSpec
 
 CLASS_IDS = ("1", "27", "483", "530", "avbNf2", "672", "243", "275")
 MOST_ROWS, ROWS_AT_ONCE = 20_000_000, 500_000
@@ -43,7 +44,7 @@ def random_bundle(folder: Path, vit: Vit) -> Path:
 
     drawn_files(folder / "samples", count=24, size=None)
     bundle = folder / "bundle"
-    few = Measuring(sample_images=16)
+    few = ParitySettings(sample_images=16)
     release.export(
         str(checkpoint(folder / "checkpoint", vit)), str(folder / "samples"), str(bundle), measuring=few
     )

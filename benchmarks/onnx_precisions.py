@@ -22,7 +22,8 @@ from export import convert, quantize
 from export.convert import Surroundings
 from pipelines.bundle.providers import cpu_name
 from pipelines.bundle.session import OUTPUTS, OnnxModel
-from pipelines.specs import ImageSpec, RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.specs import ImageSpec
 
 MODELS = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("accuracy", "accuracy@3", "balanced_accuracy", "ece")
 MODEL = ("--image-size", "64")
 SCRATCH = ("--model", "scratch:tiny", "--patch-size", "8", *MODEL)
-SHORT = ("--augment.views", "1", "--epochs", "6")
+SHORT = ("--augment.repeats", "1", "--epochs", "6")
 KEPT_BACK = ("483", "596", "210", "274", "530", "27")
 """Classes to transfer to: sports, technology, food, homes, sailing, motorcycles."""
 
@@ -65,7 +65,7 @@ def transfer(photos: Path, output: Path) -> dict[str, dict[str, float]]:
     ways = {
         "6 classes, from random weights": SCRATCH,
         "6 classes, head alone": (
-            *pretrained, "--network.freeze", "backbone", "--optimizer.learning-rate", "2e-3",
+            *pretrained, "--finetune.freeze", "backbone", "--optimizer.learning-rate", "2e-3",
         ),
         "6 classes, all layers": (*pretrained, "--optimizer.learning-rate", "3e-4"),
         "6 classes, layer decay 0.75": (

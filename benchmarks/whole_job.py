@@ -40,7 +40,7 @@ from tests.builders.mutations import mutations
 
 PHOTOS, MUTATIONS, OUTAGE_S = 5_000, 2_000, 30
 PROVOKED = {"segv": "decoder_crashed", "abort": "decoder_crashed", "hang": "decode_timeout"}
-SMALL_PARTS = ["--workers.items-per-part", "200", "--commit-every-s", "0.5"]
+SMALL_PARTS = ["--workers.items-per-part", "200", "--commit-interval-s", "0.5"]
 console = Console(width=130)
 
 

@@ -16,10 +16,12 @@ from export.checkpoint import Checkpoint
 from export.images import Sample
 from export.measurement import Candidate, Evidence, Labels, gather, measure
 from export.reference import torch_reference
+from export.settings import ParitySettings
 from pipelines.bundle import bundle, providers, session
 from pipelines.bundle.bundle import Bundle, Manifest
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import redact
-from pipelines.specs import ImageSpec, Measuring, Precision, Provider, RuntimeSpec
+from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.storage import storage
 
 WISHED_CALIBRATION_IMAGES = 500
@@ -44,7 +46,7 @@ def certify(
     *,
     provider: Provider,
     precisions: Sequence[Precision],
-    measuring: Measuring | None = None,
+    measuring: ParitySettings | None = None,
     checkpoint_uri: str | None = None,
 ) -> Documents:
     """Measure a bundle on a provider of this machine and write the certificates into it, passed or not.
@@ -59,7 +61,7 @@ def certify(
         NoReference: the reference would be the model itself, or is not the checkpoint of this bundle.
         ParityRefused: a precision failed; its certificate says so, and classify will not run it.
     """
-    measuring = measuring or Measuring()
+    measuring = measuring or ParitySettings()
     opened = bundle.open_bundle(bundle_uri)
     specs = [runtime_spec(measuring, provider, name) for name in precisions]
     for spec in specs:
@@ -122,7 +124,7 @@ def has_gpu(device_id: int) -> bool:
 
 
 def add_gpu(
-    opened: Bundle, evidence: Evidence, precisions: Iterable[Precision], measuring: Measuring
+    opened: Bundle, evidence: Evidence, precisions: Iterable[Precision], measuring: ParitySettings
 ) -> None:
     """Certify on cuda what runs there. The bundle stays as it is for CPU, whatever comes of this."""
     for name in precisions:
@@ -164,7 +166,7 @@ def labels_of(manifest: Manifest, class_ids: Sequence[str], precision: Precision
     return Labels(tuple(class_ids), manifest.multi_label, manifest.temperatures[precision])
 
 
-def runtime_spec(measuring: Measuring, provider: Provider, precision: Precision) -> RuntimeSpec:
+def runtime_spec(measuring: ParitySettings, provider: Provider, precision: Precision) -> RuntimeSpec:
     """Classify's own session options."""
     return RuntimeSpec(
         provider,
@@ -221,7 +223,9 @@ def calibrated_on(manifest: Manifest, precision: Precision) -> frozenset[str]:
     return frozenset(notes.get("calibrated_on", ()))
 
 
-def _evidence_of_run(opened: Bundle, checkpoint_uri: str, images_uri: str, measuring: Measuring) -> Evidence:
+def _evidence_of_run(
+    opened: Bundle, checkpoint_uri: str, images_uri: str, measuring: ParitySettings
+) -> Evidence:
     with checkpoint.opened(checkpoint_uri) as trained:
         stated = opened.manifest.source.get("checkpoint_sha256")
         if trained.sha256 != stated:
@@ -234,7 +238,7 @@ def _evidence_of_run(opened: Bundle, checkpoint_uri: str, images_uri: str, measu
 
 
 def _evidence_of_bundle(
-    opened: Bundle, images_uri: str, measuring: Measuring, specs: Sequence[RuntimeSpec]
+    opened: Bundle, images_uri: str, measuring: ParitySettings, specs: Sequence[RuntimeSpec]
 ) -> Evidence:
     if any((spec.provider, spec.precision) == ("cpu", "fp32") for spec in specs):
         raise NoReference(

@@ -24,7 +24,7 @@ from export.convert import Surroundings
 from export.parity import relative
 from export.reference import activation
 from pipelines.bundle.session import INPUT, OnnxModel
-from pipelines.specs import RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 
 CONTRIB_OPSET = 20
 """What the fusions of transformers match; above it they leave ONNX `Attention`, which has no cuDNN path."""

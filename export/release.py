@@ -21,12 +21,13 @@ from export.convert import Surroundings
 from export.images import Sample
 from export.measurement import Candidate, measure
 from export.quantize import Graph
+from export.settings import ParitySettings
 from pipelines.bundle import bundle
 from pipelines.bundle.bundle import Bundle, Manifest
 from pipelines.bundle.session import OnnxModel
 from pipelines.machine import library_versions
 from pipelines.messages import redact
-from pipelines.specs import Measuring, Precision
+from pipelines.specs import Precision
 from pipelines.storage import storage
 
 REFUSED_SUFFIX = "-refused"
@@ -46,7 +47,7 @@ def export(
     output_uri: str,
     *,
     precisions: Sequence[Precision] = ("fp32",),
-    measuring: Measuring | None = None,
+    measuring: ParitySettings | None = None,
 ) -> Bundle:
     """Write the bundle of a checkpoint and open it.
 
@@ -54,7 +55,7 @@ def export(
         OutputExists, UnusableCheckpoint, NoImages, TooFewImages, NotConvertible: nothing was written.
         ParityRefused: a precision is over its limits; the report lies at `output_uri` + `-refused`.
     """
-    measuring = measuring or Measuring()
+    measuring = measuring or ParitySettings()
     if storage.open_storage(output_uri).list():
         raise OutputExists(f"{redact(output_uri)} exists; name another output, or remove it first")
     with checkpoint.opened(checkpoint_uri) as trained:
@@ -94,7 +95,9 @@ def _removed_on_failure(output_uri: str) -> Iterator[None]:
         raise
 
 
-def _drawn(images_uri: str, measuring: Measuring, *, calibrating: bool) -> tuple[list[Sample], list[Sample]]:
+def _drawn(
+    images_uri: str, measuring: ParitySettings, *, calibrating: bool
+) -> tuple[list[Sample], list[Sample]]:
     """The images to compare, and further ones to calibrate on: all of them where too few are left."""
     count = measuring.sample_images + (measuring.calibration_images if calibrating else 0)
     drawn = images.draw(images_uri, count=count, seed=measuring.seed)
@@ -167,7 +170,7 @@ def labels_table(trained: Checkpoint) -> pa.Table:
 
 
 def _candidate(
-    files: Mapping[str, bytes], manifest: Manifest, name: Precision, measuring: Measuring
+    files: Mapping[str, bytes], manifest: Manifest, name: Precision, measuring: ParitySettings
 ) -> Candidate:
     """A precision as a reader of the bundle would run it: everything comes from the files to be written."""
     class_ids = bundle.read_labels(files[bundle.LABELS_FILE])["id"].to_pylist()

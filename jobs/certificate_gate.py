@@ -3,8 +3,8 @@
 import logging
 
 from pipelines.bundle.bundle import Bundle, NotCertified
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import Refused
-from pipelines.specs import RuntimeSpec
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ def run(config: CertifyConfig) -> int:
                 config.images,
                 provider=config.provider,
                 precisions=config.precisions,
-                measuring=config.measuring,
+                measuring=config.parity,
                 checkpoint_uri=config.checkpoint,
             )
         except certification.ParityRefused as error:

@@ -20,17 +20,18 @@ from jobs.errors import checking_input
 from jobs.progress import ProgressReport
 from jobs.settings import part_of
 from pipelines.bundle.bundle import open_bundle
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import report
 from pipelines.classify import run as runs
 from pipelines.classify.passes import Passes
 from pipelines.classify.run import ErrorBudget, Run, RunSettings
 from pipelines.inventory import inventory
+from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger import publish
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
 from pipelines.machine import git_revision, library_versions
 from pipelines.messages import InputError, JobFailed, Stopped, first_line, redact, redacted
-from pipelines.specs import InventoryOptions, RuntimeSpec
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import join
 
@@ -125,7 +126,7 @@ def run_settings(config: ClassifyConfig) -> RunSettings:
         workers=config.workers,
         passes=Passes(later=config.retry_passes, pause_s=config.retry_pause_s),
         budget=ErrorBudget(config.max_error_rate, config.max_error_rate_of),
-        commit_interval_s=config.commit_every_s,
+        commit_interval_s=config.commit_interval_s,
     )
 
 

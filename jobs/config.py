@@ -9,30 +9,26 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
+from export.settings import ParitySettings
 from jobs.settings import JobConfig, field_of, suggestion
-from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.classify.settings import Workers
+from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
+from pipelines.fetch.settings import FetchLimits
+from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger.driver import LEASE_S
-from pipelines.specs import (
-    DecodeLimits,
-    FetchLimits,
-    InventoryOptions,
-    Measuring,
-    Precision,
-    Provider,
-    Workers,
-)
+from pipelines.specs import DecodeLimits, Precision, Provider
 from pipelines.status import Status
 from pipelines.storage import uris
 from pipelines.training import recipe
 from pipelines.training.recipe import (
     Augment,
-    Balance,
+    ClassBalance,
+    EarlyStopping,
+    Finetune,
     Loss,
-    Network,
     Optimizer,
     Recipe,
     Search,
-    Stopping,
 )
 from pipelines.training.resources import Resources
 
@@ -69,7 +65,7 @@ class DatasetConfig(RayConfig):
     tier: int | None = field_of(DataSettings, "tier")
     columns: Columns = field_of(DataSettings, "columns")
     splits: Splits = field_of(DataSettings, "splits")
-    ingest: Ingest = Ingest()
+    cache: ImageCache = ImageCache()
     """How images are decoded and kept."""
 
 
@@ -84,14 +80,14 @@ class RecipeConfig(DatasetConfig):
     batch_size: int = field_of(Recipe, "batch_size")
     seed: int = field_of(Recipe, "seed")
     precision: recipe.Precision = field_of(Recipe, "precision")
-    select_by: str = field_of(Recipe, "select_by")
+    metric_for_best_model: str = field_of(Recipe, "metric_for_best_model")
     target_precision: float = field_of(Recipe, "target_precision")
-    network: Network = field_of(Recipe, "network")
+    finetune: Finetune = field_of(Recipe, "finetune")
     optimizer: Optimizer = field_of(Recipe, "optimizer")
     loss: Loss = field_of(Recipe, "loss")
-    balance: Balance = field_of(Recipe, "balance")
+    class_balance: ClassBalance = field_of(Recipe, "class_balance")
     augment: Augment = field_of(Recipe, "augment")
-    stopping: Stopping = field_of(Recipe, "stopping")
+    early_stopping: EarlyStopping = field_of(Recipe, "early_stopping")
     num_workers: int = field_of(Resources, "num_workers")
     use_gpu: bool | None = None
     """Give each worker a GPU; unset: when the cluster has one for each."""
@@ -104,7 +100,7 @@ class TrainConfig(RecipeConfig):
     output: Location
     """Folder of the run."""
     checkpoint_every_steps: int = field_of(Resources, "checkpoint_every_steps")
-    checkpoints_to_keep: int = field_of(Resources, "checkpoints_to_keep")
+    num_to_keep: int = field_of(Resources, "num_to_keep")
     max_failures: int = field_of(Resources, "max_failures")
     trackers: list[Literal["mlflow", "wandb"]] = field_of(Resources, "trackers")
     push_to_hub: str | None = None
@@ -135,7 +131,7 @@ class ExportConfig(JobConfig):
     """Folder for the bundle; must not exist."""
     precisions: list[Precision] = ["fp32"]
     """`fp32`, `fp16` (for GPU) and `int8` (for CPU); fp32 is always made."""
-    measuring: Measuring = Measuring()
+    parity: ParitySettings = ParitySettings()
     """How parity is measured."""
 
 
@@ -152,7 +148,7 @@ class CertifyConfig(JobConfig):
     """Precisions to certify."""
     checkpoint: str | None = None
     """What the bundle was exported from, to compare with; without it the bundle's own fp32 model on cpu."""
-    measuring: Measuring = Measuring()
+    parity: ParitySettings = ParitySettings()
     """How parity is measured; nothing is calibrated, so calibration_images is for `export` alone."""
 
 
@@ -168,11 +164,11 @@ class ClassifyConfig(RayConfig):
     """Bundle made by `iab-vision export`."""
     output: str
     """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
-    form: Literal["auto", "table", "images", "tars"] = field_of(InventoryOptions, "form")
+    inventory_type: Literal["auto", "table", "images", "tars"] = field_of(InventoryOptions, "inventory_type")
     all_files: bool = field_of(InventoryOptions, "all_files")
     rename: list[str] = field_of(InventoryOptions, "rename")
     drop_columns: list[str] = field_of(InventoryOptions, "drop_columns")
-    payload_column: str = field_of(InventoryOptions, "payload_column")
+    image_column: str = field_of(InventoryOptions, "image_column")
     keep_plan: bool = field_of(InventoryOptions, "keep_plan")
     top_k: int = Field(default=5, ge=1)
     """Labels kept per image."""
@@ -207,7 +203,7 @@ class ClassifyConfig(RayConfig):
     """Pause before each later pass, seconds."""
     retry_failed: bool = False
     """On a finished output: run the rows that failed for passing reasons again and republish."""
-    commit_every_s: float = Field(default=5.0, gt=0)
+    commit_interval_s: float = Field(default=5.0, gt=0)
     """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
     lease_s: float = Field(default=LEASE_S, gt=0)
     """A driver on another machine that was silent for so long counts as dead, seconds."""

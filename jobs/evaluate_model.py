@@ -120,8 +120,8 @@ def bundle_model(config: EvaluateConfig, uri: str) -> "EvaluatedModel":
     """The bundle's model, refused unless a certificate covers the session or the user allows it."""
     from jobs.certificate_gate import require_certificate
     from pipelines.bundle.bundle import open_bundle
+    from pipelines.bundle.settings import RuntimeSpec
     from pipelines.evaluation.models import load_bundle_model
-    from pipelines.specs import RuntimeSpec
 
     bundle = open_bundle(uri)
     spec = RuntimeSpec(

@@ -22,7 +22,7 @@ def run(config: ExportConfig) -> int:
                 config.images,
                 config.output,
                 precisions=config.precisions,
-                measuring=config.measuring,
+                measuring=config.parity,
             )
         except certification.ParityRefused as error:
             raise Refused(str(error)) from error

@@ -33,10 +33,10 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
     from jobs.certificate_gate import require_certificate
     from pipelines.bundle import bundle as bundles
     from pipelines.bundle.predictor import open_predictor
+    from pipelines.bundle.settings import RuntimeSpec
     from pipelines.fetch.fetch import Fetcher
     from pipelines.fetch.load import decode_here, load
     from pipelines.fetch.source import Source
-    from pipelines.specs import RuntimeSpec
 
     if not config.images:
         raise InputError("no image was named; give files or URLs after the settings")

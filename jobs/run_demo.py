@@ -26,8 +26,8 @@ from jobs.config import (
     TrainConfig,
     VerifyConfig,
 )
+from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError, JobFailed
-from pipelines.specs import FetchLimits
 from pipelines.training.recipe import Augment
 
 PICTURES_PER_CLASS = 100
@@ -92,7 +92,7 @@ def train(root: Path) -> None:
         epochs=EPOCHS,
         num_workers=2,
         cpus_per_worker=1,
-        augment=Augment(crop_area=0.5),
+        augment=Augment(min_crop_scale=0.5),
     )
     finished(train_vit.run(config), "train")
 

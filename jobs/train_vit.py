@@ -51,9 +51,9 @@ def trained(config: TrainConfig, job: Any) -> Any:
     with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
         with checking_input():
             job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
-        with TrainingProgress(job.recipe.select_by) as progress:
+        with TrainingProgress(job.recipe.metric_for_best_model) as progress:
             try:
-                return fit.fit(job, config.ingest, progress)
+                return fit.fit(job, config.cache, progress)
             except (fit.TrainingFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
 

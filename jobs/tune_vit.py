@@ -44,7 +44,7 @@ def run(config: TuneConfig) -> int:
             with checking_input():
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             try:
-                done = tune.tune_recipe(job, space, search, config.ingest)
+                done = tune.tune_recipe(job, space, search, config.cache)
             except (tune.TuningFailed, IngestError) as error:
                 raise JobFailed(str(error)) from error
     tell(done, config.output)

@@ -28,8 +28,9 @@ from pipelines.bundle.manifest import (
     sealed,
 )  # fmt: skip
 from pipelines.bundle.onnx_check import check_graph
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import redact
-from pipelines.specs import ImageSpec, Precision, Provider, RuntimeSpec
+from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.storage import storage
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import Taxonomy
@@ -158,7 +159,7 @@ class Bundle:
             raise NotCertified(
                 f"{redact(self.uri)}/{found.name} does not cover this: {gap}. Give the --batch-size "
                 "that was measured, or measure this one on a machine that has the provider: "
-                f"{self._command(spec.provider, spec.precision)} --measuring.batch-size {spec.batch_size}"
+                f"{self._command(spec.provider, spec.precision)} --parity.batch-size {spec.batch_size}"
             )
         return found
 

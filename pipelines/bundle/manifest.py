@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from pipelines.specs import ImageSpec, Precision, Provider, RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.specs import ImageSpec, Precision, Provider
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -10,8 +10,9 @@ from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.labelling import Floats, Labeller, labeller
 from pipelines.bundle.session import OnnxModel
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.images.pixels import pixels_of
-from pipelines.specs import ImageSpec, RuntimeSpec
+from pipelines.specs import ImageSpec
 from pipelines.status import Status
 
 

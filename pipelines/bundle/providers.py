@@ -10,8 +10,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import JobFailed
-from pipelines.specs import Provider, RuntimeSpec
+from pipelines.specs import Provider
 
 EP_NAMES: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",

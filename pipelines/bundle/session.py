@@ -16,8 +16,8 @@ from pipelines.bundle import providers
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.manifest import BundleDamaged
 from pipelines.bundle.providers import ProviderUnavailable
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import JobFailed, first_line
-from pipelines.specs import RuntimeSpec
 
 INPUT = "pixels"
 OUTPUTS = ["logits", "probabilities"]
@@ -177,7 +177,7 @@ def _check_signature(session: ort.InferenceSession) -> None:
 def _run_failed(spec: RuntimeSpec, n: int, error: Exception) -> JobFailed:
     return JobFailed(
         f"ONNX Runtime {ort.__version__} could not run a batch of {n} images on {spec.provider}: "
-        f"{first_line(error)}. If memory is too small, lower --batch-size (--measuring.batch-size in export "
+        f"{first_line(error)}. If memory is too small, lower --batch-size (--parity.batch-size in export "
         f"and certify). {_GPU_ADVICE if spec.provider != 'cpu' else ''}".rstrip()
     )
 

@@ -12,17 +12,20 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import report
 from pipelines.classify.passes import Passes, Progress, run_passes
+from pipelines.classify.settings import Workers
 from pipelines.classify.sizing import size_pools
 from pipelines.classify.steps import Model, Pools, Source, work_list
+from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import Committer, PartContext
 from pipelines.messages import Refused, redact
-from pipelines.specs import DecodeLimits, FetchLimits, RuntimeSpec, Workers
+from pipelines.specs import DecodeLimits
 from pipelines.storage.storage import Storage
 
 Dataflow = Callable[[pa.Table, Source, Model, PartContext, Pools], Iterator[pa.Table]]

@@ -6,8 +6,9 @@ per core, and one load actor for every eight, since decoding a photo costs a fra
 
 from collections.abc import Mapping
 
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.classify.settings import Workers
 from pipelines.classify.steps import Pools
-from pipelines.specs import RuntimeSpec, Workers
 
 CORES_PER_LOAD_ACTOR = 8
 CPUS_TO_WRITE = 0.25

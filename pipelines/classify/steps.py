@@ -13,15 +13,17 @@ import pyarrow as pa
 
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.predictor import open_predictor
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.load import load
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import sources_of
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import Pixels, Prepared
 from pipelines.inventory.plan import open_plan
 from pipelines.ledger.item_set import Range
 from pipelines.messages import JobFailed, redact
-from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec, RuntimeSpec
+from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.storage.storage import open_storage
 
 

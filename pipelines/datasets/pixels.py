@@ -18,13 +18,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.datasets.readers import LOCATION
-from pipelines.datasets.settings import Ingest
+from pipelines.datasets.settings import ImageCache
 from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Source
 from pipelines.images import prepare
 from pipelines.images.prepare import Prepared
 from pipelines.schema import LOADED, pixels_type
-from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
+from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
 
 Pixels = npt.NDArray[np.uint8]
@@ -54,12 +55,12 @@ def enlarged(spec: ImageSpec, margin: float) -> ImageSpec:
     return replace(spec, height=math.ceil(spec.height * margin), width=math.ceil(spec.width * margin))
 
 
-def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: Ingest) -> Any:
+def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: ImageCache) -> Any:
     """A lazy Ray Dataset of these row numbers of `rows`, in this order, in the schema `schema_of(spec)`."""
     import ray
 
     table = rows.take(pa.array(order)).append_column("item_id", pa.array(order, pa.int64()))
-    step = how.rows_per_task
+    step = how.images_per_task
     chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
     return ray.data.from_arrow(chunks).map_batches(
         decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}
@@ -121,27 +122,27 @@ def outcomes(dataset: Any) -> pa.Table:
     return pa.concat_tables(ray.get(kept.to_arrow_refs()))
 
 
-def broken(outcome: pa.Table, uris: Sequence[str], *, max_share: float) -> list[dict[str, str]]:
+def unreadable(outcome: pa.Table, uris: Sequence[str], *, max_fraction: float) -> list[dict[str, str]]:
     """The images that could not be used, with their reasons.
 
     Raises:
-        IngestError: they are more than `max_share` of all.
+        IngestError: they are more than `max_fraction` of all.
     """
     bad = outcome.filter(pa.compute.not_equal(outcome["status"], Status.OK)).sort_by("item_id").to_pylist()
     listed = [
         {"uri": uris[row["item_id"]], "status": row["status"], "error": row["error"] or ""} for row in bad
     ]
     examples = "; ".join(f"{row['uri']}: {row['status']}" for row in listed[:3])
-    refuse_too_many(len(bad), outcome.num_rows, max_share=max_share, examples=examples)
+    refuse_too_many(len(bad), outcome.num_rows, max_fraction=max_fraction, examples=examples)
     return listed
 
 
-def refuse_too_many(n_broken: int, n_images: int, *, max_share: float, examples: str) -> None:
-    """Raise IngestError when more than `max_share` of the images cannot be used."""
-    if n_broken > max_share * n_images:
+def refuse_too_many(n_unreadable: int, n_images: int, *, max_fraction: float, examples: str) -> None:
+    """Raise IngestError when more than `max_fraction` of the images cannot be used."""
+    if n_unreadable > max_fraction * n_images:
         raise IngestError(
-            f"{n_broken} of {n_images} images cannot be used ({examples}); the limit is "
-            f"{max_share:.0%}. Mend the dataset, or raise --ingest.max-broken-share"
+            f"{n_unreadable} of {n_images} images cannot be used ({examples}); the limit is "
+            f"{max_fraction:.0%}. Fix the dataset, or raise --cache.max-unreadable-fraction"
         )
 
 
@@ -153,16 +154,16 @@ class Room:
     disk: int
 
 
-def room(ingest: Ingest) -> Room:
+def room(ingest: ImageCache) -> Room:
     """What this cluster can keep: the smallest node's object store, and the free disk behind it."""
     import ray
 
     stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    return Room(int(min(stores) * ingest.memory_share), int(free * ingest.disk_share))
+    return Room(int(min(stores) * ingest.memory_fraction), int(free * ingest.disk_fraction))
 
 
-def mode_for(ingest: Ingest, n_bytes: int, room: Room) -> str:
+def mode_for(ingest: ImageCache, n_bytes: int, room: Room) -> str:
     """How to keep decoded images of this size: the way asked for, or the fastest that fits."""
     if ingest.mode != "auto":
         return ingest.mode
@@ -231,14 +232,14 @@ class Tally:
     """Images that streams gave in one epoch."""
 
     images: int = 0
-    broken: int = 0
+    unreadable: int = 0
     """Of these, how many could not be read, though the first pass could."""
 
     def readable(self, batch: pa.Table) -> Rows:
         """Places of a batch's images that can be used; all of them are counted."""
         places = np.flatnonzero(pa.compute.equal(batch["status"], Status.OK))
         self.images += batch.num_rows
-        self.broken += batch.num_rows - len(places)
+        self.unreadable += batch.num_rows - len(places)
         return places
 
 

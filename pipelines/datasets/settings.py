@@ -1,7 +1,7 @@
 """Which images a training run is shown, and how they reach its workers, as validated settings.
 
-`DataSettings` is part of what a run is, for other images or another division are another run; `Ingest` only
-says how pixels travel.
+`DataSettings` is part of what a run is, for other images or another division are another run; `ImageCache`
+only says how pixels travel.
 """
 
 from typing import Annotated, Literal
@@ -67,18 +67,18 @@ class DataSettings:
 
 
 @validated
-class Ingest:
+class ImageCache:
     """How training images reach the workers."""
 
     mode: Literal["auto", "memory", "disk", "stream"] = "auto"
     """`memory`: decoded once, held in the object store; `disk`: once, spilled; `stream`: every epoch."""
-    memory_share: Fraction = 0.3
+    memory_fraction: Fraction = 0.3
     """Largest share of one node's object store that decoded images may take in `memory`."""
-    disk_share: Fraction = 0.5
+    disk_fraction: Fraction = 0.5
     """Largest share of the free disk that decoded images may take in `disk`."""
     margin: Annotated[float, Field(ge=1)] = 1.125
     """Decoded training images are this much larger than the model's input, so that crops stay sharp."""
-    max_broken_share: Fraction = 0.05
+    max_unreadable_fraction: Fraction = 0.05
     """Largest share of images that may be unreadable before the run stops."""
-    rows_per_task: PositiveInt = 64
+    images_per_task: PositiveInt = 64
     """Images that one decoding task takes."""

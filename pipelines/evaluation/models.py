@@ -14,12 +14,13 @@ import torch
 from pipelines.bundle import bundle as bundles
 from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.normalize import normalize
 from pipelines.evaluation import metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.evaluation.score import Predict
 from pipelines.messages import redact
-from pipelines.specs import ImageSpec, RuntimeSpec
+from pipelines.specs import ImageSpec
 from pipelines.storage.uris import join
 from pipelines.taxonomy.taxonomy import Taxonomy
 

@@ -11,9 +11,9 @@ from pipelines.fetch.hosts import Host, Hosts
 from pipelines.fetch.memory import Reservation, paused
 from pipelines.fetch.objects import BucketClient
 from pipelines.fetch.retry import FetchError, Retry
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Fetched, Source, Span, check_length
 from pipelines.fetch.web import Redirect, WebClient, parse
-from pipelines.specs import FetchLimits
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
 from pipelines.storage.uris import scheme_of

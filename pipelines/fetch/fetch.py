@@ -19,8 +19,8 @@ from pipelines.fetch.memory import Memory, Reservation
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
 from pipelines.fetch.results import BATCH_BYTES, Result, ResultQueue, done
 from pipelines.fetch.retry import internal_error
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Batch, Fetched, Source
-from pipelines.specs import FetchLimits
 from pipelines.storage.uris import is_local
 
 FILE_THREADS = 16

@@ -14,8 +14,8 @@ from urllib.parse import unquote_to_bytes
 
 from pipelines.fetch.memory import Reservation, check_size
 from pipelines.fetch.retry import FetchError
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Fetched, Source, Span, check_length
-from pipelines.specs import FetchLimits
 from pipelines.status import Status
 from pipelines.storage.uris import scheme_of
 

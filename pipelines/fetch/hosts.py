@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 
 from pipelines.fetch.retry import FetchError
-from pipelines.specs import FetchLimits
+from pipelines.fetch.settings import FetchLimits
 from pipelines.status import Status
 
 MAX_HOSTS = 10_000
@@ -94,7 +94,7 @@ class Host:
         self._last_error = error
 
     def _check_circuit(self) -> None:
-        if self._failures < self._limits.host_failures or self._last_error is None:
+        if self._failures < self._limits.breaker_failures or self._last_error is None:
             return
         if _now() < self._failing_since + GRACE_S:
             return
@@ -103,8 +103,8 @@ class Host:
             return
         raise CircuitOpen(
             self._last_error.status,
-            f"not tried: the host failed {self._failures} times in a row (--fetch.host-failures is "
-            f"{self._limits.host_failures}), last with {self._last_error.error}",
+            f"not tried: the host failed {self._failures} times in a row (--fetch.breaker-failures is "
+            f"{self._limits.breaker_failures}), last with {self._last_error.error}",
             final=True,
         )
 

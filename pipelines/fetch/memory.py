@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 from pipelines.fetch.retry import FetchError
-from pipelines.specs import FetchLimits
+from pipelines.fetch.settings import FetchLimits
 from pipelines.status import Status
 
 SMALL_BYTES = 1 << 20

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 from pipelines.fetch.memory import Reservation
 from pipelines.fetch.retry import FetchError, status_of_code
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Span
-from pipelines.specs import FetchLimits
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES, store_settings
 from pipelines.storage.uris import scheme_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import redact
-from pipelines.specs import FetchLimits
 from pipelines.status import TRANSIENT, Status
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from yarl import URL
 
 from pipelines.fetch.memory import Reservation
 from pipelines.fetch.retry import FetchError, parse_retry_after, status_of_code
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Span
 from pipelines.fetch.ssrf import BLOCKED_ERRNO, ssrf_safe_socket
-from pipelines.specs import FetchLimits
 from pipelines.status import Status
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})

@@ -26,9 +26,9 @@ from pipelines.inventory.plan import (
     open_plan,
     write_plan,
 )
+from pipelines.inventory.settings import InventoryOptions
 from pipelines.messages import redact
 from pipelines.schema import RESERVED
-from pipelines.specs import InventoryOptions
 from pipelines.storage.storage import Storage
 
 KEYS = ("uri", "image_id")
@@ -88,7 +88,7 @@ def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int)
 
 def fingerprint_of(found: Found, options: InventoryOptions) -> str:
     """sha256 over everything that the plan follows from: files with sizes and versions, and the options."""
-    chosen = (options.all_files, options.rename, options.drop_columns, options.payload_column)
+    chosen = (options.all_files, options.rename, options.drop_columns, options.image_column)
     digest = hashlib.sha256(repr((1, found.form, found.base, chosen)).encode())
     for file in found.files:
         digest.update(f"{file.uri}\0{file.size_bytes}\0{file.version}\n".encode())
@@ -158,11 +158,9 @@ def _table_items(
 
 def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
     """The column of images: the one named, or the only one of a table that has no URIs."""
-    if name := options.payload_column:
+    if name := options.image_column:
         if name not in schema.names or not tables.is_payload(schema.field(name).type):
-            raise InventoryError(
-                f"--payload-column {name} is no column of binaries; there are: {schema.names}"
-            )
+            raise InventoryError(f"--image-column {name} is no column of binaries; there are: {schema.names}")
         return name
     if "uri" in schema.names or any(pair.endswith("=uri") for pair in options.rename):
         return None

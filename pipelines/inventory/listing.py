@@ -17,8 +17,8 @@ import pyarrow.fs as pafs
 
 from pipelines.images.prepare import is_image_name
 from pipelines.inventory import tables
+from pipelines.inventory.settings import InventoryOptions
 from pipelines.messages import redact
-from pipelines.specs import InventoryOptions
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import Entry, StorageError, is_local, local_path, split
 
@@ -83,7 +83,7 @@ def _list(uri: str) -> list[Entry]:
     except NotADirectoryError as error:
         raise InventoryError(
             f"{redact(uri)} is a file whose name does not say what it holds: end it in .parquet, .csv, "
-            ".jsonl or .tar, or say --form images or tars"
+            ".jsonl or .tar, or say --inventory-type images or tars"
         ) from error
     except PermissionError as error:
         raise InventoryError(
@@ -136,8 +136,8 @@ def _hidden(path: str) -> bool:
 
 
 def _form_of_name(name: str, options: InventoryOptions) -> Form | None:
-    if options.form != "auto":
-        return options.form
+    if options.inventory_type != "auto":
+        return options.inventory_type
     if tables.format_of(name):
         return "table"
     if name.lower().endswith(".tar"):
@@ -151,11 +151,17 @@ def _choose(
     if options.all_files:
         return "images", list(entries)
     automatic = InventoryOptions()
-    for form in ("images", "tars", "table") if options.form == "auto" else (options.form,):
+    for form in (
+        ("images", "tars", "table") if options.inventory_type == "auto" else (options.inventory_type,)
+    ):
         chosen = [entry for entry in entries if _form_of_name(entry.path, automatic) == form]
         if chosen:
             return form, chosen
-    sought = "an image, a tar or a table" if options.form == "auto" else f"of the form {options.form}"
+    sought = (
+        "an image, a tar or a table"
+        if options.inventory_type == "auto"
+        else f"of type {options.inventory_type}"
+    )
     raise InventoryError(
         f"{redact(inventory_uri)} holds {len(entries):,} files, the first one {entries[0].path}, "
         f"and by its name none is {sought}; --all-files takes every file as an image"

@@ -201,7 +201,7 @@ def payload_column(schema: pa.Schema) -> str | None:
     found = [field.name for field in schema if is_payload(field.type)]
     if len(found) > 1:
         raise AmbiguousPayload(
-            f"columns {', '.join(found)} could all hold the images: choose with --payload-column NAME"
+            f"columns {', '.join(found)} could all hold the images: choose with --image-column NAME"
         )
     return found[0] if found else None
 

@@ -100,8 +100,8 @@ def draw(spec: Augment, n: int, generator: torch.Generator) -> Draws:
 
 def crop_map(spec: Augment, uniform: Uniform) -> Tensor:
     """Random resized crop with flips, as an affine map [n, 2, 3] from the output to the whole picture."""
-    area = uniform(spec.crop_area, 1.0)
-    aspect = (uniform(-1, 1) * math.log(spec.crop_aspect)).exp() if spec.crop_area < 1 else uniform(1, 1)
+    area = uniform(spec.min_crop_scale, 1.0)
+    aspect = (uniform(-1, 1) * math.log(spec.crop_aspect)).exp() if spec.min_crop_scale < 1 else uniform(1, 1)
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     affine = torch.zeros(len(area), 2, 3)
     affine[:, 0, 0] = width * torch.where(uniform(0, 1) < spec.flip, -1.0, 1.0)
@@ -127,10 +127,10 @@ def compose(crop: Tensor, turn: Tensor, extra: dict[str, Tensor]) -> Tensor:
 def draw_policy(spec: Augment, n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """The policy's operations on each image; what was not drawn is the value that changes nothing."""
     chosen = torch.zeros(n, len(POLICY))
-    for _ in range(spec.policy_operations):
+    for _ in range(spec.randaugment_num_ops):
         chosen.scatter_(1, torch.randint(len(POLICY), (n, 1), generator=generator), 1.0)
     sign = torch.where(torch.rand(n, len(POLICY), generator=generator) < 0.5, -1.0, 1.0)
-    strength = spec.policy_magnitude / 10
+    strength = spec.randaugment_magnitude / 10
     on = dict(zip(POLICY, chosen.unbind(1), strict=True))
     push = dict(zip(POLICY, (chosen * sign * strength).unbind(1), strict=True))
     return {
@@ -154,7 +154,7 @@ def draw_mix(spec: Augment, n: int, generator: torch.Generator) -> tuple[Tensor,
     share, box = torch.ones(n), torch.zeros(n, 4)
     kinds = [name for name in ("mixup", "cutmix") if getattr(spec, name) > 0]
     for pair in range(n // 2) if kinds else ():
-        if torch.rand(1, generator=generator) >= spec.mix_chance:
+        if torch.rand(1, generator=generator) >= spec.mix_prob:
             continue
         kind = kinds[int(torch.randint(len(kinds), (1,), generator=generator))]
         own = beta(getattr(spec, kind), generator)

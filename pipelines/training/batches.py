@@ -31,7 +31,7 @@ class Batches:
 
     def iter_steps(self, epoch: int, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
         """The micro-batches of each step from `first` on."""
-        parts = self.task.recipe.optimizer.accumulation
+        parts = self.task.recipe.optimizer.gradient_accumulation_steps
         source = self.iter_stream(epoch) if self.task.streams else self.iter_random(epoch, first)
         for _ in range(first * parts if self.task.streams else 0):
             next(source)
@@ -41,10 +41,12 @@ class Batches:
     def iter_random(self, epoch: int, first: int) -> Iterator[MicroBatch]:
         """Micro-batches by row, in the order that the seed gives this epoch."""
         recipe, n_steps = self.task.recipe, self.task.steps_per_epoch
-        views = recipe.augment.views or 1
-        order = epoch_order(self.task.strata, recipe.balance, views=views, seed=recipe.seed, epoch=epoch)
+        views = recipe.augment.repeats or 1
+        order = epoch_order(
+            self.task.strata, recipe.class_balance, views=views, seed=recipe.seed, epoch=epoch
+        )
         order = np.resize(order, n_steps * recipe.batch_size)  # repeats images when they fill no batch
-        parts = recipe.optimizer.accumulation
+        parts = recipe.optimizer.gradient_accumulation_steps
         rows = self.task.train_rows[order].reshape(n_steps, self.worker.world_size, parts, -1)
         for step in range(first, n_steps):
             for part in rows[step, self.worker.rank]:

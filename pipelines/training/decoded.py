@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from pipelines.datasets import pixels, splits
 from pipelines.datasets.dataset import LabelledData
-from pipelines.datasets.settings import Ingest
+from pipelines.datasets.settings import ImageCache
 from pipelines.specs import ImageSpec
-from pipelines.training.recipe import Balance
+from pipelines.training.recipe import ClassBalance
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class DecodedData:
     rows: dict[str, Rows]
     """Split -> row ids that can be used."""
     mode: str
-    how: Ingest
-    broken: list[dict[str, str]]
+    how: ImageCache
+    unreadable: list[dict[str, str]]
     duplicates: dict[str, int]
     """Images removed because another split has their very bytes, by the split they left."""
 
@@ -71,18 +71,18 @@ class DecodedData:
         """Where every image of the dataset went."""
         return {
             "images": {name: len(rows) for name, rows in self.rows.items()},
-            "broken": self.broken,
+            "unreadable": self.unreadable,
             "duplicates_removed": self.duplicates,
             "dropped": self.data.dropped,
             "class_counts": dict(zip(self.data.classes, self.class_counts().tolist(), strict=True)),
         }
 
 
-def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> DecodedData:
+def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) -> DecodedData:
     """Decode every split on the running cluster.
 
     Raises:
-        IngestError: too many images are broken, or a split has none left.
+        IngestError: too many images are unreadable, or a split has none left.
     """
     stored = pixels.enlarged(spec, how.margin)
     mode = chosen_mode(data, spec, stored, how)
@@ -95,11 +95,13 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> D
         dataset = pixels.decoded(data.rows, order, stored if name == splits.TRAIN else spec, how)
         decoded[name] = dataset if mode == "stream" else dataset.materialize()
     outcome = pa.concat_tables([pixels.outcomes(dataset) for dataset in decoded.values()]).sort_by("item_id")
-    broken = pixels.broken(outcome, data.rows["uri"].to_pylist(), max_share=how.max_broken_share)
-    for image in broken[:LISTED]:
+    unreadable = pixels.unreadable(
+        outcome, data.rows["uri"].to_pylist(), max_fraction=how.max_unreadable_fraction
+    )
+    for image in unreadable[:LISTED]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
     readable = pa.compute.equal(outcome["status"], "ok").to_numpy()
-    # A broken copy is counted once, as broken.
+    # An unreadable copy is counted once, as unreadable.
     repeated = splits.duplicates_to_drop(outcome["sha256"].to_pylist(), data.splits) & readable
     usable = readable & ~repeated
     rows = {name: data.indices(name)[usable[data.indices(name)]] for name in decoded}
@@ -108,10 +110,10 @@ def prepare(data: LabelledData, spec: ImageSpec, how: Ingest, *, seed: int) -> D
     duplicates = {name: count for name, count in left.items() if count}
     if duplicates:
         log.warning("removed images that are in another split too: %s", duplicates)
-    return DecodedData(data, spec, stored, decoded, rows, mode, how, broken, duplicates)
+    return DecodedData(data, spec, stored, decoded, rows, mode, how, unreadable, duplicates)
 
 
-def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ingest) -> str:
+def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: ImageCache) -> str:
     """How decoded images will be kept; said in the log."""
     n_train = len(data.indices(splits.TRAIN))
     n_measured = data.rows.num_rows - n_train
@@ -130,7 +132,7 @@ def refuse_empty(rows: dict[str, Rows]) -> None:
             )
 
 
-def training_shards(corpus: DecodedData, balance: Balance, *, seed: int) -> Any:
+def training_shards(corpus: DecodedData, balance: ClassBalance, *, seed: int) -> Any:
     """The training dataset as workers get it: all of it, or a stream with each class as often as asked."""
     trains = corpus.decoded[splits.TRAIN]
     if not corpus.streams:
@@ -157,14 +159,14 @@ def validation_shards(corpus: DecodedData, workers: int) -> list[Any]:
     ]
 
 
-def epoch_order(strata: Rows, balance: Balance, *, views: int, seed: int, epoch: int) -> Rows:
+def epoch_order(strata: Rows, balance: ClassBalance, *, views: int, seed: int, epoch: int) -> Rows:
     """Indices into `strata` for one epoch: every view is a shuffled pass of its own."""
     return np.concatenate(
         [one_pass(strata, balance, np.random.default_rng([seed, epoch, view])) for view in range(views)]
     )
 
 
-def one_pass(strata: Rows, balance: Balance, random: np.random.Generator) -> Rows:
+def one_pass(strata: Rows, balance: ClassBalance, random: np.random.Generator) -> Rows:
     """A shuffled pass over the images, each class as often as the sampling says."""
     if balance.sampling == "none":
         return random.permutation(len(strata))
@@ -173,7 +175,7 @@ def one_pass(strata: Rows, balance: Balance, random: np.random.Generator) -> Row
     return random.permutation(np.concatenate(drawn))
 
 
-def target_per_class(strata: Rows, balance: Balance) -> int:
+def target_per_class(strata: Rows, balance: ClassBalance) -> int:
     counts = np.unique(strata, return_counts=True)[1]
     return {
         "oversample": int(counts.max()),
@@ -188,7 +190,7 @@ def drawn_from(members: Rows, wanted: int, random: np.random.Generator) -> Rows:
     return np.concatenate([np.tile(members, rounds), random.permutation(members)[:rest]])
 
 
-def images_per_pass(strata: Rows, balance: Balance) -> int:
+def images_per_pass(strata: Rows, balance: ClassBalance) -> int:
     if balance.sampling == "none":
         return len(strata)
     return target_per_class(strata, balance) * len(np.unique(strata))

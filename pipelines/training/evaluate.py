@@ -54,7 +54,7 @@ def _refuse_lost(result: EvalResult) -> None:
     if lost := len(result.unreadable):
         raise IngestError(
             f"{lost} of {lost + result.images.num_rows} images to measure could be read before training and "
-            "cannot now; the same command measures again without training again. --ingest.mode disk reads "
+            "cannot now; the same command measures again without training again. --cache.mode disk reads "
             "every image once"
         )
 
@@ -116,7 +116,7 @@ def write_run_report(
 
 def describe_balancing(recipe: Recipe) -> str:
     """What was done about rare classes, in a sentence."""
-    balance, done = recipe.balance, []
+    balance, done = recipe.class_balance, []
     counted = "" if balance.sampling == "none" else ", counted as sampled"
     if balance.sampling != "none":
         target = f" of {balance.target_per_class} images" if balance.target_per_class else ""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData, refuse_untrainable
-from pipelines.datasets.settings import Ingest
+from pipelines.datasets.settings import ImageCache
 from pipelines.evaluation import metrics
 from pipelines.messages import root_cause
 from pipelines.specs import ImageSpec
@@ -65,7 +65,7 @@ def plan_job(data: LabelledData, recipe: Recipe, output: str, resources: Resourc
     recipe.micro_batch(resources.num_workers)
     refuse_missing(resources.trackers)
     refuse_unknown_metric(
-        recipe.select_by, data.targets()[data.indices(splits.VALIDATION)], len(data.classes)
+        recipe.metric_for_best_model, data.targets()[data.indices(splits.VALIDATION)], len(data.classes)
     )
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
     layers.parameter_groups(model, recipe.optimizer)
@@ -81,8 +81,8 @@ def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) ->
     known = {"validation_loss", *metrics.classification(logits_nc, truth[rows])}
     if name not in known:
         raise ValueError(
-            f"select_by is {name}; these {len(truth)} validation images give {', '.join(sorted(known))}. "
-            "Choose one of these, or give validation images of more classes"
+            f"metric_for_best_model is {name}; these {len(truth)} validation images give "
+            f"{', '.join(sorted(known))}. Choose one of these, or give validation images of more classes"
         )
 
 
@@ -94,7 +94,7 @@ def representative_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.unique(truth[:, mixed[0] if len(mixed) else 0], return_index=True)[1]
 
 
-def fit(job: TrainingJob, how: Ingest, listen: Listener | None = None) -> runs.Run:
+def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> runs.Run:
     """Train, pick, measure, describe; Ray is running.
 
     Raises:
@@ -123,7 +123,7 @@ def fit(job: TrainingJob, how: Ingest, listen: Listener | None = None) -> runs.R
         **{name: dict(found[name].overall) if name in found else {} for name in evaluate.MEASURED},
         "data": prepared.account(),
         "resources": asdict(job.resources),
-        "ingest": {**asdict(how), "mode": prepared.mode},
+        "cache": {**asdict(how), "mode": prepared.mode},
         "images_per_s": best.get("images_per_s"),
         "train_seconds": train_s,
         "seconds": time.time() - started,
@@ -147,7 +147,7 @@ def train(
     checkpoints.repair_index(uris.join(job.output, runs.CHECKPOINTS))
     filesystem, path = runs.ray_storage(job.output)
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})}
-    shards = decoded.training_shards(prepared, job.recipe.balance, seed=job.recipe.seed)
+    shards = decoded.training_shards(prepared, job.recipe.class_balance, seed=job.recipe.seed)
     parts = decoded.validation_shards(prepared, resources.num_workers)
     measured = {validation_name(rank): part for rank, part in enumerate(parts)}
     with ProgressQueue(listen) as messages:
@@ -165,7 +165,7 @@ def train(
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=resources.max_failures),
                 checkpoint_config=CheckpointConfig(
-                    num_to_keep=resources.checkpoints_to_keep, checkpoint_score_attribute="score"
+                    num_to_keep=resources.num_to_keep, checkpoint_score_attribute="score"
                 ),
                 callbacks=list(callbacks),
             ),
@@ -183,7 +183,7 @@ def train(
 def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:
     """What every worker is told."""
     strata, workers = prepared.strata(), job.resources.num_workers
-    drawn = decoded.one_pass(strata, job.recipe.balance, np.random.default_rng(job.recipe.seed))
+    drawn = decoded.one_pass(strata, job.recipe.class_balance, np.random.default_rng(job.recipe.seed))
     return Task(
         recipe=job.recipe,
         sidecar=job.sidecar,
@@ -193,8 +193,8 @@ def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:
         validation_rows=prepared.rows[splits.VALIDATION],
         class_counts=job.data.class_counts(prepared.rows[splits.TRAIN][drawn]),
         streams=prepared.streams,
-        max_broken_share=prepared.how.max_broken_share,
-        epoch_images=(len(drawn) - len(drawn) % workers) * (job.recipe.augment.views or 1),
+        max_unreadable_fraction=prepared.how.max_unreadable_fraction,
+        epoch_images=(len(drawn) - len(drawn) % workers) * (job.recipe.augment.repeats or 1),
         run_uri=job.output,
         runs_at_once=job.resources.runs_at_once,
         checkpoint_every_steps=job.resources.checkpoint_every_steps,

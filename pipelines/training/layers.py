@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipelines.specs import ImageSpec
-from pipelines.training.recipe import Network, Optimizer
+from pipelines.training.recipe import Finetune, Optimizer
 
 UNDECAYED = ("position_embedding", "class_embedding", "_token")
 """Parts of the names of learned positions and tokens, which weight decay leaves alone."""
@@ -90,26 +90,26 @@ def depths(model: Any) -> dict[str, int]:
     return depth
 
 
-def first_trained_depth(network: Network, n_blocks: int, epoch: int) -> int:
+def first_trained_depth(finetune: Finetune, n_blocks: int, epoch: int) -> int:
     """The lowest depth that learns in this epoch (0-based): everything from there up to the head."""
-    lowest = network.freeze_blocks + 1 if network.freeze_blocks else 0
-    if network.freeze == "none":
+    lowest = finetune.freeze_blocks + 1 if finetune.freeze_blocks else 0
+    if finetune.freeze == "none":
         return lowest
-    thawed = epoch // network.unfreeze_every_epochs if network.unfreeze_every_epochs else 0
+    thawed = epoch // finetune.unfreeze_every_epochs if finetune.unfreeze_every_epochs else 0
     return max(lowest, n_blocks + 1 - thawed)
 
 
-def refuse_freezing(model: Any, network: Network) -> None:
+def refuse_freezing(model: Any, finetune: Finetune) -> None:
     """Raise ModelError when more blocks are to be frozen than the model has."""
     n_blocks = len(blocks(model))
-    if network.freeze_blocks > n_blocks:
+    if finetune.freeze_blocks > n_blocks:
         raise ModelError(
-            f"freeze_blocks is {network.freeze_blocks}, but the model has {n_blocks} blocks; "
+            f"freeze_blocks is {finetune.freeze_blocks}, but the model has {n_blocks} blocks; "
             "give at most that many, or set freeze to backbone to train the head alone"
         )
 
 
-def freeze(model: Any, network: Network, epoch: int, *, unused: frozenset[str] = frozenset()) -> bool:
+def freeze(model: Any, finetune: Finetune, epoch: int, *, unused: frozenset[str] = frozenset()) -> bool:
     """Let exactly the weights learn that this epoch trains; True when that changed something.
 
     With `backbone` frozen and nothing thawed, only the head itself learns, not the backbone's last norm.
@@ -118,8 +118,8 @@ def freeze(model: Any, network: Network, epoch: int, *, unused: frozenset[str] =
         unused: names of parameters that never get a gradient; they count as frozen.
     """
     n_blocks, above, depth = len(blocks(model)), head(model), depths(model)
-    lowest = first_trained_depth(network, n_blocks, epoch)
-    head_only = network.freeze == "backbone" and lowest == n_blocks + 1
+    lowest = first_trained_depth(finetune, n_blocks, epoch)
+    head_only = finetune.freeze == "backbone" and lowest == n_blocks + 1
     changed = False
     for name, parameter in model.named_parameters():
         learns = (name in above if head_only else depth[name] >= lowest) and name not in unused

@@ -80,9 +80,9 @@ class Trainer:
         )
         self.criterion = build_criterion(
             self.recipe.loss,
-            self.recipe.balance,
+            self.recipe.class_balance,
             task.class_counts,
-            images_per_pass(task.strata, self.recipe.balance),
+            images_per_pass(task.strata, self.recipe.class_balance),
             multi_label=task.classes.multi_label,
         )
         self.progress = Progress()
@@ -103,13 +103,13 @@ class Trainer:
 
     def should_stop(self) -> bool:
         """Whether early stopping has run out of patience."""
-        patience = self.recipe.stopping.patience_epochs
+        patience = self.recipe.early_stopping.patience_epochs
         return bool(patience) and self.progress.stale_epochs >= patience
 
     def train_epoch(self) -> None:
         """Every step that is left of this epoch."""
         epoch, n_steps, first = self.progress.epoch, self.task.steps_per_epoch, self.progress.step
-        changed = layers.freeze(self.model, self.recipe.network, epoch, unused=self.unused)
+        changed = layers.freeze(self.model, self.recipe.finetune, epoch, unused=self.unused)
         if changed or self.parallel is None:
             self.wrap()
         layers.set_training(self.model)
@@ -134,7 +134,7 @@ class Trainer:
         """
         self.parallel = None
         gc.collect()
-        model = torch.compile(self.model) if self.recipe.network.compile else self.model
+        model = torch.compile(self.model) if self.recipe.finetune.compile else self.model
         if self.worker.world_size > 1:
             ids = [self.worker.device.index] if self.worker.device.type == "cuda" else None
             model = torch.nn.parallel.DistributedDataParallel(
@@ -196,7 +196,7 @@ class Trainer:
             **self.count_unreadable(),
             **measured,
         }
-        better = score > progress.best_score + self.recipe.stopping.min_gain
+        better = score > progress.best_score + self.recipe.early_stopping.min_delta
         self.progress = Progress(
             epoch=progress.epoch + 1,
             best_score=score if better else progress.best_score,
@@ -233,11 +233,16 @@ class Trainer:
         if not self.task.streams:
             return {}
         tally = self.batches.tally
-        broken, images = map(int, gather(np.array([[tally.broken, tally.images]]), self.worker).sum(axis=0))
-        decoded_pixels.refuse_too_many(
-            broken, images, max_share=self.task.max_broken_share, examples="readable before this epoch"
+        unreadable, images = map(
+            int, gather(np.array([[tally.unreadable, tally.images]]), self.worker).sum(axis=0)
         )
-        return {"broken_images": broken}
+        decoded_pixels.refuse_too_many(
+            unreadable,
+            images,
+            max_fraction=self.task.max_unreadable_fraction,
+            examples="readable before this epoch",
+        )
+        return {"unreadable_images": unreadable}
 
     def score(self, measured: dict[str, float]) -> float:
         """The metric that selects, larger being better.
@@ -245,10 +250,10 @@ class Trainer:
         Raises:
             ValueError: images that cannot be read have taken too many classes from validation.
         """
-        name = self.recipe.select_by
+        name = self.recipe.metric_for_best_model
         if name not in measured:
             raise ValueError(
-                f"select_by is {name}, but the validation images that can be read hold too few classes; "
+                f"metric_for_best_model is {name}, but the readable validation images hold too few classes; "
                 "repair the others, or choose another metric"
             )
         return -measured[name] if name in LOWER_IS_BETTER else measured[name]
@@ -285,7 +290,7 @@ class Trainer:
             "total": self.recipe.epochs * n_steps,
             "epoch": progress.epoch if progress.step else len(progress.history) - 1,
             "loss": progress.loss_sum / progress.step if progress.step else last.get("loss"),
-            "metric": last.get(self.recipe.select_by),
+            "metric": last.get(self.recipe.metric_for_best_model),
             "images_per_s": images_per_s,
         }
         self.task.progress_queue.put_nowait(message)

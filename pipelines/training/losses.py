@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipelines.training.recipe import Balance, Loss
+from pipelines.training.recipe import ClassBalance, Loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Criterion:
 
 
 def build_criterion(
-    loss: Loss, balance: Balance, class_counts: npt.NDArray[np.int64], n_images: int, *, multi_label: bool
+    loss: Loss,
+    balance: ClassBalance,
+    class_counts: npt.NDArray[np.int64],
+    n_images: int,
+    *,
+    multi_label: bool,
 ) -> Criterion:
     """The loss for training passes that draw `n_images` with these counts of each class.
 
@@ -65,7 +70,7 @@ def build_criterion(
     )
 
 
-def class_weights(balance: Balance, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def class_weights(balance: ClassBalance, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """One weight per class, scaled so that the average over the training images is 1.
 
     `effective` is (1 - beta) / (1 - beta^n), equation 5 of Cui et al. 2019. A class without
@@ -82,7 +87,7 @@ def class_weights(balance: Balance, counts: npt.NDArray[np.int64]) -> npt.NDArra
 
 
 def positive_weights(
-    balance: Balance, counts: npt.NDArray[np.int64], n_images: int
+    balance: ClassBalance, counts: npt.NDArray[np.int64], n_images: int
 ) -> npt.NDArray[np.float64]:
     """Weight of a class's positives against its negatives; `inverse` makes both sides equally heavy."""
     positives = np.maximum(counts, 1).astype(np.float64)

@@ -56,9 +56,9 @@ def build(recipe: Recipe, classes: Classes) -> Any:
     }
     torch.manual_seed(recipe.seed)
     model = scratch(recipe, labels) if recipe.is_scratch else pretrained(recipe, labels)
-    anatomy.refuse_freezing(model, recipe.network)
-    anatomy.add_drop_path(model, recipe.network.drop_path)
-    if recipe.network.gradient_checkpointing:
+    anatomy.refuse_freezing(model, recipe.finetune)
+    anatomy.add_drop_path(model, recipe.finetune.drop_path)
+    if recipe.finetune.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -141,7 +141,7 @@ def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            **anatomy.drop_path_setting(config, recipe.network.drop_path),
+            **anatomy.drop_path_setting(config, recipe.finetune.drop_path),
             **labels,
         )
     except OSError as error:

@@ -49,7 +49,7 @@ and each category's threshold.
 
 ## Data
 
-{images} images from `{redact(content["dataset"]["uri"])}`; {len(data["broken"])} could not be read, \
+{images} images from `{redact(content["dataset"]["uri"])}`; {len(data["unreadable"])} could not be read, \
 {sum(data["duplicates_removed"].values())} were removed because their bytes are in another split too.
 
 | class | training images |
@@ -59,8 +59,8 @@ and each category's threshold.
 ## Recipe
 
 {recipe["epochs"]} epochs at {spec["height"]}x{spec["width"]} pixels, {recipe["batch_size"]} images per
-step, seed {recipe["seed"]}; the best epoch was {content["best"]["epoch"]} by {recipe["select_by"]}.
-Everything else is in `run.json` of the run.
+step, seed {recipe["seed"]}; the best epoch was {content["best"]["epoch"]} by
+{recipe["metric_for_best_model"]}. Everything else is in `run.json` of the run.
 
 ## Measured on the {split} split
 

@@ -20,11 +20,11 @@ class Learner:
 
     def __init__(self, model: Any, settings: Optimizer, *, total_steps: int, precision: str) -> None:
         self.model = model
-        self.max_grad_norm = settings.clip_norm
+        self.max_grad_norm = settings.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             layers.parameter_groups(model, settings),
             lr=settings.peak,
-            betas=(0.9, settings.beta2),
+            betas=(0.9, settings.adam_beta2),
             fused=True,
         )
         self.scheduler = LambdaLR(
@@ -70,14 +70,14 @@ class Learner:
 
 def learning_rate_factor(settings: Optimizer, step: int, total_steps: int) -> float:
     """Factor of the peak learning rate at this step (0-based): linear warm-up, then the schedule."""
-    warmup = settings.warmup * total_steps if settings.warmup < 1 else settings.warmup
+    warmup = settings.warmup_steps * total_steps if settings.warmup_steps < 1 else settings.warmup_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min((step - warmup) / max(total_steps - warmup, 1), 1)
-    if settings.schedule == "constant":
+    if settings.lr_scheduler_type == "constant":
         return 1.0
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
-    return settings.final_share + (1 - settings.final_share) * shape
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if settings.lr_scheduler_type == "cosine" else 1 - done
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * shape
 
 
 def build_ema(model: torch.nn.Module, decay: float) -> swa_utils.AveragedModel:

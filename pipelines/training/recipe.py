@@ -15,11 +15,11 @@ from pipelines.specs import Fraction, validated
 SCRATCH = "scratch:"
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
+FractionAboveZero = Annotated[float, Field(gt=0, le=1)]
 
 
 @validated
-class Network:
+class Finetune:
     """What of the model learns, and how it is run."""
 
     freeze: Literal["none", "backbone"] = "none"
@@ -48,19 +48,19 @@ class Optimizer:
     """Peak learning rate; unset: 5e-4 from scratch, 1e-4 for a pretrained model."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; biases, norms, class token and positions have none."""
-    beta2: Decay = 0.999
+    adam_beta2: Decay = 0.999
     """AdamW's second-moment decay."""
-    layer_decay: ShareAboveZero = 1.0
+    layer_decay: FractionAboveZero = 1.0
     """Learning-rate factor per block going down from the head; 1 is the same rate everywhere."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
-    warmup: NonNegativeFloat = 0.1
-    """Linear warm-up: below 1 a share of all steps, otherwise steps."""
-    final_share: Fraction = 0.01
-    """Last learning rate as a share of the peak (cosine and linear)."""
-    accumulation: PositiveInt = 1
+    warmup_steps: NonNegativeFloat = 0.1
+    """Linear warm-up in optimizer steps; below 1 a fraction of all steps."""
+    min_lr_ratio: Fraction = 0.01
+    """Last learning rate as a fraction of the peak (cosine and linear)."""
+    gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per worker and optimizer step."""
-    clip_norm: NonNegativeFloat = 1.0
+    max_grad_norm: NonNegativeFloat = 1.0
     """Largest gradient norm; 0 does not clip."""
     ema_decay: Decay | None = None
     """Decay per step of the averaged weights; 0 keeps none; unset: 0.998 from scratch, else 0."""
@@ -106,7 +106,7 @@ class Loss:
 
 
 @validated
-class Balance:
+class ClassBalance:
     """What is done about rare classes; every choice is counted from the training split alone.
 
     Weights and adjustment correct the counts that sampling leaves: nothing, where each image has one label
@@ -133,9 +133,9 @@ class Balance:
 class Augment:
     """Random changes of training images, on the training device; evaluation never sees them."""
 
-    views: PositiveInt | None = None
+    repeats: PositiveInt | None = None
     """Augmented views of each image per epoch (Hoffer et al. 2020); unset: 2 from scratch, else 1."""
-    crop_area: ShareAboveZero = 0.35
+    min_crop_scale: FractionAboveZero = 0.35
     """Smallest share of the picture that a random crop keeps; 1 does not crop."""
     crop_aspect: Annotated[float, Field(ge=1)] = 4 / 3
     """Largest distortion of a crop's aspect ratio."""
@@ -157,25 +157,25 @@ class Augment:
     """Chance of a Gaussian blur, sigma 0.1 to 2 pixels."""
     erasing: Fraction = 0.0
     """Chance that a rectangle of 2 to 33 % gets a random colour (Zhong et al. 2020)."""
-    policy_operations: NonNegativeInt = 0
+    randaugment_num_ops: NonNegativeInt = 0
     """RandAugment-like policy: random operations per image; 0 is off."""
-    policy_magnitude: NonNegativeFloat = 5.0
+    randaugment_magnitude: NonNegativeFloat = 5.0
     """Strength of the policy's operations, 0 to 10."""
     mixup: NonNegativeFloat = 0.0
     """Alpha of mixup's Beta distribution (Zhang et al. 2018); 0 is off."""
     cutmix: NonNegativeFloat = 0.0
     """Alpha of cutmix's Beta distribution (Yun et al. 2019); 0 is off."""
-    mix_chance: Fraction = 0.5
+    mix_prob: Fraction = 0.5
     """Chance that a pair of images is mixed when mixup or cutmix is on."""
 
 
 @validated
-class Stopping:
+class EarlyStopping:
     """When to stop before the last epoch."""
 
     patience_epochs: NonNegativeInt = 0
     """Epochs without a better validation score before training stops; 0 never stops early."""
-    min_gain: NonNegativeFloat = 0.0
+    min_delta: NonNegativeFloat = 0.0
     """Smallest gain that counts as better."""
 
 
@@ -192,28 +192,28 @@ class Recipe:
     layers: PositiveInt | None = None
     """Blocks of a scratch model; unset: the preset's."""
     epochs: PositiveInt = 10
-    """Passes over the training split (each image `augment.views` times)."""
+    """Passes over the training split (each image `augment.repeats` times)."""
     batch_size: PositiveInt = 64
     """Images per optimizer step, over all workers and micro-batches."""
     seed: int = 0
     """Seed of the weights, the order, the augmentation and the dropout."""
     precision: Precision = "auto"
     """Autocast type; `auto` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    select_by: str = "auto"
+    metric_for_best_model: str = "auto"
     """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
-    target_precision: ShareAboveZero = 0.9
+    target_precision: FractionAboveZero = 0.9
     """Share of right answers that each category's threshold is set for, on validation images."""
-    network: Network = Network()
+    finetune: Finetune = Finetune()
     """What learns."""
     optimizer: Optimizer = Optimizer()
     """How it learns."""
     loss: Loss = Loss()
     """From what it learns."""
-    balance: Balance = Balance()
+    class_balance: ClassBalance = ClassBalance()
     """Rare classes."""
     augment: Augment = Augment()
     """Random changes of images."""
-    stopping: Stopping = Stopping()
+    early_stopping: EarlyStopping = EarlyStopping()
     """Early end."""
 
     def __post_init__(self) -> None:
@@ -242,11 +242,14 @@ class Recipe:
             ema_decay=0.998 if scratch else 0.0,
         )
         loss = with_defaults(self.loss, label_smoothing=0.0 if multi_label else 0.1)
-        augment = with_defaults(self.augment, views=2 if scratch else 1)
-        select_by = {"auto": "map" if multi_label else "accuracy"}.get(self.select_by, self.select_by)
+        augment = with_defaults(self.augment, repeats=2 if scratch else 1)
+        metric = self.metric_for_best_model
+        if metric == "auto":
+            metric = "map" if multi_label else "accuracy"
         sizes = {"image_size": 224, "patch_size": 16} if scratch else {}
         resolved: Recipe = with_defaults(
-            replace(self, optimizer=optimizer, loss=loss, augment=augment, select_by=select_by), **sizes
+            replace(self, optimizer=optimizer, loss=loss, augment=augment, metric_for_best_model=metric),
+            **sizes,
         )
         return resolved
 
@@ -256,11 +259,11 @@ class Recipe:
         Raises:
             ValueError: the batch cannot be cut evenly, which would weigh images unequally.
         """
-        parts = workers * self.optimizer.accumulation
+        parts = workers * self.optimizer.gradient_accumulation_steps
         if self.batch_size % parts:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be a multiple of {parts}"
-                f" ({workers} workers x {self.optimizer.accumulation} micro-batches)"
+                f" ({workers} workers x {self.optimizer.gradient_accumulation_steps} micro-batches)"
             )
         return self.batch_size // parts
 

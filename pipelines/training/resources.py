@@ -21,7 +21,7 @@ class Resources:
     """Logical CPUs that Ray reserves for each worker."""
     checkpoint_every_steps: NonNegativeInt = 0
     """Also keep a checkpoint every so many steps within an epoch; 0: at the end of each epoch only."""
-    checkpoints_to_keep: PositiveInt = 2
+    num_to_keep: PositiveInt = 2
     """Best checkpoints kept, beside the latest."""
     runs_at_once: PositiveInt = 1
     """Trainings that share a machine, and its cores."""

@@ -32,7 +32,7 @@ class Task:
     """Images of each class in one pass over the training images, as sampled."""
     streams: bool
     """Images arrive as a stream of shards and not by row."""
-    max_broken_share: float
+    max_unreadable_fraction: float
     """Largest share of an epoch's streamed images that may be unreadable."""
     epoch_images: int
     """Images that one epoch draws."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.datasets.settings import Ingest
+from pipelines.datasets.settings import ImageCache
 from pipelines.messages import redacted, root_cause
 from pipelines.storage import storage, uris
 from pipelines.training import decoded, fit, runs
@@ -112,7 +112,9 @@ def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **changed, **plain)
 
 
-def tune_recipe(job: TrainingJob, space: Mapping[str, Any], search: Search, how: Ingest) -> dict[str, Any]:
+def tune_recipe(
+    job: TrainingJob, space: Mapping[str, Any], search: Search, how: ImageCache
+) -> dict[str, Any]:
     """Run the search on the running cluster; leaves table, plot and the best recipe as YAML.
 
     Raises:
@@ -130,7 +132,7 @@ def tune_recipe(job: TrainingJob, space: Mapping[str, Any], search: Search, how:
     best = max(done, key=lambda trial: trial["score"])
     values = {setting: best[setting] for setting in space}
     folder.put(TABLE, csv_of(trials))
-    folder.put(PLOT, plot(trials, list(space), job.recipe.select_by))
+    folder.put(PLOT, plot(trials, list(space), job.recipe.metric_for_best_model))
     folder.put(BEST, recipe_yaml(applied(job.recipe, values), job, how, best))
     content = {"best": best, "trials": len(trials), "space": dict(space)}
     folder.put(MARKER, runs.as_json(content))
@@ -248,7 +250,7 @@ def train_trial(values: Mapping[str, Any], job: TrainingJob, prepared: DecodedDa
         job,
         recipe=applied(job.recipe, values),
         output=uris.join(job.output, TRIALS, name),
-        resources=replace(job.resources, checkpoints_to_keep=1, checkpoint_every_steps=0),
+        resources=replace(job.resources, num_to_keep=1, checkpoint_every_steps=0),
     )
     fit.train(trial, prepared, callbacks=(TuneReportCallback(),))
 
@@ -282,20 +284,20 @@ def csv_of(trials: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def recipe_yaml(recipe: Recipe, job: TrainingJob, how: Ingest, best: Mapping[str, Any]) -> bytes:
+def recipe_yaml(recipe: Recipe, job: TrainingJob, how: ImageCache, best: Mapping[str, Any]) -> bytes:
     """The recipe and the search's own data as a file for `iab-vision train --config`, without credentials."""
     data = dataclasses.asdict(job.data.settings)
     content = {
         "dataset": data.pop("uri"),
         **data,
-        "ingest": dataclasses.asdict(how),
+        "cache": dataclasses.asdict(how),
         **dataclasses.asdict(recipe),
         "num_workers": job.resources.num_workers,
         "cpus_per_worker": job.resources.cpus_per_worker,
     }
     kept = redacted(content)
     head = (
-        f"# Best of the trials: {recipe.select_by} score {best['score']:.4f} on validation"
+        f"# Best of the trials: {recipe.metric_for_best_model} score {best['score']:.4f} on validation"
         f" after {best['epochs']} epochs.\n# iab-vision train --config best.yaml --output RUN\n"
     )
     if kept != content:

@@ -22,7 +22,7 @@ from pipelines.training.task import Task, Worker
 
 COLOURS = np.array([(210, 60, 50), (60, 200, 70), (60, 80, 220), (220, 210, 60)], np.uint8)
 ALONE = Worker(0, 1, torch.device("cpu"))
-STILL = Augment(views=1, crop_area=1, crop_aspect=1, flip=0)
+STILL = Augment(repeats=1, min_crop_scale=1, crop_aspect=1, flip=0)
 """No augmentation at all."""
 RECIPE = Recipe(
     model="scratch:tiny", image_size=16, patch_size=8, layers=2, epochs=2, batch_size=16, precision="fp32",
@@ -122,7 +122,7 @@ def trainer_over(
         validation_rows=rows,
         class_counts=store.targets_nc.sum(0).astype(np.int64),
         streams=False,
-        max_broken_share=0.05,
+        max_unreadable_fraction=0.05,
         epoch_images=len(store),
         run_uri="",
     )
@@ -158,8 +158,8 @@ def curve(rank: int, workers: int, accumulation: int, folder: str) -> None:
         RECIPE,
         epochs=20,
         batch_size=32,
-        augment=Augment(views=1, mixup=0.3, erasing=0.3, brightness=0.3),
-        optimizer=Optimizer(learning_rate=1e-4, ema_decay=0, accumulation=accumulation),
+        augment=Augment(repeats=1, mixup=0.3, erasing=0.3, brightness=0.3),
+        optimizer=Optimizer(learning_rate=1e-4, ema_decay=0, gradient_accumulation_steps=accumulation),
     )
     made = trainer(recipe, [[i % 3] for i in range(96)], worker=Worker(rank, workers, torch.device("cpu")))
     made.wrap()

@@ -11,7 +11,7 @@ from onnx import helper
 from jobs.cli import main
 from pipelines.bundle import bundle, manifest
 from pipelines.bundle.bundle import BundleDamaged, NotABundle, NotCertified, open_bundle
-from pipelines.specs import RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.storage.local import LocalStorage
 from tests.builders.models import CLASS_IDS, PASSED, small_bundle
 
@@ -337,7 +337,7 @@ def test_larger_batches_than_were_measured_name_both_and_the_command(folder):
     with pytest.raises(
         NotCertified,
         match=r"measured batches of 1, 2, 4, 8, 16 images, and .*32 would run.*iab-vision certify"
-        r".*--provider cpu --precisions fp32 --checkpoint RUN --measuring.batch-size 32",
+        r".*--provider cpu --precisions fp32 --checkpoint RUN --parity.batch-size 32",
     ):
         open_bundle(str(folder)).certificate_covering(RuntimeSpec(batch_size=32))
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.bundle import providers
 from pipelines.bundle.providers import ProviderUnavailable
-from pipelines.specs import RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 
 CAPI = Path(ort.__file__).parent / "capi"
 

@@ -13,7 +13,7 @@ from pipelines.bundle import providers, session
 from pipelines.bundle.manifest import BundleDamaged
 from pipelines.bundle.providers import ProviderUnavailable
 from pipelines.bundle.session import OnnxModel
-from pipelines.specs import RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 from tests.builders.models import small_graph
 
 
@@ -145,7 +145,7 @@ def test_too_little_memory_for_a_full_batch_ends_at_the_start_and_names_the_batc
         import numpy as np
         from pipelines.bundle.session import OnnxModel
         from pipelines.messages import JobFailed
-        from pipelines.specs import RuntimeSpec
+        from pipelines.bundle.settings import RuntimeSpec
 
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)

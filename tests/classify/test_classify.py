@@ -185,7 +185,7 @@ def test_a_killed_driver_continues_and_a_stopped_one_says_how(bundle, tmp_path):
         "20",
         "--workers.items-per-batch",
         "20",
-        "--commit-every-s",
+        "--commit-interval-s",
         "0.05",
     ]
     arguments = command(images, bundle, tmp_path / "out", *settings)
@@ -278,7 +278,7 @@ def test_an_altered_bundle_is_refused(images, bundle, tmp_path, capsys):
 
 def test_batches_that_no_certificate_covers_are_refused_like_a_missing_one(images, bundle, tmp_path, capsys):
     assert main(command(images, bundle, tmp_path / "out", "--batch-size", "64")) == 3
-    assert "--measuring.batch-size 64" in capsys.readouterr().err
+    assert "--parity.batch-size 64" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -43,7 +43,7 @@ def bundle(bucket: str) -> str:
 def command(images: str, bundle: str, output: str, *settings: str) -> list[str]:
     return [
         "classify", "--inventory", images, "--bundle", bundle, "--output", output, "--retry-pause-s", "1",
-        "--workers.items-per-part", "20", "--workers.items-per-batch", "20", "--commit-every-s", "0.1",
+        "--workers.items-per-part", "20", "--workers.items-per-batch", "20", "--commit-interval-s", "0.1",
         *settings,
     ]  # fmt: skip
 

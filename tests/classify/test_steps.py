@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from pipelines.classify.steps import Loader, Source, work_list
+from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.inventory import plan
-from pipelines.specs import DecodeLimits, FetchLimits, ImageSpec
+from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.storage.storage import open_storage
 
 MB = 1_000_000

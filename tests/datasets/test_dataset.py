@@ -12,12 +12,12 @@ import pytest
 from pipelines.datasets import dataset, splits
 from pipelines.datasets import pixels as ingest
 from pipelines.datasets.readers import DatasetError
-from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
 from pipelines.messages import InputError
 from pipelines.specs import ImageSpec
 from pipelines.training import decoded as corpus
 from pipelines.training import evaluate, fit, runs
-from pipelines.training.recipe import Balance, Loss, Recipe
+from pipelines.training.recipe import ClassBalance, Loss, Recipe
 from pipelines.training.resources import Resources
 from tests.builders.training import image_folder
 
@@ -349,11 +349,11 @@ def test_a_run_records_its_splits_and_settings_without_credentials(tmp_path):
 def test_the_report_counts_the_images_that_were_used_and_names_all_that_was_done(tmp_path):
     data = load(image_folder(tmp_path / "images", per_class=20))
     rows = {name: data.indices(name)[3:] for name in ("train", "validation", "test")}
-    used = corpus.DecodedData(data, SPEC, SPEC, {}, rows, "memory", Ingest(), [], {})
+    used = corpus.DecodedData(data, SPEC, SPEC, {}, rows, "memory", ImageCache(), [], {})
     counts = data.images_per_class({name: used.rows[name] for name in ("train", "test")})
     assert {name: sum(found.values()) for name, found in counts.items()} == {"train": 39, "test": 3}
-    balance = Balance(sampling="oversample", class_weights="sqrt")
-    words = evaluate.describe_balancing(Recipe(balance=balance, loss=Loss(focal_gamma=2)))
+    balance = ClassBalance(sampling="oversample", class_weights="sqrt")
+    words = evaluate.describe_balancing(Recipe(class_balance=balance, loss=Loss(focal_gamma=2)))
     assert "focal loss (gamma 2)" in words and "(sqrt, counted as sampled)" in words
     assert evaluate.describe_balancing(Recipe()) == "Nothing was done about rare classes."
 
@@ -366,9 +366,9 @@ def test_copies_in_two_splits_stay_where_they_are_measured():
 
 def test_the_way_of_keeping_images_follows_their_size():
     room = ingest.Room(memory=100, disk=1000)
-    chosen = [ingest.mode_for(Ingest(), size, room) for size in (100, 101, 1000, 1001)]
+    chosen = [ingest.mode_for(ImageCache(), size, room) for size in (100, 101, 1000, 1001)]
     assert chosen == ["memory", "disk", "disk", "stream"]
-    assert ingest.mode_for(Ingest(mode="stream"), 1, room) == "stream"
+    assert ingest.mode_for(ImageCache(mode="stream"), 1, room) == "stream"
 
 
 @pytest.mark.ray
@@ -384,10 +384,10 @@ def test_broken_and_copied_images_are_left_out_and_counted(ray_cluster, tmp_path
     test_row = next(row for row in whole if data.splits[row] == "test")
     train_row = next(row for row in whole if data.splits[row] == "train")
     Path(uris[train_row]).write_bytes(Path(uris[test_row]).read_bytes())
-    found = corpus.prepare(data, SPEC, Ingest(max_broken_share=0.2), seed=0)
-    assert {image["status"] for image in found.broken} == {"not_an_image", "empty"}
+    found = corpus.prepare(data, SPEC, ImageCache(max_unreadable_fraction=0.2), seed=0)
+    assert {image["status"] for image in found.unreadable} == {"not_an_image", "empty"}
     assert found.duplicates == {"train": 1}
     assert sum(len(rows) for rows in found.rows.values()) == 27
     assert train_row not in found.rows["train"] and test_row in found.rows["test"]
-    with pytest.raises(ingest.IngestError, match="max-broken-share"):
-        corpus.prepare(data, SPEC, Ingest(max_broken_share=0.0), seed=0)
+    with pytest.raises(ingest.IngestError, match="max-unreadable-fraction"):
+        corpus.prepare(data, SPEC, ImageCache(max_unreadable_fraction=0.0), seed=0)

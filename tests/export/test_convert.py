@@ -19,7 +19,7 @@ from export import convert
 from export.checkpoint import UnusableCheckpoint, image_spec_of, opened, read
 from export.convert import Surroundings
 from pipelines.bundle.session import OnnxModel
-from pipelines.specs import RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 from tests.builders.models import CLASS_IDS, SPEC, TEMPERATURE, checkpoint
 
 

@@ -11,7 +11,7 @@ from export.checkpoint import opened
 from export.convert import Surroundings
 from export.reference import activation
 from pipelines.bundle.session import OnnxModel
-from pipelines.specs import RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 from tests.builders.models import SPEC, checkpoint, dataset
 
 AROUND = Surroundings(SPEC, 1.3, multi_label=False)

@@ -13,15 +13,16 @@ import yaml
 from export import card, certification, checkpoint, measurement, release
 from export import images as samples
 from export.images import NoImages
+from export.settings import ParitySettings
 from jobs.cli import main
 from pipelines.bundle import bundle, session
 from pipelines.bundle.bundle import NotCertified, open_bundle
 from pipelines.bundle.session import load
-from pipelines.specs import Measuring, RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
 from tests.builders import models
 from tests.builders.models import CLASS_IDS, SPEC
 
-QUICK = ["--measuring.sample-images", "20", "--measuring.calibration-images", "40"]
+QUICK = ["--parity.sample-images", "20", "--parity.calibration-images", "40"]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_labels_table_gives_each_class_its_place_in_the_taxonomy(exported):
 
 def test_same_export_elsewhere_has_the_same_model_id(exported, trained, pictures, tmp_path):
     elsewhere = Path(shutil.copytree(trained, tmp_path / "moved"))
-    measuring = Measuring(sample_images=20, calibration_images=40)
+    measuring = ParitySettings(sample_images=20, calibration_images=40)
     again = release.export(
         str(elsewhere),
         str(pictures),
@@ -149,10 +150,14 @@ def test_export_that_fails_while_writing_can_simply_be_repeated(trained, picture
 
     monkeypatch.setattr(bundle, "add_certificate", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        release.export(str(trained), str(pictures), str(tmp_path / "b"), measuring=Measuring(sample_images=5))
+        release.export(
+            str(trained), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5)
+        )
     assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
     monkeypatch.undo()
-    release.export(str(trained), str(pictures), str(tmp_path / "b"), measuring=Measuring(sample_images=5))
+    release.export(
+        str(trained), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5)
+    )
 
 
 def test_certify_adds_this_machines_certificate_and_keeps_the_model(copied, pictures, capsys):
@@ -161,7 +166,7 @@ def test_certify_adds_this_machines_certificate_and_keeps_the_model(copied, pict
     with pytest.raises(NotCertified, match="iab-vision certify"):
         open_bundle(str(copied)).certificate_for("cpu", "int8")
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
-    assert main([*command, "--measuring.sample-images", "20"]) == 0
+    assert main([*command, "--parity.sample-images", "20"]) == 0
     after = open_bundle(str(copied))
     certificate = after.certificate_for("cpu", "int8")
     assert after.model_id == before
@@ -183,7 +188,7 @@ def test_float32_model_is_not_certified_against_itself(copied, pictures, capsys)
     """The difference would be 0.0, and would replace what the export proved against PyTorch."""
     before = contents_of(copied)
     command = ["certify", str(copied), "--images", str(pictures)]
-    assert main([*command, "--measuring.sample-images", "5"]) == 2
+    assert main([*command, "--parity.sample-images", "5"]) == 2
     assert "compared with itself. Name the run" in capsys.readouterr().err
     assert contents_of(copied) == before
 
@@ -191,7 +196,7 @@ def test_float32_model_is_not_certified_against_itself(copied, pictures, capsys)
 def test_float32_model_is_certified_anew_against_its_checkpoint(copied, pictures, trained):
     (copied / "certificates" / "cpu-fp32.json").unlink()
     command = ["certify", str(copied), "--images", str(pictures), "--checkpoint", str(trained)]
-    assert main([*command, "--measuring.sample-images", "5"]) == 0
+    assert main([*command, "--parity.sample-images", "5"]) == 0
     content = open_bundle(str(copied)).certificate_for("cpu", "fp32").content
     assert "in PyTorch" in content["reference"]
     assert content["metrics"]["max_logit"] > 0
@@ -216,7 +221,7 @@ def test_combination_that_cannot_run_is_refused_before_anything_is_measured(copi
 
 @pytest.mark.parametrize(("compared", "calibrated"), [(20, 40), (27, 33), (40, 60), (60, 60)])
 def test_images_that_are_compared_calibrate_too_where_too_few_are_left(pictures, compared, calibrated):
-    measuring = Measuring(sample_images=compared, calibration_images=60)
+    measuring = ParitySettings(sample_images=compared, calibration_images=60)
     own, further = release._drawn(str(pictures), measuring, calibrating=True)
     assert (len(own), len(further)) == (compared, calibrated)
     alone = {one.fingerprint for one in own}.isdisjoint(one.fingerprint for one in further)
@@ -229,7 +234,7 @@ def test_int8_certificate_says_what_it_was_calibrated_on(exported, copied, pictu
     assert certificate.content["calibration"] == {"images": 40, "compared_too": 0}
     assert "Calibrated on 40 images,\nnone of them" in (exported / "certificates" / "cpu.html").read_text()
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
-    assert main([*command, "--measuring.sample-images", "60"]) == 0
+    assert main([*command, "--parity.sample-images", "60"]) == 0
     certificate = open_bundle(str(copied)).certificate_for("cpu", "int8")
     assert certificate.content["calibration"] == {"images": 40, "compared_too": 40}
     assert "judged on 40 images that it was calibrated on, of 76" in caplog.text
@@ -254,7 +259,7 @@ def test_gpu_certificates_join_those_of_the_cpu(copied, trained, pictures, monke
 
     monkeypatch.setattr(session, "load", stand_in)
     opened, evidence = open_bundle(str(copied)), evidence_of(trained, pictures)
-    certification.add_gpu(opened, evidence, ("fp32", "fp16", "int8"), Measuring(batch_size=8))
+    certification.add_gpu(opened, evidence, ("fp32", "fp16", "int8"), ParitySettings(batch_size=8))
     after = open_bundle(str(copied))
     names = [f"{certificate.provider}-{certificate.precision}" for certificate in after.certificates]
     assert names == ["cpu-fp16", "cpu-fp32", "cpu-int8", "cuda-fp32"]
@@ -270,7 +275,7 @@ def test_export_on_a_gpu_that_fails_keeps_the_bundle(trained, pictures, tmp_path
     monkeypatch.setattr(certification, "has_gpu", lambda device_id: True)
     monkeypatch.setattr(session, "load", broken)
     command = ["export", "--checkpoint", str(trained), "--images", str(pictures)]
-    assert main([*command, "--output", str(tmp_path / "b"), "--measuring.sample-images", "5"]) == 0
+    assert main([*command, "--output", str(tmp_path / "b"), "--parity.sample-images", "5"]) == 0
     assert open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32").passed
     assert "NO CERTIFICATE for fp32 on cuda: CUDA failure 700" in caplog.text
 
@@ -288,7 +293,7 @@ def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, p
     for certificate in before.certificates:
         bundle.add_certificate(str(copied), altered, "cpu", certificate.precision, certificate.content)
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
-    assert main([*command, "--measuring.sample-images", "20"]) == 3
+    assert main([*command, "--parity.sample-images", "20"]) == 3
     assert "int8 on cpu is refused" in capsys.readouterr().err
     with pytest.raises(NotCertified, match="failed parity"):
         open_bundle(str(copied)).certificate_for("cpu", "int8")
@@ -373,7 +378,7 @@ def test_taxonomy_of_the_users_own_travels_with_the_bundle(trained, pictures, tm
     settings = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": str(own)}))
     made = release.export(
-        str(folder), str(pictures), str(tmp_path / "b"), measuring=Measuring(sample_images=5)
+        str(folder), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5)
     )
     own.unlink()
     found = open_bundle(str(tmp_path / "b")).taxonomy()
@@ -385,7 +390,7 @@ def test_flat_labels_are_their_own_taxonomy(trained, pictures, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
     settings = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": "labels"}))
-    release.export(str(folder), str(pictures), str(tmp_path / "b"), measuring=Measuring(sample_images=5))
+    release.export(str(folder), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5))
     assert open_bundle(str(tmp_path / "b")).taxonomy().node("v9i3On").parent_id is None
 
 
@@ -440,7 +445,7 @@ def test_file_that_crashes_its_decoder_does_not_end_the_export(tricky):
 @pytest.mark.gpu
 def test_gpu_certifies_what_a_cpu_exported(copied, pictures):
     command = ["certify", str(copied), "--images", str(pictures), "--provider", "cuda"]
-    assert main([*command, "--precisions", "fp32,fp16", "--measuring.batch-size", "32"]) == 0
+    assert main([*command, "--precisions", "fp32,fp16", "--parity.batch-size", "32"]) == 0
     opened = open_bundle(str(copied))
     for name in ("fp32", "fp16"):
         certificate = opened.certificate_covering(RuntimeSpec("cuda", name, batch_size=32))

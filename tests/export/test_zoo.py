@@ -13,7 +13,8 @@ from export.convert import Surroundings
 from export.measurement import Candidate, Labels
 from export.reference import torch_reference
 from pipelines.bundle.session import OnnxModel
-from pipelines.specs import ImageSpec, RuntimeSpec
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.specs import ImageSpec
 from tests.builders import models
 
 pytestmark = pytest.mark.slow

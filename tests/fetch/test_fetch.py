@@ -32,11 +32,11 @@ from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.hosts import Hosts
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
 from pipelines.fetch.retry import FetchError, backoff_s, parse_retry_after
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Fetched, Source, sources_of
 from pipelines.fetch.ssrf import block_reason
 from pipelines.inventory.inventory import plan
 from pipelines.inventory.listing import InventoryError
-from pipelines.specs import FetchLimits
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import StorageError
@@ -51,7 +51,7 @@ LIMITS = FetchLimits(
     max_bytes=1_000_000,
     max_buffered_bytes=4_000_000,
     per_host=64,
-    host_failures=1_000,
+    breaker_failures=1_000,
     allowed_networks=(f"{ADDRESS}/32",),
 )
 
@@ -222,7 +222,7 @@ def test_circuit_of_a_dead_host_opens_and_is_probed_later(
 ) -> None:
     monkeypatch.setattr("pipelines.fetch.hosts.GRACE_S", 0)
     monkeypatch.setattr("pipelines.fetch.hosts.PROBE_INTERVAL_S", 0.5)
-    limits = FetchLimits(host_failures=10, per_host=4, backoff_s=0.01, allow_private_addresses=True)
+    limits = FetchLimits(breaker_failures=10, per_host=4, backoff_s=0.01, allow_private_addresses=True)
     fetcher, forwarder = Fetcher(limits), Forwarder(server.port, ADDRESS)
     forwarder.down = True
     url = f"http://127.0.0.1:{forwarder.port}"
@@ -242,7 +242,7 @@ def test_circuit_of_a_dead_host_opens_and_is_probed_later(
 
 def test_hiccup_of_a_host_costs_no_image(server: FaultServer) -> None:
     """With more images under way than failures are allowed in a row."""
-    limits = FetchLimits(host_failures=10, per_host=4, backoff_s=0.2, allow_private_addresses=True)
+    limits = FetchLimits(breaker_failures=10, per_host=4, backoff_s=0.2, allow_private_addresses=True)
     fetcher, forwarder = Fetcher(limits), Forwarder(server.port, ADDRESS)
     forwarder.down = True
     back = threading.Timer(0.5, lambda: setattr(forwarder, "down", False))

@@ -23,8 +23,8 @@ from pipelines.inventory import plan as frozen_plan
 from pipelines.inventory.inventory import plan
 from pipelines.inventory.listing import InventoryError
 from pipelines.inventory.plan import PlanMismatch, open_plan
+from pipelines.inventory.settings import InventoryOptions
 from pipelines.inventory.tables import TableError
-from pipelines.specs import InventoryOptions
 from pipelines.storage.storage import Storage, open_storage
 
 
@@ -130,7 +130,7 @@ def test_changed_inventory_is_refused_unless_the_frozen_plan_is_kept(tmp_path: P
 def test_plan_of_a_shards_images_is_not_that_of_all_its_files(tmp_path: Path, state: Storage) -> None:
     path = str(shard(tmp_path / "shard.tar", ["a.jpg", "a.json"]))
     assert plan(path, state).n_items == 1
-    everything = InventoryOptions(form="tars", all_files=True)
+    everything = InventoryOptions(inventory_type="tars", all_files=True)
     with pytest.raises(PlanMismatch):
         plan(path, state, options=everything)
     assert plan(path, open_storage(str(tmp_path / "other")), options=everything).n_items == 2

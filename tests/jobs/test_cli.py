@@ -17,8 +17,8 @@ from jobs import cli
 from jobs import config as configs
 from jobs.classify_images import identity
 from jobs.config import ClassifyConfig
+from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError
-from pipelines.specs import FetchLimits
 
 JOBS = Path(cli.__file__).parent
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "out"]

@@ -51,7 +51,7 @@ def test_scratch_and_pretrained_models_get_their_own_defaults():
     tuned = Recipe(model="some/model").resolved(multi_label=True)
     assert scratch.optimizer.peak > tuned.optimizer.peak
     assert (scratch.image_size, scratch.patch_size, tuned.image_size) == (224, 16, None)
-    assert (scratch.select_by, tuned.select_by) == ("accuracy", "map")
+    assert (scratch.metric_for_best_model, tuned.metric_for_best_model) == ("accuracy", "map")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from pipelines.training import augment
 from pipelines.training.recipe import Augment
 
-OFF = Augment(crop_area=1, crop_aspect=1, flip=0)
+OFF = Augment(min_crop_scale=1, crop_aspect=1, flip=0)
 EVERYTHING = Augment(
     rotation_degrees=20, brightness=0.4, contrast=0.4, saturation=0.4, hue_degrees=20, blur=0.5, erasing=0.5,
-    vertical_flip=0.5, policy_operations=2, mixup=0.4, cutmix=1.0,
+    vertical_flip=0.5, randaugment_num_ops=2, mixup=0.4, cutmix=1.0,
 )  # fmt: skip
 
 
@@ -49,9 +49,9 @@ def test_flips_mirror_the_picture():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"crop_area": 0.3}, {"rotation_degrees": 30}, {"brightness": 0.5}, {"contrast": 0.5},
-        {"saturation": 0.5}, {"hue_degrees": 60}, {"blur": 1.0}, {"erasing": 1.0}, {"policy_operations": 3},
-        {"mixup": 1, "mix_chance": 1}, {"cutmix": 1, "mix_chance": 1},
+        {"min_crop_scale": 0.3}, {"rotation_degrees": 30}, {"brightness": 0.5}, {"contrast": 0.5},
+        {"saturation": 0.5}, {"hue_degrees": 60}, {"blur": 1.0}, {"erasing": 1.0}, {"randaugment_num_ops": 3},
+        {"mixup": 1, "mix_prob": 1}, {"cutmix": 1, "mix_prob": 1},
     ],
 )  # fmt: skip
 def test_each_setting_alone_changes_pictures_and_keeps_their_range(setting):
@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_pictures_and_another_does_not():
 
 
 def test_mixup_mixes_targets_in_the_shares_of_the_pictures():
-    spec = replace(OFF, mixup=1.0, mix_chance=1.0)
+    spec = replace(OFF, mixup=1.0, mix_prob=1.0)
     draws = augment.draw(spec, 2, torch.Generator().manual_seed(0))
     black_and_white = torch.stack([torch.zeros(8, 8, 3), torch.full((8, 8, 3), 255)]).to(torch.uint8)
     images = augment.apply(black_and_white, draws, height=8, width=8)
@@ -93,7 +93,7 @@ def test_mixup_mixes_targets_in_the_shares_of_the_pictures():
 
 
 def test_cutmix_targets_count_the_pixels_taken():
-    spec = replace(OFF, cutmix=1.0, mix_chance=1.0)
+    spec = replace(OFF, cutmix=1.0, mix_prob=1.0)
     draws = augment.draw(spec, 2, torch.Generator().manual_seed(2))
     black_and_white = torch.stack([torch.zeros(16, 16, 3), torch.full((16, 16, 3), 255)]).to(torch.uint8)
     images = augment.apply(black_and_white, draws, height=16, width=16)

@@ -20,14 +20,14 @@ from transformers import AutoModelForImageClassification
 
 from pipelines.datasets import dataset
 from pipelines.datasets import pixels as ingest
-from pipelines.datasets.settings import DataSettings, Ingest, Splits
+from pipelines.datasets.settings import DataSettings, ImageCache, Splits
 from pipelines.evaluation import metrics
 from pipelines.storage import uris
 from pipelines.training import checkpoints, decoded, fit, runs
 from pipelines.training.decoded import epoch_order
 from pipelines.training.loop import Diverged
 from pipelines.training.optimizer import build_ema, learning_rate_factor
-from pipelines.training.recipe import Augment, Balance, Loss, Network, Optimizer, Stopping
+from pipelines.training.recipe import Augment, ClassBalance, EarlyStopping, Finetune, Loss, Optimizer
 from pipelines.training.resources import Resources, threads_of
 from pipelines.training.task import Worker
 from pipelines.training.validation import compute_logits
@@ -37,7 +37,7 @@ from tests.builders.training import RECIPE, STILL, drawn, image_folder, streamin
 ROOT = Path(__file__).parents[2]
 LABELS = [[i % 3] for i in range(64)]
 SEVERAL = [[j for j in range(4) if (i * 7 + 3) >> j & 1] for i in range(64)]
-MIXED = Augment(views=1, mixup=0.5, cutmix=1.0, brightness=0.3, erasing=0.3)
+MIXED = Augment(repeats=1, mixup=0.5, cutmix=1.0, brightness=0.3, erasing=0.3)
 
 
 def logits_of(made, batches):
@@ -59,9 +59,9 @@ def first_step_gradients(recipe, labels, *, workers=1, **keywords):
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize(("workers", "accumulation"), [(2, 1), (2, 2), (1, 4)])
 def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumulation, multi_label):
-    balance = Balance(class_weights="sqrt")
-    whole = replace(RECIPE, batch_size=64, augment=MIXED, balance=balance)
-    cut = replace(whole, optimizer=replace(whole.optimizer, accumulation=accumulation))
+    balance = ClassBalance(class_weights="sqrt")
+    whole = replace(RECIPE, batch_size=64, augment=MIXED, class_balance=balance)
+    cut = replace(whole, optimizer=replace(whole.optimizer, gradient_accumulation_steps=accumulation))
     labels = SEVERAL if multi_label else LABELS
     keywords = {"n_classes": 4 if multi_label else 3, "multi_label": multi_label}
     expected = first_step_gradients(whole, labels, **keywords)
@@ -74,10 +74,10 @@ def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
     batches = [pixels for _, micro_batches in made.batches.iter_steps(0, 0) for pixels, _ in micro_batches]
     assert len(batches) == 4 and all(len(pixels) == 16 for pixels in batches)
     assert all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches), "a black picture in their place"
-    assert (made.batches.tally.images, made.batches.tally.broken) == (64, 3)
-    assert made.count_unreadable() == {"broken_images": 3}
-    made.task = replace(made.task, max_broken_share=0.04)
-    with pytest.raises(ingest.IngestError, match=r"3 of 64.*max-broken-share"):
+    assert (made.batches.tally.images, made.batches.tally.unreadable) == (64, 3)
+    assert made.count_unreadable() == {"unreadable_images": 3}
+    made.task = replace(made.task, max_unreadable_fraction=0.04)
+    with pytest.raises(ingest.IngestError, match=r"3 of 64.*max-unreadable-fraction"):
         made.count_unreadable()
 
 
@@ -104,7 +104,7 @@ def test_streamed_validation_measures_the_same_images_as_kept_ones():
     logits, targets = logits_of(stream, stream.batches.iter_validation())
     expected, truth = logits_of(kept, [kept.batches.validation.take(np.array([3, 4, 40]))])
     np.testing.assert_allclose(logits, expected, atol=1e-6)
-    assert (targets == truth).all() and stream.batches.tally.broken == 1
+    assert (targets == truth).all() and stream.batches.tally.unreadable == 1
 
 
 def test_averaged_weights_follow_the_weights_at_their_decay():
@@ -129,14 +129,14 @@ def test_averaged_weights_differ_from_the_models_own():
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_schedules_warm_up_and_end_where_they_should(schedule):
-    optimizer = Optimizer(schedule=schedule, warmup=10, final_share=0.1)
+    optimizer = Optimizer(lr_scheduler_type=schedule, warmup_steps=10, min_lr_ratio=0.1)
     shares = [learning_rate_factor(optimizer, step, 100) for step in range(101)]
     assert np.allclose(np.diff(shares[:10]), 1 / 11)
     assert shares[10] == pytest.approx(1)
     assert shares[100] == pytest.approx(1 if schedule == "constant" else 0.1)
     middle = {"cosine": 0.55, "linear": 0.55, "constant": 1}[schedule]
     assert shares[55] == pytest.approx(middle)
-    assert learning_rate_factor(replace(optimizer, warmup=0.1), 4, 100) == shares[4]
+    assert learning_rate_factor(replace(optimizer, warmup_steps=0.1), 4, 100) == shares[4]
 
 
 def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
@@ -144,7 +144,7 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
         RECIPE,
         augment=MIXED,
         optimizer=replace(RECIPE.optimizer, ema_decay=0.9),
-        network=replace(RECIPE.network, drop_path=0.2),
+        finetune=replace(RECIPE.finetune, drop_path=0.2),
     )
     unbroken = trained(trainer(recipe, LABELS), 2)
     first = trained(trainer(recipe, LABELS), 1)
@@ -162,18 +162,18 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
 
 def test_order_is_repeatable_and_covers_every_image_in_every_view():
     strata = np.array([0, 0, 0, 1])
-    order = epoch_order(strata, Balance(), views=3, seed=1, epoch=0)
+    order = epoch_order(strata, ClassBalance(), views=3, seed=1, epoch=0)
     assert sorted(order[:4]) == sorted(order[4:8]) == [0, 1, 2, 3]
-    assert (order == epoch_order(strata, Balance(), views=3, seed=1, epoch=0)).all()
-    assert (order != epoch_order(strata, Balance(), views=3, seed=1, epoch=1)).any()
+    assert (order == epoch_order(strata, ClassBalance(), views=3, seed=1, epoch=0)).all()
+    assert (order != epoch_order(strata, ClassBalance(), views=3, seed=1, epoch=1)).any()
 
 
 @pytest.mark.parametrize(
     ("balance", "expected"),
     [
-        (Balance(sampling="oversample"), [6, 6]),
-        (Balance(sampling="undersample"), [2, 2]),
-        (Balance(sampling="target", target_per_class=4), [4, 4]),
+        (ClassBalance(sampling="oversample"), [6, 6]),
+        (ClassBalance(sampling="undersample"), [2, 2]),
+        (ClassBalance(sampling="target", target_per_class=4), [4, 4]),
     ],
 )
 def test_class_aware_sampling_draws_classes_evenly(balance, expected):
@@ -186,14 +186,14 @@ def test_class_aware_sampling_draws_classes_evenly(balance, expected):
 def test_balancing_at_least_doubles_the_recall_of_a_rare_class():
     labels = [[0]] * 200 + [[1]] * 4
 
-    def minority_recall(balance: Balance) -> float:
-        recipe = replace(RECIPE, epochs=2, batch_size=12, balance=balance)
+    def minority_recall(balance: ClassBalance) -> float:
+        recipe = replace(RECIPE, epochs=2, batch_size=12, class_balance=balance)
         made = trained(trainer(recipe, labels, n_classes=2, noise=125), 2)
         logits, _ = logits_of(made, [made.batches.validation.take(np.arange(200, 204))])
         return float((logits.argmax(1) == 1).mean())
 
-    balanced = minority_recall(Balance(sampling="oversample"))
-    assert balanced >= max(2 * minority_recall(Balance()), 0.75)
+    balanced = minority_recall(ClassBalance(sampling="oversample"))
+    assert balanced >= max(2 * minority_recall(ClassBalance()), 0.75)
 
 
 @pytest.mark.parametrize("loss", ["bce", "asymmetric"])
@@ -225,8 +225,8 @@ def scripted(made, *measured: dict[str, float]) -> list[dict]:
 
 
 def test_early_stopping_asks_for_the_smallest_gain_since_the_last_that_counted():
-    stopping = Stopping(patience_epochs=3, min_gain=0.1)
-    made = trainer(replace(RECIPE, epochs=9, stopping=stopping), LABELS)
+    stopping = EarlyStopping(patience_epochs=3, min_delta=0.1)
+    made = trainer(replace(RECIPE, epochs=9, early_stopping=stopping), LABELS)
     scores = (0.5, 0.55, 0.58, 0.61, 0.62, 0.63, 0.64, 0.9)
     reported = scripted(made, *({"accuracy": score} for score in scores))
     assert [line["score"] for line in reported] == list(scores[:7])
@@ -262,14 +262,14 @@ def test_the_saved_model_has_the_weights_that_were_measured(averaged, monkeypatc
 
 @pytest.mark.parametrize(
     "network",
-    [Network(gradient_checkpointing=True), pytest.param(Network(compile=True), marks=pytest.mark.slow)],
+    [Finetune(gradient_checkpointing=True), pytest.param(Finetune(compile=True), marks=pytest.mark.slow)],
 )
 def test_saving_memory_or_compiling_does_not_change_what_is_learned(network):
     if network.compile and shutil.which("g++") is None:
         pytest.skip("torch.compile wants a C++ compiler")
     found = []
-    for one in (Network(), network):
-        made = trainer(replace(RECIPE, network=one), LABELS)
+    for one in (Finetune(), network):
+        made = trainer(replace(RECIPE, finetune=one), LABELS)
         made.wrap()
         _, micro_batches = next(made.batches.iter_steps(0, 0))
         made.accumulate(micro_batches, seed=1)
@@ -283,11 +283,11 @@ def test_a_selection_metric_that_validation_does_not_give_is_refused_with_those_
         fit.refuse_unknown_metric("acuracy", classes, 5)
     fit.refuse_unknown_metric("accuracy@3", classes, 5)
     fit.refuse_unknown_metric("roc_auc_macro", classes, 5)
-    with pytest.raises(ValueError, match=r"select_by is roc_auc_macro.*more classes"):
+    with pytest.raises(ValueError, match=r"metric_for_best_model is roc_auc_macro.*more classes"):
         fit.refuse_unknown_metric("roc_auc_macro", np.zeros(20, np.int64), 5)
     labels = np.array([[1, 0, 1], [1, 0, 0]], np.uint8)
     fit.refuse_unknown_metric("map", labels, 3)
-    with pytest.raises(ValueError, match="select_by is map"):
+    with pytest.raises(ValueError, match="metric_for_best_model is map"):
         fit.refuse_unknown_metric("map", np.ones((4, 3), np.uint8), 3)
 
 
@@ -325,12 +325,12 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
         RECIPE,
         epochs=3,
         batch_size=6,
-        augment=replace(STILL, views=8),
+        augment=replace(STILL, repeats=8),
         optimizer=Optimizer(learning_rate=2e-3, ema_decay=0.5),
     )
     job = plan_run(folder, tmp_path / "run", recipe)
     messages: list = []
-    run = fit.fit(job, Ingest(max_broken_share=0.1), messages.append)
+    run = fit.fit(job, ImageCache(max_unreadable_fraction=0.1), messages.append)
     best = tmp_path / "run" / "best"
     model = AutoModelForImageClassification.from_pretrained(best)
     assert model.config.id2label == dict(enumerate(job.data.classes))
@@ -342,10 +342,10 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert run.content["test"]["accuracy"] > 0.6
-    assert [one["status"] for one in run.content["data"]["broken"]]
+    assert [one["status"] for one in run.content["data"]["unreadable"]]
     assert sum(run.content["data"]["images"].values()) == 36
     assert run.content["dataset"]["splits"]["validation"] == 0.25
-    assert run.content["ingest"] == {**vars(Ingest(max_broken_share=0.1)), "mode": "memory"}
+    assert run.content["cache"] == {**vars(ImageCache(max_unreadable_fraction=0.1)), "mode": "memory"}
     assert run.content["resources"]["num_workers"] == 2
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
@@ -360,7 +360,7 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
 @pytest.mark.parametrize("mode", ["disk", "stream"])
 def test_workers_measure_every_validation_image_once_without_keeping_them_all(ray_cluster, tmp_path, mode):
     job = plan_run(image_folder(tmp_path / "images"), tmp_path / "run")
-    prepared = decoded.prepare(job.data, job.spec, Ingest(mode=mode), seed=0)
+    prepared = decoded.prepare(job.data, job.spec, ImageCache(mode=mode), seed=0)
     rows, tally = prepared.rows["validation"], ingest.Tally()
     assert len(rows) % 2, "an even division hides what is cut off"
     counts = np.zeros(3)
@@ -370,16 +370,18 @@ def test_workers_measure_every_validation_image_once_without_keeping_them_all(ra
         )
         counts += sum(targets_nc.sum(axis=0) for _, targets_nc in batches)
     assert counts.tolist() == np.bincount(job.data.targets()[rows], minlength=3).tolist()
-    assert (tally.images, tally.broken) == (len(rows), 0)
+    assert (tally.images, tally.unreadable) == (len(rows), 0)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
     folder = image_folder(tmp_path / "images")
-    recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, views=2))
+    recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, repeats=2))
     job = plan_run(folder, tmp_path / "run", recipe, checkpoint_every_steps=4)
-    prepared = decoded.prepare(job.data, job.spec, Ingest(mode="stream", max_broken_share=0.2), seed=0)
+    prepared = decoded.prepare(
+        job.data, job.spec, ImageCache(mode="stream", max_unreadable_fraction=0.2), seed=0
+    )
     uris.local_path(job.data.rows["uri"][int(prepared.rows["train"][0])].as_py()).unlink()
     runs.begin(job.output, job.recipe, job.data)
     killed = threading.Event()
@@ -395,7 +397,7 @@ def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoi
     assert killed.is_set()
     history = runs.history(job.output)
     assert [line["epoch"] for line in history] == [1, 2, 3]
-    assert all(line["broken_images"] for line in history), "the image that went away was not noticed"
+    assert all(line["unreadable_images"] for line in history), "the image that went away was not noticed"
     per_epoch = starts[-1] // 3
     after_kill = starts[[done >= per_epoch for done in starts].index(True) + 1 :]
     assert min(after_kill) >= per_epoch
@@ -427,7 +429,7 @@ def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbro
         command = [
             sys.executable, "-m", "jobs", "train", "--dataset", "images", "--output", output,
             "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1",
-            "--batch-size", "6", "--epochs", "5", "--augment.views", "4", "--precision", "fp32",
+            "--batch-size", "6", "--epochs", "5", "--augment.repeats", "4", "--precision", "fp32",
             "--splits.validation", "0.25", "--splits.test", "0.25",
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional
 
 from pipelines.datasets import dataset
-from pipelines.datasets.settings import DataSettings, Ingest, Splits
+from pipelines.datasets.settings import DataSettings, ImageCache, Splits
 from pipelines.training import decoded, fit
 from pipelines.training.losses import build_criterion, class_weights, positive_weights
-from pipelines.training.recipe import Balance, Loss, Recipe
+from pipelines.training.recipe import ClassBalance, Loss, Recipe
 from pipelines.training.resources import Resources
 
 COUNTS = np.array([90, 9, 1])
-PLAIN, UNWEIGHTED = Loss(label_smoothing=0), Balance()
+PLAIN, UNWEIGHTED = Loss(label_smoothing=0), ClassBalance()
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, functional.one_hot(torch.tensor([0, 1, 2, 0, 1]), 3).float()
 
 
-def single(loss: Loss = PLAIN, balance: Balance = UNWEIGHTED):
+def single(loss: Loss = PLAIN, balance: ClassBalance = UNWEIGHTED):
     return build_criterion(loss, balance, COUNTS, 100, multi_label=False)
 
 
@@ -57,7 +57,7 @@ def test_focal_loss_scales_cross_entropy_by_the_missing_confidence(batch):
 
 def test_class_weights_multiply_the_loss_of_their_class(batch):
     logits, targets = batch
-    weighted = single(balance=Balance(class_weights="inverse"))(logits, targets)
+    weighted = single(balance=ClassBalance(class_weights="inverse"))(logits, targets)
     # inverse weights, scaled to a mean of 1 over the images: 100 / (3 n_c)
     by_hand = torch.tensor([100 / 270, 100 / 27, 100 / 3])[targets.argmax(1)]
     torch.testing.assert_close(weighted, single()(logits, targets) * by_hand)
@@ -65,13 +65,13 @@ def test_class_weights_multiply_the_loss_of_their_class(batch):
 
 @pytest.mark.parametrize("name", ["none", "inverse", "sqrt", "effective"])
 def test_class_weights_keep_the_size_of_the_average_loss(name):
-    weights = class_weights(Balance(class_weights=name), COUNTS)
+    weights = class_weights(ClassBalance(class_weights=name), COUNTS)
     assert np.isclose((weights * COUNTS).sum() / COUNTS.sum(), 1)
     assert (np.diff(weights) >= 0).all()
 
 
 def test_effective_number_weights_follow_the_paper():
-    weights = class_weights(Balance(class_weights="effective", effective_beta=0.9), COUNTS)
+    weights = class_weights(ClassBalance(class_weights="effective", effective_beta=0.9), COUNTS)
     raw = (1 - 0.9) / (1 - 0.9 ** COUNTS.astype(float))
     assert np.allclose(weights / weights[0], raw / raw[0])
 
@@ -80,13 +80,13 @@ def test_logit_adjustment_adds_the_log_prior_in_training(batch):
     logits, targets = batch
     prior = torch.tensor([0.9, 0.09, 0.01])
     expected = functional.cross_entropy(logits + prior.log(), targets.argmax(1), reduction="none")
-    torch.testing.assert_close(single(balance=Balance(logit_adjustment=1))(logits, targets), expected)
+    torch.testing.assert_close(single(balance=ClassBalance(logit_adjustment=1))(logits, targets), expected)
 
 
 def test_multi_label_loss_is_binary_cross_entropy_with_positive_weights():
     torch.manual_seed(1)
     logits, targets = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float()
-    balance = Balance(class_weights="inverse")
+    balance = ClassBalance(class_weights="inverse")
     weights = positive_weights(balance, COUNTS, 100)
     assert np.allclose(weights, [10 / 90, 91 / 9, 99])
     expected = functional.binary_cross_entropy_with_logits(
@@ -101,7 +101,9 @@ def test_smoothing_moves_several_labels_towards_one_half(name):
     torch.manual_seed(2)
     logits, targets = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float()
     plain, smoothed = (
-        build_criterion(Loss(label_smoothing=s, multi_label=name), Balance(), COUNTS, 100, multi_label=True)
+        build_criterion(
+            Loss(label_smoothing=s, multi_label=name), ClassBalance(), COUNTS, 100, multi_label=True
+        )
         for s in (0.0, 0.2)
     )
     torch.testing.assert_close(smoothed(logits, targets), plain(logits, 0.8 * targets + 0.1))
@@ -127,15 +129,15 @@ def test_what_sampling_evened_out_is_not_corrected_again(tmp_path):
     settings = DataSettings(str(tmp_path / "labels.csv"), "labels", splits=Splits(validation_of_train=0.1))
     data = dataset.load(settings)
 
-    def loss_of(balance: Balance):
-        recipe = Recipe(model="scratch:tiny", image_size=16, layers=1, loss=PLAIN, balance=balance)
+    def loss_of(balance: ClassBalance):
+        recipe = Recipe(model="scratch:tiny", image_size=16, layers=1, loss=PLAIN, class_balance=balance)
         job = fit.plan_job(data, recipe, str(tmp_path / "run"), Resources())
         rows = {name: data.indices(name) for name in ("train", "validation", "test")}
-        prepared = decoded.DecodedData(data, job.spec, job.spec, {}, rows, "memory", Ingest(), [], {})
+        prepared = decoded.DecodedData(data, job.spec, job.spec, {}, rows, "memory", ImageCache(), [], {})
         task = fit.task_of(job, prepared, None)
         return build_criterion(PLAIN, balance, task.class_counts, task.epoch_images, multi_label=False)
 
-    weighted = Balance(class_weights="inverse", logit_adjustment=1)
+    weighted = ClassBalance(class_weights="inverse", logit_adjustment=1)
     assert loss_of(weighted).class_weights.tolist() == pytest.approx([5 / 9, 5])
     even = loss_of(replace(weighted, sampling="oversample"))
     assert even.class_weights.tolist() == [1, 1]
@@ -149,7 +151,7 @@ def test_asymmetric_loss_of_one_label_for_each_image_is_refused():
 
 def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
     settings = Loss(label_smoothing=0, multi_label="asymmetric")
-    loss = build_criterion(settings, Balance(), COUNTS, 100, multi_label=True)
+    loss = build_criterion(settings, ClassBalance(), COUNTS, 100, multi_label=True)
     unlikely = torch.full((1, 3), -4.0)  # a probability of 0.018, below the margin of 0.05
     assert loss(unlikely, torch.zeros(1, 3)).item() == pytest.approx(0)
     p = torch.tensor(0.7)
@@ -170,5 +172,7 @@ def test_asymmetric_loss_forgives_absent_labels_below_the_margin():
 def test_exponents_below_one_have_finite_gradients_where_the_model_is_certain(loss, multi_label):
     logits = torch.tensor([[200.0, -200.0, -200.0]], requires_grad=True)
     targets = torch.tensor([[1.0, 0.0, 0.0]])
-    build_criterion(loss, Balance(), COUNTS, 100, multi_label=multi_label)(logits, targets).sum().backward()
+    build_criterion(loss, ClassBalance(), COUNTS, 100, multi_label=multi_label)(
+        logits, targets
+    ).sum().backward()
     assert logits.grad.isfinite().all()

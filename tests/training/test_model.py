@@ -11,7 +11,7 @@ from pipelines.specs import ImageSpec
 from pipelines.training import checkpoints, layers
 from pipelines.training import model as vit
 from pipelines.training.checkpoints import Sidecar
-from pipelines.training.recipe import Network, Optimizer, Recipe
+from pipelines.training.recipe import Finetune, Optimizer, Recipe
 from tests.builders.training import RECIPE, trained, trainer
 
 CLASSES = vit.Classes(("483", "1", "v9i3On"), False)
@@ -35,13 +35,13 @@ def local_model(tmp_path):
 @pytest.mark.parametrize(
     ("network", "learning"),
     [
-        (Network(freeze="backbone"), {"head"}),
-        (Network(freeze_blocks=2), {"2", "norm", "head"}),
-        (Network(), {"embeddings", "0", "1", "2", "norm", "head"}),
+        (Finetune(freeze="backbone"), {"head"}),
+        (Finetune(freeze_blocks=2), {"2", "norm", "head"}),
+        (Finetune(), {"embeddings", "0", "1", "2", "norm", "head"}),
     ],
 )
 def test_frozen_weights_are_bit_equal_after_training(network, learning):
-    made = trainer(replace(DEEP, network=network, epochs=1), LABELS)
+    made = trainer(replace(DEEP, finetune=network, epochs=1), LABELS)
     before = weights(made.model)
     trained(made, 1)
     changed = {
@@ -59,7 +59,7 @@ def part_of(name: str) -> str:
 
 
 def test_gradual_unfreezing_thaws_one_block_at_a_time_from_the_top():
-    network = Network(freeze="backbone", unfreeze_every_epochs=2)
+    network = Finetune(freeze="backbone", unfreeze_every_epochs=2)
     lowest = [layers.first_trained_depth(network, 3, epoch) for epoch in range(9)]
     assert lowest == [4, 4, 3, 3, 2, 2, 1, 1, 0]
     model = vit.build(DEEP, CLASSES)
@@ -131,7 +131,7 @@ def test_the_saved_model_opens_with_plain_transformers_and_answers_the_same(loca
 
 def test_drop_path_acts_in_training_only_and_keeps_the_mean():
     still = vit.build(RECIPE, CLASSES)
-    model = vit.build(replace(RECIPE, network=Network(drop_path=0.5)), CLASSES)
+    model = vit.build(replace(RECIPE, finetune=Finetune(drop_path=0.5)), CLASSES)
     images = torch.randn(64, 3, 16, 16)
     model.eval(), still.eval()
     torch.testing.assert_close(model(images).logits, still(images).logits)
@@ -150,7 +150,7 @@ def test_another_architecture_can_be_fine_tuned_and_decayed(tmp_path):
     model = vit.build(Recipe(model=str(tmp_path)).resolved(multi_label=False), CLASSES)
     groups = layers.parameter_groups(model, Optimizer(learning_rate=1, layer_decay=0.5))
     assert {group["lr"] for group in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
-    layers.freeze(model, Network(freeze="backbone"), 0)
+    layers.freeze(model, Finetune(freeze="backbone"), 0)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == {"classifier.weight", "classifier.bias"}
 

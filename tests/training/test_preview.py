@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipelines.datasets import dataset, pixels
-from pipelines.datasets.settings import DataSettings, Ingest
+from pipelines.datasets.settings import DataSettings, ImageCache
 from pipelines.specs import ImageSpec
 from pipelines.training import preview
 from pipelines.training.decoded import DecodedData
@@ -23,11 +23,11 @@ def corpus(tmp_path) -> DecodedData:
     folder = image_folder(tmp_path / "images")
     data = dataset.load(DataSettings(str(folder)))
     rows = {"train": data.indices("train")[:12]}
-    return DecodedData(data, SPEC, pixels.enlarged(SPEC, 1.5), {}, rows, "memory", Ingest(), [], {})
+    return DecodedData(data, SPEC, pixels.enlarged(SPEC, 1.5), {}, rows, "memory", ImageCache(), [], {})
 
 
 def test_the_sheet_shows_different_training_images_changed_and_at_the_models_size(corpus):
-    recipe = replace(RECIPE, augment=Augment(views=1, brightness=0.8, erasing=1.0))
+    recipe = replace(RECIPE, augment=Augment(repeats=1, brightness=0.8, erasing=1.0))
     shown = preview.augmented_samples(corpus, recipe)
     unchanged = preview.augmented_samples(corpus, RECIPE)
     assert len(shown) == len({one.uri for one in shown}) == preview.IMAGES

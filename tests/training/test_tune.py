@@ -18,14 +18,14 @@ import yaml
 from jobs.config import TrainConfig
 from jobs.train_vit import labelled, recipe_of
 from pipelines.datasets import dataset
-from pipelines.datasets.settings import Columns, DataSettings, Ingest, Splits
+from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
 from pipelines.training import fit, runs, tune
 from pipelines.training.resources import Resources
 from tests.builders.training import RECIPE, image_folder
 
 SPACE = {
     "optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]},
-    "network.freeze": {"choice": ["none", "backbone"]},
+    "finetune.freeze": {"choice": ["none", "backbone"]},
 }
 
 
@@ -35,7 +35,7 @@ def test_the_space_that_comes_with_the_project_fits_the_recipe():
     assert set(tune.distributions(space, RECIPE)) >= {
         "optimizer.learning_rate",
         "batch_size",
-        "augment.crop_area",
+        "augment.min_crop_scale",
     }
 
 
@@ -73,12 +73,12 @@ def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
         splits=Splits(validation=0.3, seed=7, limit=36),
     )
     job = fit.plan_job(dataset.load(settings), RECIPE, str(tmp_path / "search"), Resources())
-    how = Ingest(mode="disk", margin=1.5)
+    how = ImageCache(mode="disk", margin=1.5)
     text = tune.recipe_yaml(job.recipe, job, how, {"score": 0.5, "epochs": 2}).decode()
     assert "hunter2" not in text and "give those settings on the command line" in text
     (tmp_path / "best.yaml").write_text(text)
     config = TrainConfig.parse(["--config", str(tmp_path / "best.yaml"), "--output", "x"], command="train")
-    assert config.ingest == how
+    assert config.cache == how
     again = recipe_of(config).resolved(multi_label=False)
     searched = json.loads(runs.as_json(runs.identity(job.recipe, job.data)))
     assert searched["images"]["train"]
@@ -86,10 +86,14 @@ def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
 
 
 def test_settings_that_go_together_are_set_together():
-    values = {"balance.sampling": "target", "balance.target_per_class": 20, "epochs": 3}
+    values = {"class_balance.sampling": "target", "class_balance.target_per_class": 20, "epochs": 3}
     for order in (values, dict(reversed(values.items()))):
         found = tune.applied(RECIPE, order)
-        assert (found.balance.sampling, found.balance.target_per_class, found.epochs) == ("target", 20, 3)
+        assert (found.class_balance.sampling, found.class_balance.target_per_class, found.epochs) == (
+            "target",
+            20,
+            3,
+        )
 
 
 def test_the_table_lists_the_best_trial_first_and_failed_ones_last():
@@ -108,7 +112,7 @@ def started(folder: Path) -> subprocess.Popen[bytes]:
         sys.executable, "-m", "jobs", "tune", "--dataset", "images", "--output", "search", "--space",
         "space.yaml", "--trials", "3", "--grace-epochs", "1", "--reduction", "2", "--model", "scratch:tiny",
         "--image-size", "16", "--patch-size", "8", "--layers", "1", "--batch-size", "6", "--epochs", "4",
-        "--augment.views", "4", "--splits.validation", "0.25", "--splits.test", "0.25",
+        "--augment.repeats", "4", "--splits.validation", "0.25", "--splits.test", "0.25",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
@@ -141,13 +145,13 @@ def test_a_killed_search_goes_on_with_its_trials_and_finds_a_recipe_that_trains(
     assert first_epochs(search).items() >= begun.items(), "a trial began anew"
     content = json.loads((search / "tune.json").read_text())
     assert len(rows) == content["trials"] == 3
-    assert {row["network.freeze"] for row in rows} <= {"none", "backbone"}
+    assert {row["finetune.freeze"] for row in rows} <= {"none", "backbone"}
     assert b"<svg" in (search / "trials.svg").read_bytes()
     best = search / "best.yaml"
     settings = TrainConfig.parse(["--config", str(best), "--output", "x"], command="train")
     recipe = recipe_of(settings)
     assert recipe.optimizer.learning_rate == pytest.approx(content["best"]["optimizer.learning_rate"])
-    assert yaml.safe_load(best.read_text())["network"]["freeze"] == content["best"]["network.freeze"]
+    assert yaml.safe_load(best.read_text())["finetune"]["freeze"] == content["best"]["finetune.freeze"]
 
 
 def test_a_finished_search_is_not_repeated_and_another_is_refused(tmp_path):

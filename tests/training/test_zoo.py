@@ -12,7 +12,7 @@ import transformers
 
 from pipelines.training import layers
 from pipelines.training import model as vit
-from pipelines.training.recipe import Network, Optimizer, Recipe
+from pipelines.training.recipe import Finetune, Optimizer, Recipe
 
 ENCODER = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -50,7 +50,7 @@ def folder(request, tmp_path_factory):
 
 
 def built(folder, **network):
-    recipe = Recipe(model=str(folder), network=Network(**network)).resolved(multi_label=False)
+    recipe = Recipe(model=str(folder), finetune=Finetune(**network)).resolved(multi_label=False)
     return vit.build(recipe, CLASSES), vit.image_spec(vit.build(recipe, CLASSES), str(folder))
 
 
@@ -77,7 +77,7 @@ def test_a_saved_classifier_gets_a_new_head_and_every_trained_weight_a_gradient(
     assert (spec.height, spec.width) == (32, 32)
     name = folder.name.rstrip("0123456789")
     assert len(layers.blocks(model)) == N_BLOCKS.get(name, 2)
-    layers.freeze(model, Network(), 0, unused=layers.find_unused_parameters(model, spec))
+    layers.freeze(model, Finetune(), 0, unused=layers.find_unused_parameters(model, spec))
     before = {name: value.clone() for name, value in model.named_parameters()}
     step(model, spec)
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -86,7 +86,7 @@ def test_a_saved_classifier_gets_a_new_head_and_every_trained_weight_a_gradient(
 
 def test_a_frozen_body_stays_bit_equal_with_its_running_statistics(folder):
     model, spec = built(folder, freeze="backbone")
-    layers.freeze(model, Network(freeze="backbone"), 0, unused=layers.find_unused_parameters(model, spec))
+    layers.freeze(model, Finetune(freeze="backbone"), 0, unused=layers.find_unused_parameters(model, spec))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     step(model, spec)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -138,4 +138,4 @@ def test_a_model_whose_head_cannot_be_told_from_its_body_is_refused():
 def test_more_frozen_blocks_than_there_are_is_refused():
     recipe = Recipe(model="scratch:tiny", image_size=16, patch_size=8, layers=2)
     with pytest.raises(layers.ModelError, match=r"freeze_blocks is 3.*has 2 blocks"):
-        vit.build(replace(recipe, network=Network(freeze_blocks=3)).resolved(multi_label=False), CLASSES)
+        vit.build(replace(recipe, finetune=Finetune(freeze_blocks=3)).resolved(multi_label=False), CLASSES)
