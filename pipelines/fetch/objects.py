@@ -6,15 +6,13 @@ source the same way. Credentials come from the environment's usual chains.
 
 import re
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from pipelines.fetch.memory import Reservation
 from pipelines.fetch.retry import FetchError, status_of_code
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Span
 from pipelines.status import Status
-from pipelines.storage.objects import OBJECT_SCHEMES, store_settings
-from pipelines.storage.uris import scheme_of
+from pipelines.storage.objects import open_client, store_settings
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -84,8 +82,6 @@ def is_odd(uri: str) -> bool:
 
 def open_store(bucket: str, limits: FetchLimits) -> Any:
     """An obstore client that tries once, within the limits."""
-    from obstore.store import S3Store, from_url
-
     settings = store_settings(bucket, 0.0)
     settings["retry_config"] = {"max_retries": 0}
     settings["client_options"] |= {
@@ -94,9 +90,7 @@ def open_store(bucket: str, limits: FetchLimits) -> Any:
         "timeout": f"{limits.total_timeout_s}s",
         "user_agent": limits.user_agent,
     }
-    if OBJECT_SCHEMES[scheme_of(bucket)] == "s3":
-        return S3Store(urlsplit(bucket).netloc, **settings)
-    return from_url(bucket, **settings)
+    return open_client(bucket, settings)
 
 
 def to_fetch_error(error: Exception) -> FetchError:

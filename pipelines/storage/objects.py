@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -40,7 +40,7 @@ OBJECT_SCHEMES = {
     "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs",
     "az": "az", "azure": "az", "abfs": "abfs", "abfss": "abfss",
 }  # fmt: skip
-"""URI schemes that go through obstore, and the one name that it knows each by."""
+"""URI schemes that go through obstore -> the name that obstore knows each by."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,9 @@ class ObjectStorage:
         """This folder as fsspec has it."""
         from obstore.fsspec import FsspecStore
 
-        parts = urlsplit(self.uri)
         protocol: Any = OBJECT_SCHEMES[scheme_of(self.uri)]
         filesystem = FsspecStore(protocol, **store_settings(self.uri, self.patience_s))
-        return filesystem, f"{parts.netloc}{parts.path}"
+        return filesystem, "/".join(_bucket_and_prefix(self.uri)).rstrip("/")
 
     @contextlib.contextmanager
     def _explained(self, path: str, *passed: type[Exception]) -> Iterator[None]:
@@ -198,14 +197,24 @@ def _conditions(seen: Version | None) -> list[Any]:
 
 def object_store(uri: str, *, patience_s: float = PATIENCE_S, request_s: float = REQUEST_S) -> Any:
     """An obstore client rooted at `uri`, its credentials from the environment's usual chain."""
+    return open_client(uri, store_settings(uri, patience_s, request_s))
+
+
+def open_client(uri: str, settings: dict[str, Any]) -> Any:
+    """An obstore client rooted at `uri`, every character of which is taken literally."""
     from obstore.store import S3Store, from_url
 
-    settings = store_settings(uri, patience_s, request_s)
-    if OBJECT_SCHEMES[scheme_of(uri)] != "s3":
-        return from_url(uri, **settings)
-    parts = urlsplit(uri)
-    # Not from_url: it would decode a key's literal per-cent signs.
-    return S3Store(parts.netloc, prefix=parts.path.strip("/") or None, **settings)
+    bucket, prefix = _bucket_and_prefix(uri)
+    scheme = OBJECT_SCHEMES[scheme_of(uri)]
+    if scheme == "s3":
+        return S3Store(bucket, prefix=prefix or None, **settings)
+    return from_url(f"{scheme}://{bucket}/{quote(prefix)}", **settings)
+
+
+def _bucket_and_prefix(uri: str) -> tuple[str, str]:
+    """Not by urlsplit: `#`, `?` and `%` are characters of a key like any other."""
+    bucket, _, prefix = uri.partition("://")[2].partition("/")
+    return bucket, prefix.strip("/")
 
 
 def store_settings(uri: str, patience_s: float, request_s: float = REQUEST_S) -> dict[str, Any]:

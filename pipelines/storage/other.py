@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.messages import InputError, redact
 from pipelines.storage.uris import AlreadyExists, Entry, Version, is_temporary, join, temporary_name
 
 
@@ -29,7 +30,10 @@ class FsspecStorage:
         """The fsspec filesystem and the folder's path on it, opened on first use in each process."""
         import fsspec
 
-        filesystem, folder = fsspec.core.url_to_fs(self.uri)
+        try:
+            filesystem, folder = fsspec.core.url_to_fs(self.uri)
+        except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
+            raise InputError(f"{redact(self.uri)} cannot be opened: {error}") from error
         return filesystem, folder.rstrip("/")
 
     def read(self, path: str) -> bytes:

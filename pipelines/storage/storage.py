@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from pipelines.messages import InputError, redact
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.objects import OBJECT_SCHEMES, PATIENCE_S, ObjectStorage
 from pipelines.storage.other import FsspecStorage
@@ -86,12 +87,14 @@ class Storage(Protocol):
 def open_storage(uri: str, *, patience_s: float = PATIENCE_S) -> Storage:
     """The storage rooted at a folder URI or local path; makes no request.
 
-    Raises ValueError for a scheme that neither obstore nor fsspec knows.
+    Raises InputError where a bucket's name is missing; for an unknown scheme the first use does.
     """
     scheme = scheme_of(uri)
     if scheme == "file":
         return LocalStorage(local_path(uri))
     if scheme in OBJECT_SCHEMES:
+        if uri.partition("://")[2][:1] in ("", "/"):
+            raise InputError(f"{redact(uri)} names no bucket; write {scheme}://BUCKET/FOLDER")
         return ObjectStorage(uri.rstrip("/"), patience_s)
     return FsspecStorage(uri.rstrip("/"))
 

@@ -60,6 +60,15 @@ def test_put_read_list_delete(folder: Storage) -> None:
     assert [entry.path for entry in folder.list("a")] == ["a/b=1/per%20cent ü.txt"]
 
 
+def test_folders_that_differ_behind_a_number_sign_are_two(bucket: str) -> None:
+    first, second = (open_storage(join(bucket, f"{uuid.uuid4().hex}/run{mark}")) for mark in ("#1", "?2"))
+    first.put("x", b"one")
+    assert second.list() == []
+    assert first.open_input("x").read() == b"one"
+    filesystem, path = first.filesystem_and_path()
+    assert filesystem.get_file_info(f"{path}/x").size == 3
+
+
 def test_a_listing_goes_on_after_the_first_thousand(folder: Storage) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda number: folder.put(f"{number:05d}", b""), range(1_100)))

@@ -12,8 +12,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.messages import redact, redacted
+from pipelines.messages import InputError, redact, redacted
 from pipelines.storage import uris
+from pipelines.storage.objects import object_store
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import AlreadyExists
 
@@ -99,6 +100,19 @@ def test_local_create_has_exactly_one_winner_among_racing_threads(tmp_path: Path
             futures = [pool.submit(write, f"{race}", writer, start) for writer in range(8)]
             won = [future.result() for future in futures if future.result() is not None]
             assert [int(folder.read(f"{race}"))] == won
+
+
+@pytest.mark.parametrize("scheme", ["gs", "gcs"])
+def test_every_character_of_a_folder_in_a_bucket_counts(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = {"private_key": "", "private_key_id": "", "client_email": "", "disable_oauth": True}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
+    assert object_store(f"{scheme}://bucket/a%20b/run#1?x").prefix == "a%20b/run#1?x"
+
+
+@pytest.mark.parametrize("uri", ["nope://host/folder", "s3://", "gs:///folder"])
+def test_a_uri_that_no_storage_takes_is_wrong_input(uri: str) -> None:
+    with pytest.raises(InputError, match=uri):
+        open_storage(uri).read("file")
 
 
 def test_a_temporary_name_left_by_a_crash_is_never_listed(tmp_path: Path) -> None:
