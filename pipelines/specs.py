@@ -63,6 +63,24 @@ class ImageSpec:
 
 
 @validated
+class ModelSpec:
+    """What a classifier takes and what its outputs mean, from the checkpoint to the predictions."""
+
+    class_ids: tuple[str, ...]
+    """Taxonomy ids in the order of the outputs."""
+    taxonomy: str
+    """Built-in version, URI of the user's own table, or `labels` for the labels as they are."""
+    image_spec: ImageSpec
+    """How bytes become the pixels that it takes."""
+    multi_label: bool = False
+    """Whether the probabilities are independent (sigmoid) rather than a distribution (softmax)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits before softmax or sigmoid."""
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    """Least probability, by id, at which an image is given the id in `cat`."""
+
+
+@validated
 class DecodeLimits:
     """What one image may cost its decoder."""
 

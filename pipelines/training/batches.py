@@ -69,7 +69,7 @@ class Batches:
         if task.streams:
             yield from pixels.evaluation_batches(
                 self.validation,
-                task.sidecar.image_spec,
+                task.model_spec.image_spec,
                 n_classes,
                 batch_size=VALIDATION_BATCH,
                 rows=rows,

@@ -1,86 +1,29 @@
-"""What training keeps on disk: a model folder that explains itself, and the state to continue from.
+"""What training keeps on disk beside the model: the state to continue from, and Ray's list of checkpoints.
 
-`write_model` makes the Hugging Face layout with `preprocessor_config.json` and our `iab_vision.json`;
-`read_sidecar` reads the latter. The state of a run is one file, read without unpickling code.
+The state of a run is one file, read without unpickling code.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.specs import ImageSpec
+from pipelines.specs import ModelSpec
 from pipelines.storage import storage
+from pipelines.training import model_files
 
 MODEL_FOLDER = "model"
 STATE_FILE = "state.pt"
 REPORT_FILE = "report.json"
-SIDECAR = "iab_vision.json"
 INDEX = "checkpoint_manager_snapshot.json"
 """Ray Train's name for its list of checkpoints."""
-PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
-"""Values of PIL.Image.Resampling, as preprocessor_config.json spells them."""
 
 
-@dataclass(frozen=True)
-class Sidecar:
-    """What Hugging Face's files do not say about a classifier of ours."""
-
-    taxonomy: str
-    """Built-in version, URI of a table, or `labels`."""
-    class_ids: tuple[str, ...]
-    """Taxonomy ids in the order of the head."""
-    image_spec: ImageSpec
-    multi_label: bool = False
-    temperature: float = 1.0
-    """Divides the logits before softmax or sigmoid."""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    """Probability from which a category is published, by id."""
-
-    def to_json(self) -> str:
-        return json.dumps({**asdict(self), "labels_are_ids": True}, indent=2) + "\n"
-
-
-def read_sidecar(text: str | bytes) -> Sidecar:
-    """The sidecar of a model folder."""
-    content = json.loads(text)
-    content.pop("labels_are_ids", None)
-    spec = content.pop("image_spec")
-    pairs: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.items()}
-    spec = ImageSpec(**pairs)
-    return Sidecar(**{**content, "class_ids": tuple(content["class_ids"])}, image_spec=spec)
-
-
-def write_model(model: Any, folder: Path, sidecar: Sidecar) -> None:
-    """config.json, model.safetensors, preprocessor_config.json and iab_vision.json in a local folder."""
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(preprocessor_config(sidecar.image_spec), indent=2)
-    )
-    (folder / SIDECAR).write_text(sidecar.to_json())
-
-
-def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
-    """The spec in the words of ViTImageProcessorPil, for users of plain transformers."""
-    return {
-        "image_processor_type": "ViTImageProcessorPil",
-        "do_resize": True,
-        "size": {"height": spec.height, "width": spec.width},
-        "resample": PIL_RESAMPLING[spec.resample],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-    }
-
-
-def report(line: Mapping[str, Any], state: Mapping[str, Any], *, model: Any, sidecar: Sidecar) -> None:
+def report(line: Mapping[str, Any], state: Mapping[str, Any], *, model: Any, model_spec: ModelSpec) -> None:
     """Hand Ray Train metrics and a checkpoint: the state, and the model's folder where there is a model."""
     import ray.train
 
@@ -88,7 +31,7 @@ def report(line: Mapping[str, Any], state: Mapping[str, Any], *, model: Any, sid
         folder = Path(name)
         torch.save(dict(state), folder / STATE_FILE)
         if model is not None:
-            write_model(model, folder / MODEL_FOLDER, sidecar)
+            model_files.write_model(model, folder / MODEL_FOLDER, model_spec)
         write_report(folder, line)
         ray.train.report(dict(line), checkpoint=ray.train.Checkpoint.from_directory(folder))
 

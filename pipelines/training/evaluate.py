@@ -16,9 +16,9 @@ from pipelines.evaluation.gallery import gallery
 from pipelines.evaluation.report import write_report
 from pipelines.evaluation.score import EvalResult, score
 from pipelines.messages import redact
+from pipelines.specs import ModelSpec
 from pipelines.storage.uris import join
 from pipelines.training import runs
-from pipelines.training.checkpoints import Sidecar
 from pipelines.training.decoded import DecodedData
 from pipelines.training.logits import load_network, predict_on_cluster
 from pipelines.training.preview import augmented_samples
@@ -32,7 +32,7 @@ Results = Mapping[str, EvalResult]
 
 
 def score_splits(
-    corpus: DecodedData, sidecar: Sidecar, files: Mapping[str, bytes], resources: Resources
+    corpus: DecodedData, model_spec: ModelSpec, files: Mapping[str, bytes], resources: Resources
 ) -> dict[str, EvalResult]:
     """Run the model in these files over the validation and test images that there are.
 
@@ -44,8 +44,8 @@ def score_splits(
     for name in (name for name in MEASURED if len(corpus.rows[name])):
         rows = corpus.rows[name]
         eval_set = EvalSet(take_images(corpus.data, rows), targets[rows])
-        predictions = predict_on_cluster(corpus.decoded[name], files, sidecar, resources)
-        found[name] = score(eval_set, sidecar.class_ids, predictions)
+        predictions = predict_on_cluster(corpus.decoded[name], files, model_spec, resources)
+        found[name] = score(eval_set, model_spec.class_ids, predictions)
         _refuse_lost(found[name])
     return found
 
@@ -60,9 +60,9 @@ def _refuse_lost(result: EvalResult) -> None:
 
 
 def calibrate(
-    results: Results, sidecar: Sidecar, data: LabelledData, *, target_precision: float
-) -> tuple[dict[str, EvalResult], Sidecar]:
-    """The results and the sidecar with the temperature and the thresholds that suit the validation images."""
+    results: Results, model_spec: ModelSpec, data: LabelledData, *, target_precision: float
+) -> tuple[dict[str, EvalResult], ModelSpec]:
+    """Results and spec with the temperature and the thresholds that suit the validation images."""
     on_validation = results[splits.VALIDATION].scored
     temperature = calibration.fit_temperature(on_validation.logits_nc, on_validation.targets)
     calibrated = {
@@ -72,20 +72,20 @@ def calibrate(
     thresholds = calibration.fit_thresholds(
         calibrated[splits.VALIDATION].scored.probabilities_nc,
         on_validation.targets,
-        data.taxonomy.rollup(sidecar.class_ids),
+        data.taxonomy.rollup(model_spec.class_ids),
         target_precision=target_precision,
     )
-    return calibrated, replace(sidecar, temperature=temperature, thresholds=thresholds)
+    return calibrated, replace(model_spec, temperature=temperature, thresholds=thresholds)
 
 
 def evaluate_splits(
-    results: Results, sidecar: Sidecar, data: LabelledData, *, model: str
+    results: Results, model_spec: ModelSpec, data: LabelledData, *, model: str
 ) -> dict[str, Evaluation]:
     """Split -> everything measured on it."""
     about = {"model": model, "dataset": redact(data.settings.uri), "taxonomy": data.taxonomy.name}
     return {
         name: evaluate(
-            result.scored, data.taxonomy, thresholds=sidecar.thresholds, about={**about, "split": name}
+            result.scored, data.taxonomy, thresholds=model_spec.thresholds, about={**about, "split": name}
         )
         for name, result in results.items()
     }

@@ -17,11 +17,10 @@ from pipelines.datasets.dataset import LabelledData, refuse_untrainable
 from pipelines.datasets.settings import ImageCache
 from pipelines.evaluation import metrics
 from pipelines.messages import root_cause
-from pipelines.specs import ImageSpec
+from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.storage import storage, uris
-from pipelines.training import checkpoints, decoded, evaluate, layers, runs
+from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, runs
 from pipelines.training import model as vit
-from pipelines.training.checkpoints import Sidecar
 from pipelines.training.decoded import DecodedData
 from pipelines.training.loop import train_worker
 from pipelines.training.model_card import model_card
@@ -48,9 +47,9 @@ class TrainingJob:
     resources: Resources
 
     @property
-    def sidecar(self) -> Sidecar:
+    def model_spec(self) -> ModelSpec:
         data = self.data
-        return Sidecar(data.settings.taxonomy, data.classes, self.spec, data.multi_label)
+        return ModelSpec(data.classes, data.settings.taxonomy, self.spec, data.multi_label)
 
 
 def plan_job(data: LabelledData, recipe: Recipe, output: str, resources: Resources) -> TrainingJob:
@@ -107,19 +106,19 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
     result = train(job, prepared, listen)
     files, best = best_model(result)
     train_s = time.time() - started
-    results = evaluate.score_splits(prepared, job.sidecar, files, job.resources)
-    results, sidecar = evaluate.calibrate(
-        results, job.sidecar, job.data, target_precision=job.recipe.target_precision
+    results = evaluate.score_splits(prepared, job.model_spec, files, job.resources)
+    results, model_spec = evaluate.calibrate(
+        results, job.model_spec, job.data, target_precision=job.recipe.target_precision
     )
-    found = evaluate.evaluate_splits(results, sidecar, job.data, model=job.recipe.model)
+    found = evaluate.evaluate_splits(results, model_spec, job.data, model=job.recipe.model)
     evaluate.write_run_report(results, found, prepared, job.recipe, files=files, output=job.output)
     content = {
         **runs.identity(job.recipe, job.data),
         "image_spec": asdict(job.spec),
         "multi_label": job.data.multi_label,
         "best": best,
-        "temperature": sidecar.temperature,
-        "thresholds": dict(sidecar.thresholds),
+        "temperature": model_spec.temperature,
+        "thresholds": dict(model_spec.thresholds),
         **{name: dict(found[name].overall) if name in found else {} for name in evaluate.MEASURED},
         "data": prepared.account(),
         "resources": asdict(job.resources),
@@ -128,7 +127,10 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
         "train_seconds": train_s,
         "seconds": time.time() - started,
     }
-    described = {checkpoints.SIDECAR: sidecar.to_json().encode(), "README.md": model_card(content).encode()}
+    described = {
+        model_files.SIDECAR: model_files.sidecar_json(model_spec).encode(),
+        "README.md": model_card(content).encode(),
+    }
     folder = storage.open_storage(job.output)
     for name, payload in {**files, **described}.items():
         folder.put(f"{runs.BEST}/{name}", payload)
@@ -186,7 +188,7 @@ def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:
     drawn = decoded.one_pass(strata, job.recipe.class_balance, np.random.default_rng(job.recipe.seed))
     return Task(
         recipe=job.recipe,
-        sidecar=job.sidecar,
+        model_spec=job.model_spec,
         stored_spec=prepared.stored_spec,
         train_rows=prepared.rows[splits.TRAIN],
         strata=strata,

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipelines.evaluation.models import TorchModel
 from pipelines.evaluation.score import predict_batch
-from pipelines.training.checkpoints import Sidecar
+from pipelines.specs import ModelSpec
 from pipelines.training.resources import Resources
 
 BATCH = 256
@@ -22,23 +22,23 @@ BATCH = 256
 class Predictor:
     """One model on one device; batches of decoded images in, their predictions out."""
 
-    def __init__(self, files: Mapping[str, bytes], sidecar: Sidecar, device: str) -> None:
-        self.spec = sidecar.image_spec
-        self.predict = TorchModel(load_network(files).to(device), self.spec, sidecar.multi_label)
+    def __init__(self, files: Mapping[str, bytes], model_spec: ModelSpec, device: str) -> None:
+        self.spec = model_spec.image_spec
+        self.predict = TorchModel(load_network(files).to(device), self.spec, model_spec.multi_label)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return predict_batch(batch, self.predict, self.spec)
 
 
 def predict_on_cluster(
-    dataset: Any, files: Mapping[str, bytes], sidecar: Sidecar, resources: Resources
+    dataset: Any, files: Mapping[str, bytes], model_spec: ModelSpec, resources: Resources
 ) -> Iterator[pa.Table]:
     """Predictions of every row of a decoded dataset, before any temperature."""
     import ray
 
     predicted = dataset.map_batches(
         Predictor,
-        fn_constructor_args=(dict(files), sidecar, "cuda" if resources.use_gpu else "cpu"),
+        fn_constructor_args=(dict(files), model_spec, "cuda" if resources.use_gpu else "cpu"),
         batch_size=BATCH,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.num_workers),

@@ -57,7 +57,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if not task.streams:
         n_classes = len(task.classes.ids)
         training = PixelStore(training, task.stored_spec, n_classes)
-        validation = PixelStore(validation, task.sidecar.image_spec, n_classes)
+        validation = PixelStore(validation, task.model_spec.image_spec, n_classes)
     trainer = Trainer(task, worker, Batches(task, worker, training, validation))
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -72,7 +72,7 @@ class Trainer:
     def __init__(self, task: Task, worker: Worker, batches: Batches) -> None:
         self.task, self.worker, self.batches, self.recipe = task, worker, batches, task.recipe
         self.model = build(task.recipe, task.classes).to(worker.device)
-        self.unused = layers.find_unused_parameters(self.model, task.sidecar.image_spec)
+        self.unused = layers.find_unused_parameters(self.model, task.model_spec.image_spec)
         self.precision = choose_precision(self.recipe.precision, worker.device)
         total_steps = self.recipe.epochs * task.steps_per_epoch
         self.learner = Learner(
@@ -171,7 +171,7 @@ class Trainer:
 
     def augment(self, pixels: Pixels, targets: Targets, draws: augment.Draws) -> tuple[Tensor, Tensor]:
         """Augmented, standardised images and the targets that belong to them, on the device."""
-        spec, device = self.task.sidecar.image_spec, self.worker.device
+        spec, device = self.task.model_spec.image_spec, self.worker.device
         size = {"height": spec.height, "width": spec.width}
         images = augment.apply(torch.from_numpy(pixels).to(device), draws, **size)
         mixed = augment.mix_targets(torch.from_numpy(targets).to(device), draws, **size)
@@ -261,7 +261,7 @@ class Trainer:
     def report(self, line: dict[str, Any], *, model: Any = None) -> None:
         """Hand metrics and a checkpoint to Ray; a barrier over all workers."""
         if self.worker.is_main:
-            checkpoints.report(line, self.state(), model=model, sidecar=self.task.sidecar)
+            checkpoints.report(line, self.state(), model=model, model_spec=self.task.model_spec)
         else:
             checkpoints.report_metrics(line)
 

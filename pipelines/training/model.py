@@ -4,8 +4,9 @@ Any `AutoModelForImageClassification` works whose head is beside its body; nothi
 only safetensors are read.
 """
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from torch import nn
 
 from pipelines.specs import ImageSpec
 from pipelines.training import layers as anatomy
+from pipelines.training import model_files
 from pipelines.training.layers import ModelError
+from pipelines.training.model_files import Preprocessing
 from pipelines.training.recipe import SCRATCH, Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -211,34 +216,32 @@ def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def image_spec(model: Any, source: str) -> ImageSpec:
-    """What the model's pixels must be: its size, and the mean and deviation that its folder states.
+    """What the model's pixels must be: its own size, the rest as its folder states.
 
     Raises:
         ModelError: neither the config nor the preprocessor's says the size.
+        InputError: the preprocessor does something that cannot be done here.
     """
-    constants = preprocessor(source)
-    size = stated_size(model.config) or constants.get("crop_size") or constants.get("size")
-    if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        size = side or (size.get("height"), size.get("width"))
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    if not height or not width:
+    found = None if source.startswith(SCRATCH) else preprocessing(source)
+    if found is None and not source.startswith(SCRATCH):
+        log.warning("%s has no %s: mean and std are taken as 0.5", source, model_files.PREPROCESSOR)
+    if found is not None and found.unlike:
+        log.warning("%s asks for %s: training does without", source, "; ".join(found.unlike))
+    size = stated_size(model.config) or (found and (found.spec.height, found.spec.width))
+    if not size:
         raise ModelError(f"{source} does not say which size of image it takes; give --image-size")
-    return ImageSpec(
-        height=height,
-        width=width,
-        mean=tuple(constants.get("image_mean", (0.5, 0.5, 0.5))),
-        std=tuple(constants.get("image_std", (0.5, 0.5, 0.5))),
-    )
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return replace(found.spec if found else ImageSpec(), height=height, width=width)
 
 
-def preprocessor(source: str) -> dict[str, Any]:
-    """The content of a model's preprocessor_config.json; empty for a scratch model or when it has none."""
+def preprocessing(source: str) -> Preprocessing | None:
+    """What a local folder or the hub says of the model's pixels; None where it says nothing."""
+    if Path(source).is_dir():
+        return model_files.read_preprocessing(Path(source))
     from transformers.image_processing_base import ImageProcessingMixin
 
-    if source.startswith(SCRATCH) or (
-        Path(source).is_dir() and not Path(source, "preprocessor_config.json").exists()
-    ):
-        return {}
-    content: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
-    return content
+    try:
+        content: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
+    except OSError:
+        return None
+    return model_files.parse_preprocessor(content)

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.specs import ImageSpec
+from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.training import model
-from pipelines.training.checkpoints import Sidecar
 from pipelines.training.recipe import Recipe
 
 
@@ -20,7 +19,7 @@ class Task:
 
     recipe: Recipe
     """Resolved."""
-    sidecar: Sidecar
+    model_spec: ModelSpec
     stored_spec: ImageSpec
     """Shape of the stored training images."""
     train_rows: npt.NDArray[np.int64]
@@ -46,7 +45,7 @@ class Task:
 
     @property
     def classes(self) -> model.Classes:
-        return model.Classes(self.sidecar.class_ids, self.sidecar.multi_label)
+        return model.Classes(self.model_spec.class_ids, self.model_spec.multi_label)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -43,7 +43,7 @@ def compute_logits(
     found, wanted = [np.zeros((0, n_classes), np.float32)], [np.zeros((0, n_classes), np.float32)]
     model.eval()
     for pixels, targets_nc in batches:
-        images = normalize(torch.from_numpy(pixels).to(device), task.sidecar.image_spec)
+        images = normalize(torch.from_numpy(pixels).to(device), task.model_spec.image_spec)
         with torch.inference_mode(), autocast(device, precision):
             logits = model(pixel_values=images).logits
         found.append(logits.float().cpu().numpy())

@@ -12,10 +12,9 @@ from PIL import Image
 
 from pipelines.datasets import pixels
 from pipelines.schema import pixels_type
-from pipelines.specs import ImageSpec
+from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.training import model
 from pipelines.training.batches import Batches
-from pipelines.training.checkpoints import Sidecar
 from pipelines.training.loop import Trainer
 from pipelines.training.recipe import Augment, Loss, Optimizer, Recipe
 from pipelines.training.task import Task, Worker
@@ -115,7 +114,7 @@ def trainer_over(
     strata = np.where(store.targets_nc.any(1), store.targets_nc.argmax(1), n_classes)
     task = Task(
         recipe=recipe.resolved(multi_label=classes.multi_label),
-        sidecar=Sidecar("labels", classes.ids, spec, classes.multi_label),
+        model_spec=ModelSpec(classes.ids, "labels", spec, classes.multi_label),
         stored_spec=spec,
         train_rows=rows,
         strata=strata,

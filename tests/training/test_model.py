@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
-from pipelines.specs import ImageSpec
-from pipelines.training import checkpoints, layers
+from pipelines.specs import ImageSpec, ModelSpec
+from pipelines.training import layers, model_files
 from pipelines.training import model as vit
-from pipelines.training.checkpoints import Sidecar
 from pipelines.training.recipe import Finetune, Optimizer, Recipe
 from tests.builders.training import RECIPE, trained, trainer
 
@@ -28,7 +27,7 @@ def local_model(tmp_path):
     """A saved model of two classes with its own normalisation."""
     model = vit.build(DEEP, vit.Classes(("cat", "dog"), False))
     spec = ImageSpec(height=16, width=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
-    checkpoints.write_model(model, tmp_path, Sidecar("labels", ("cat", "dog"), spec))
+    model_files.write_model(model, tmp_path, ModelSpec(("cat", "dog"), "labels", spec))
     return tmp_path, model
 
 
@@ -125,8 +124,8 @@ def test_the_saved_model_opens_with_plain_transformers_and_answers_the_same(loca
     images = torch.randn(2, 3, 16, 16)
     opened = AutoModelForImageClassification.from_pretrained(folder)
     torch.testing.assert_close(opened(images).logits, original.eval()(images).logits)
-    sidecar = checkpoints.read_sidecar((folder / "iab_vision.json").read_text())
-    assert sidecar.class_ids == ("cat", "dog") and sidecar.image_spec.std == (0.2, 0.3, 0.4)
+    spec = model_files.read_model_spec(folder, str(folder))
+    assert spec.class_ids == ("cat", "dog") and spec.image_spec.std == (0.2, 0.3, 0.4)
 
 
 def test_drop_path_acts_in_training_only_and_keeps_the_mean():
