@@ -166,7 +166,7 @@ class ClassifyConfig(RayConfig):
     """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
     inventory_type: Literal["auto", "table", "images", "tars"] = field_of(InventoryOptions, "inventory_type")
     all_files: bool = field_of(InventoryOptions, "all_files")
-    rename: list[str] = field_of(InventoryOptions, "rename")
+    rename: dict[str, str] = field_of(InventoryOptions, "rename")
     drop_columns: list[str] = field_of(InventoryOptions, "drop_columns")
     image_column: str = field_of(InventoryOptions, "image_column")
     keep_plan: bool = field_of(InventoryOptions, "keep_plan")

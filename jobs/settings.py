@@ -32,6 +32,13 @@ from pipelines.specs import wrong_setting
 from pipelines.storage.uris import is_local
 
 ENVIRONMENT = "IAB_VISION_"
+EXAMPLES = {
+    "dict_type": "{photo_url: uri} in YAML or photo_url=uri in a flag",
+    "mapping_type": "{photo_url: uri} in YAML or photo_url=uri in a flag",
+    "list_type": "[a, b] in YAML or a,b in a flag",
+    "tuple_type": "[a, b] in YAML or a,b in a flag",
+}
+"""pydantic's name of a wrong form -> what the right form looks like."""
 Spec = TypeVar("Spec")
 
 
@@ -89,6 +96,7 @@ class JobConfig(BaseSettings):
             InputError: an unknown flag or key, a value of the wrong type or out of its limits.
         """
         below = read_yaml(argv)
+        refuse_unknown_variables()
         try:
             below = merged(below, Environment(cls)())
             flags: CliSettingsSource[Any] = CliSettingsSource(
@@ -117,6 +125,25 @@ class Environment(EnvSettingsSource):
             if all("=" in item for item in items) and "dict" in str(field.annotation):
                 return dict(item.split("=", 1) for item in items)
             return items
+
+
+def refuse_unknown_variables() -> None:
+    """Refuse a variable `IAB_VISION_*` that is a setting of no command; another command's may be set."""
+    known = {
+        ENVIRONMENT + name.replace(".", "__").upper()
+        for cls in all_subclasses(JobConfig)
+        for setting in settings_of(cls)
+        for name in (setting, setting.partition(".")[0])
+    }
+    given = {name.upper() for name in os.environ if name.upper().startswith(ENVIRONMENT)}
+    if unknown := sorted(name for name in given - known if not name.startswith(f"{ENVIRONMENT}TEST_")):
+        raise InputError(f"{unknown[0]} is not a setting{suggestion(unknown[0], sorted(known))}")
+
+
+def all_subclasses(cls: type[JobConfig]) -> list[type[JobConfig]]:
+    """Every class below a class."""
+    children: list[type[JobConfig]] = cls.__subclasses__()
+    return [one for child in children for one in (child, *all_subclasses(child))]
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +213,8 @@ def explain(detail: Mapping[str, Any], cls: type[BaseSettings], argv: Sequence[s
     told = wrong_setting(detail, origin(loc, argv))
     if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
         told += f"; quote it: '{detail['input']}'"
+    if detail["type"] in EXAMPLES:
+        told += f", such as {EXAMPLES[detail['type']]}"
     return told
 
 

@@ -88,7 +88,7 @@ def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int)
 
 def fingerprint_of(found: Found, options: InventoryOptions) -> str:
     """sha256 over everything that the plan follows from: files with sizes and versions, and the options."""
-    chosen = (options.all_files, options.rename, options.drop_columns, options.image_column)
+    chosen = (options.all_files, sorted(options.rename.items()), options.drop_columns, options.image_column)
     digest = hashlib.sha256(repr((1, found.form, found.base, chosen)).encode())
     for file in found.files:
         digest.update(f"{file.uri}\0{file.size_bytes}\0{file.version}\n".encode())
@@ -162,7 +162,7 @@ def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
         if name not in schema.names or not tables.is_payload(schema.field(name).type):
             raise InventoryError(f"--image-column {name} is no column of binaries; there are: {schema.names}")
         return name
-    if "uri" in schema.names or any(pair.endswith("=uri") for pair in options.rename):
+    if "uri" in schema.names or "uri" in options.rename.values():
         return None
     return tables.payload_column(schema)
 
@@ -263,14 +263,13 @@ def choose_columns(schema: pa.Schema, options: InventoryOptions) -> Columns:
     Raises:
         InventoryError: a column is missing, ambiguous, or bears a name of the predictions table.
     """
-    renames = dict(pair.partition("=")[::2] for pair in options.rename)
-    unknown = sorted({*renames, *options.drop_columns} - set(schema.names))
+    unknown = sorted({*options.rename, *options.drop_columns} - set(schema.names))
     if unknown:
         raise InventoryError(
             f"no column {', '.join(unknown)} to rename or drop; there are: {', '.join(schema.names)}"
         )
     kept = [name for name in schema.names if name not in options.drop_columns]
-    names = [renames.get(name, name) for name in kept]
+    names = [options.rename.get(name, name) for name in kept]
     _check_names(names, schema.names)
     source = dict(zip(names, kept, strict=True))
     for key in KEYS:

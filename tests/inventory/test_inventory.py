@@ -107,7 +107,7 @@ def test_carried_column_that_takes_our_name_is_refused_with_the_remedy(
     table = str(write_csv(tmp_path / "inventory.csv", [{"uri": "a.jpg", name: "x"}]))
     with pytest.raises(InventoryError, match=f"--rename {name}=source_{name} or --drop-columns {name}"):
         plan(table, state)
-    plan(table, state, options=InventoryOptions(rename=(f"{name}=mine",)))
+    plan(table, state, options=InventoryOptions(rename={name: "mine"}))
     assert rows_of(state)[0]["mine"] == "x"
 
 
@@ -342,7 +342,7 @@ def test_images_in_a_table_keep_columns_called_what_the_plan_calls_its_own(
     ("options", "carried"),
     [
         (InventoryOptions(), {"image_path": "mine"}),
-        (InventoryOptions(rename=("image_path=x",)), {"x": "mine"}),
+        (InventoryOptions(rename={"image_path": "x"}), {"x": "mine"}),
         (InventoryOptions(drop_columns=("image_path",)), {}),
     ],
 )

@@ -15,8 +15,9 @@ import yaml
 
 from jobs import cli
 from jobs import config as configs
-from jobs.classify_images import identity
+from jobs.classify_images import run_settings
 from jobs.config import ClassifyConfig
+from pipelines.classify.run import identity
 from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError
 
@@ -70,7 +71,7 @@ def test_a_resume_must_agree_with_the_settings_that_decide_rows(
 ) -> None:
     bundle: Any = SimpleNamespace(model_id="m")
     plan: Any = SimpleNamespace(hash="p")
-    first, second = (identity(bundle, plan, parse(*each)) for each in ((), setting))
+    first, second = (identity(bundle, plan, run_settings(parse(*each))) for each in ((), setting))
     assert (first != second) == decides
 
 
@@ -144,14 +145,54 @@ def test_lists_and_mappings_are_written_alike_everywhere(monkeypatch: pytest.Mon
     monkeypatch.setenv("IAB_VISION_DROP_COLUMNS", "a,b")
     monkeypatch.setenv("IAB_VISION_MAX_ERROR_RATE_OF", "timeout=0.1,not_found=0.2")
     config = parse("--rename", "x=uri,y=z")
-    assert (config.drop_columns, config.rename) == (["a", "b"], ["x=uri", "y=z"])
+    assert (config.drop_columns, config.rename) == (["a", "b"], {"x": "uri", "y": "z"})
     assert config.max_error_rate_of == {"timeout": 0.1, "not_found": 0.2}
+
+
+def test_renames_may_be_a_mapping_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("rename: {photo_url: uri}\n")
+    assert parse("--config", str(tmp_path / "job.yaml")).rename == {"photo_url": "uri"}
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "words"),
+    [
+        ("rename: [photo_url=uri]", "such as {photo_url: uri}"),
+        ("rename: photo_url=uri", "such as {photo_url: uri}"),
+        ("drop_columns: {a: 1}", "such as [a, b]"),
+    ],
+)
+def test_wrong_list_or_mapping_is_answered_with_an_example(
+    yaml_text: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(yaml_text)
+    with pytest.raises(InputError) as refused:
+        parse("--config", str(tmp_path / "job.yaml"))
+    assert words in str(refused.value)
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IAB_VISION_TOP_K", "many")
     with pytest.raises(InputError, match="IAB_VISION_TOP_K is 'many'"):
         parse()
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("IAB_VISION_TOPK", "IAB_VISION_TOP_K"), ("IAB_VISION_FETCH__PERHOST", "IAB_VISION_FETCH__PER_HOST")],
+)
+def test_misspelt_variable_is_refused_with_the_nearest_setting(
+    name: str, close: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(InputError, match=rf"{name} is not a setting \(did you mean {close}\?\)"):
+        parse()
+
+
+def test_variable_of_another_command_and_whole_sections_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IAB_VISION_EPOCHS", "3")
+    monkeypatch.setenv("IAB_VISION_FETCH", '{"per_host": 3}')
+    assert parse().fetch.per_host == 3
 
 
 def test_what_takes_no_flag_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
