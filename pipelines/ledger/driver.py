@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEASE_S = 60.0
-"""Default lease: long enough for a stalled object store, short enough to wait for."""
+"""Default lease: what a crash costs the driver that is started on another machine, at most."""
 _ENDED = "ended"
 
 

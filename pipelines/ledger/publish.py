@@ -53,7 +53,7 @@ from pipelines.messages import InputError, JobFailed
 from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage, sha256_of
-from pipelines.storage.uris import Version, is_local, local_path
+from pipelines.storage.uris import is_local, local_path
 
 ROWS_PER_GROUP = 65_536
 """Rows of a Parquet row group: large enough for column scans, small enough to hold one in memory."""
@@ -93,10 +93,7 @@ def publish(
         with ledger.detect_rival():
             _withdraw_marker(ledger, table, layout)
             for content in files_to_write(ledger, plan, state, table, layout):
-                seen = table.version(content.name)
-                ledger.check()  # after `version`: what was seen is then not a successor's
-                file = _write_file(content, seen, ledger.state.generation, plan, state, table)
-                ledger.record_file(file, replaces=content.replaces.name if content.replaces else None)
+                _write_file(content, ledger, plan, state, table)
         ledger.publish()
     finish(ledger, state, table, layout)
 
@@ -211,31 +208,45 @@ def assign_parts(state: LedgerState) -> list[list[Part]]:
     return files
 
 
-def _write_file(
-    content: FileContent, seen: Version | None, generation: int, plan: Plan, state: Storage, table: Storage
-) -> TableFile:
-    """Write one table file under its final name in one atomic put, in place of what was `seen` there.
+def _write_file(content: FileContent, ledger: Ledger, plan: Plan, state: Storage, table: Storage) -> None:
+    """Write one table file under its final name in one atomic put, and enter it in the ledger.
 
     Raises:
         JobFailed: the file that it replaces is not the one that the ledger lists.
-        AlreadyExists: another driver has written the file since it was seen.
+        AlreadyExists: another driver has written the file meanwhile.
     """
+    fields, generation = schema.predictions_schema(plan.carried), ledger.state.generation
+    with _open_spool(state, generation) as spool:
+        file = _encode_file(content, fields, generation, spool)
+        seen = table.version(content.name)
+        # After `version`: what was seen is then not a successor's. After the spool file was written: a
+        # successor that has published removes it, and the put fails.
+        ledger.check()
+        _refuse_damaged(content.replaces, file.sha256, table)
+        table.put_file_over(content.name, spool, seen)
+    ledger.record_file(file, replaces=content.replaces.name if content.replaces else None)
+
+
+def _encode_file(content: FileContent, fields: pa.Schema, generation: int, spool: Path) -> TableFile:
+    """Write one table file to the spool; the same content gives the same bytes."""
     statuses: Counter[str] = Counter()
     labels: Counter[str] = Counter()
-    with _open_spool(state, generation) as spool:
-        fields = schema.predictions_schema(plan.carried)
-        with pq.ParquetWriter(spool, fields, compression="zstd") as writer:
-            for group in row_groups(content.tables, fields):
-                writer.write_table(group, row_group_size=ROWS_PER_GROUP)
-                statuses.update(count_values(group["status"]))
-                labels.update(count_values(group["top_id"]))
-        with spool.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        _refuse_damaged(content.replaces, sha256, table)
-        size = spool.stat().st_size
-        table.put_file_over(content.name, spool, seen)
+    with pq.ParquetWriter(spool, fields, compression="zstd") as writer:
+        for group in row_groups(content.tables, fields):
+            writer.write_table(group, row_group_size=ROWS_PER_GROUP)
+            statuses.update(count_values(group["status"]))
+            labels.update(count_values(group["top_id"]))
+    with spool.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return TableFile(
-        content.name, sha256, size, content.items, statuses.total(), dict(statuses), dict(labels), generation
+        name=content.name,
+        sha256=sha256,
+        bytes=spool.stat().st_size,
+        items=content.items,
+        rows=statuses.total(),
+        statuses=dict(statuses),
+        labels=dict(labels),
+        generation=generation,
     )
 
 

@@ -20,10 +20,12 @@ from pipelines.ledger.driver import Driver, is_running
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.messages import first_line
-from pipelines.storage.storage import Storage
+from pipelines.storage.storage import Storage, open_storage
 
 DRIVER_JSON = "driver.json"
 SIGNS_PER_LEASE = 3
+SIGN_PATIENCE_S = 5.0
+"""How long a sign is tried on an object store that does not answer: it must not hold up the run's end."""
 POLL_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -49,15 +51,15 @@ def hold_run(ledger: Ledger, state: Storage, *, take_over: bool = False) -> Iter
         LedgerLost: another driver is alive.
     """
     wait_for_previous(ledger, state, take_over=take_over)
-    ended = threading.Event()
-    signs = threading.Thread(target=_sign_until, args=(ended, ledger, state), name="signs", daemon=True)
+    ended, folder = threading.Event(), open_storage(state.uri, patience_s=SIGN_PATIENCE_S)
+    signs = threading.Thread(target=_sign_until, args=(ended, ledger, folder), name="signs", daemon=True)
     signs.start()
     try:
         yield
     finally:
         ended.set()
         signs.join()
-        _sign(ledger, state, left=True)
+        _sign(ledger, folder, left=True)
 
 
 def wait_for_previous(

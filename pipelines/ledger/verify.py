@@ -1,10 +1,10 @@
 """Proves that a published table is whole: every plan row once, no byte changed, nothing added.
 
-Trusts only checksums and counts it computes itself. The ledger's entries are chained and carry their own
+Trusts only checksums and counts that it computes itself. The ledger's entries are chained and carry their own
 checksum; each lists a table file with its sha256 and the items in it; the plan says which rows those items
-are. So what is compared is: the folder's listing, the files' bytes, their schema, every `image_id` and
-`uri` in file order, and the counts, with the ledger, the plan and the report; and the plan itself with the
-one that `run.json` names.
+are. Compared with the ledger, the plan and the report are the folder's listing, the files' bytes, their
+schema, every `image_id` and `uri` in file order, and the counts; and the plan with the one that `run.json`
+names.
 """
 
 import binascii
@@ -33,10 +33,10 @@ from pipelines.storage.storage import Storage, open_storage, sha256_of
 from pipelines.storage.uris import join
 
 REPORT_JSON = "report.json"
-KEYS = schema.PREDICTIONS_HEAD
+_KEYS = schema.PREDICTIONS_HEAD
 _UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, binascii.Error, pa.ArrowException)
 """What a damaged file of the state folder raises when it is parsed."""
-ROW_KEYS = pa.schema([*KEYS, schema.PREDICTIONS_TAIL.field("status")])
+_ROW_KEYS = pa.schema([*_KEYS, schema.PREDICTIONS_TAIL.field("status")])
 
 
 class _StateDamaged(Exception):
@@ -98,13 +98,13 @@ def verify_table(table: Storage, state: Storage) -> Report:
     except (_StateDamaged, NoPlan) as error:
         return Report((Check("plan", False, str(error)),))
     planned = Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows")
-    started = check_run(plan, state)
+    started = _check_run(plan, state)
     try:
         ledger = Ledger(state, plan.n_items)
     except (LedgerDamaged, IndexError) as error:
         return Report((planned, started, Check("ledger", False, str(error))))
     found = Predictions(plan, ledger, state, table)
-    return Report((planned, started, *(check(found) for check in CHECKS)))
+    return Report((planned, started, *(check(found) for check in _CHECKS)))
 
 
 def _make_check(name: str, problems: Iterator[str], fine: str) -> Check:
@@ -146,7 +146,7 @@ def _read_json(state: Storage, path: str) -> Mapping[str, Any]:
     return found
 
 
-def check_run(plan: Plan, state: Storage) -> Check:
+def _check_run(plan: Plan, state: Storage) -> Check:
     """The plan is the one that the ledger was begun with."""
 
     def problems() -> Iterator[str]:
@@ -164,14 +164,14 @@ def check_run(plan: Plan, state: Storage) -> Check:
     return _make_check("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
 
 
-def check_ledger(found: Predictions) -> Check:
+def _check_ledger(found: Predictions) -> Check:
     """The entries follow each other; reading them has shown that. Items must not be recorded twice."""
     spans = [span for part in found.ledger.state.parts for span in part.items]
     problems = iter(["parts in the ledger repeat each other's items"] if overlap(spans) else [])
     return _make_check("ledger", problems, f"{found.ledger.state.entries} entries, none missing or altered")
 
 
-def check_published(found: Predictions) -> Check:
+def _check_published(found: Predictions) -> Check:
     """The run is finished and says so to readers."""
 
     def problems() -> Iterator[str]:
@@ -189,7 +189,7 @@ def check_published(found: Predictions) -> Check:
     )
 
 
-def check_listing(found: Predictions) -> Check:
+def _check_listing(found: Predictions) -> Check:
     """The table's folder holds the listed files and nothing else."""
     there = {entry.path for entry in found.table.list()} - {SUCCESS}
     listed = {file.name for file in found.files}
@@ -198,7 +198,7 @@ def check_listing(found: Predictions) -> Check:
     return _make_check("files", iter(problems), f"{len(listed)}, as the ledger lists them")
 
 
-def check_items(found: Predictions) -> Check:
+def _check_items(found: Predictions) -> Check:
     """The listed files hold every item of the plan once."""
 
     def problems() -> Iterator[str]:
@@ -218,7 +218,7 @@ def check_items(found: Predictions) -> Check:
     return _make_check("images", problems(), f"all {found.plan.n_items:,}, each in one file")
 
 
-def check_bytes(found: Predictions) -> Check:
+def _check_bytes(found: Predictions) -> Check:
     """Every file has the bytes that were published."""
 
     def problems() -> Iterator[str]:
@@ -232,13 +232,15 @@ def check_bytes(found: Predictions) -> Check:
     return _make_check("checksums", problems(), f"{size:,} bytes unchanged")
 
 
-def check_rows(found: Predictions) -> Check:
+def _check_rows(found: Predictions) -> Check:
     """Every file has the schema, and the plan's rows in the listed order with the listed statuses."""
-    problems = (f"{file.name} {problem}" for file in found.files for problem in row_problems(file, found))
+    problems = (
+        f"{file.name} {problem}" for file in found.files for problem in _find_row_problems(file, found)
+    )
     return _make_check("rows", problems, f"{found.plan.n_rows:,}, each the plan's, schema as stated")
 
 
-def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
+def _find_row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
     """What is wrong inside one file; one problem is enough."""
     fields = schema.predictions_schema(found.plan.carried)
     try:
@@ -247,11 +249,11 @@ def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
             yield f"has the schema {source.schema_arrow}, expected {fields}"
             return
         statuses: Counter[str] = Counter()
-        batches = (pa.table(batch) for batch in source.iter_batches(columns=[*KEYS.names, "status"]))
+        batches = (pa.table(batch) for batch in source.iter_batches(columns=[*_KEYS.names, "status"]))
         for actual, expected in zip_longest(
-            row_groups(batches, ROW_KEYS), row_groups(planned_rows(file, found.plan), KEYS)
+            row_groups(batches, _ROW_KEYS), row_groups(_read_planned_rows(file, found.plan), _KEYS)
         ):
-            if actual is None or expected is None or not actual.select(KEYS.names).equals(expected):
+            if actual is None or expected is None or not actual.select(_KEYS.names).equals(expected):
                 yield f"does not hold the plan's rows in order ({source.metadata.num_rows:,} rows)"
                 return
             statuses.update(count_values(actual["status"]))
@@ -261,16 +263,16 @@ def row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
         yield f"cannot be read: {first_line(error)}"
 
 
-def planned_rows(file: TableFile, plan: Plan) -> Iterator[pa.Table]:
+def _read_planned_rows(file: TableFile, plan: Plan) -> Iterator[pa.Table]:
     """`image_id` and `uri` of every row that a file must hold, in its order."""
     for items in item_batches(file.items, plan):
         rows = items["table_rows"].combine_chunks()
         owners = pc.list_parent_indices(rows)
         columns = [pc.struct_field(rows.flatten(), "image_id"), items["uri"].take(owners)]
-        yield pa.table(columns, names=KEYS.names)
+        yield pa.table(columns, names=_KEYS.names)
 
 
-def check_report(found: Predictions) -> Check:
+def _check_report(found: Predictions) -> Check:
     """The report's counts are those of the table."""
 
     def problems() -> Iterator[str]:
@@ -287,4 +289,12 @@ def check_report(found: Predictions) -> Check:
     return _make_check("report", problems(), "its counts are the table's")
 
 
-CHECKS = (check_ledger, check_published, check_listing, check_items, check_bytes, check_rows, check_report)
+_CHECKS = (
+    _check_ledger,
+    _check_published,
+    _check_listing,
+    _check_items,
+    _check_bytes,
+    _check_rows,
+    _check_report,
+)
