@@ -1,4 +1,4 @@
-"""Per-host limits of http(s) requests: request slots, Retry-After pauses and a circuit breaker.
+"""Per-host limits of http(s) requests: adaptive request slots, pauses and a circuit breaker.
 
 A host is the name and port that a request is sent to, after any redirects.
 """
@@ -20,8 +20,41 @@ GRACE_S = 15.0
 PROBE_INTERVAL_S = 30.0
 """Time between the requests that are let through an open circuit, seconds."""
 
-BREAKER_STATUSES = frozenset({Status.CONNECTION_FAILED, Status.TLS_FAILED, Status.TIMEOUT})
+MAX_PAUSE_S = 10.0
+"""Longest pause that an overloaded host gets without asking for one, seconds."""
+
+OVERLOAD_STATUSES = frozenset({Status.THROTTLED, Status.SERVER_ERROR})
+"""Answers that slow the host's requests down."""
+
+BREAKER_STATUSES = OVERLOAD_STATUSES | {Status.CONNECTION_FAILED, Status.TLS_FAILED, Status.TIMEOUT}
 """Failures of the host rather than of one object."""
+
+
+class AdaptiveSlots:
+    """Up to `most` slots: halved when the host is overloaded, one more for each round without (AIMD)."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = float(most)
+        self._free = asyncio.Semaphore(most)
+        self._withheld = 0
+
+    @contextlib.asynccontextmanager
+    async def hold(self) -> AsyncIterator[None]:
+        await self._free.acquire()
+        try:
+            yield
+        finally:
+            self._withheld += 1
+            while self._withheld > self._most - int(self._limit):
+                self._withheld -= 1
+                self._free.release()
+
+    def decrease(self) -> None:
+        self._limit = max(1.0, self._limit / 2)
+
+    def increase(self) -> None:
+        self._limit = min(float(self._most), self._limit + 1 / self._limit)
 
 
 class CircuitOpen(FetchError):
@@ -29,13 +62,15 @@ class CircuitOpen(FetchError):
 
 
 class Host:
-    """Per-host state: request slots, Retry-After deadline, circuit breaker."""
+    """Per-host state: request slots, end of the current pause, circuit breaker."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
-        self._slots = asyncio.Semaphore(limits.per_host)
+        self._slots = AdaptiveSlots(limits.per_host)
         self._users = 0
         self._resume_at = 0.0
+        self._slowed_at = 0.0
+        self._slowdowns = 0
         self._failures = 0
         self._failing_since = 0.0
         self._last_error: FetchError | None = None
@@ -43,7 +78,7 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Hold one request slot, after any Retry-After pause.
+        """Hold one request slot, after any pause.
 
         Raises:
             CircuitOpen: the host failed too often.
@@ -51,10 +86,10 @@ class Host:
         """
         self._users += 1
         try:
-            async with self._slots:
-                self._check_circuit()
-                if pause_s := self._pause_s():
+            async with self._slots.hold():
+                while pause_s := self._pause_s():
                     await asyncio.sleep(pause_s)
+                self._check_circuit()
                 yield
         finally:
             self._users -= 1
@@ -62,9 +97,12 @@ class Host:
     @contextlib.contextmanager
     def record(self, timeout: asyncio.Timeout) -> Iterator[None]:
         """Update the host's state with the outcome of one request."""
+        began = _now()
         try:
             yield
         except FetchError as error:
+            if error.status in OVERLOAD_STATUSES and began >= self._slowed_at:
+                self._slow_down()
             self._record_error(error)
             raise
         except asyncio.CancelledError:
@@ -72,15 +110,29 @@ class Host:
                 self._record_error(FetchError(Status.TIMEOUT, "not complete within the total time-out"))
             raise
         else:
-            self._failures = 0
+            self._failures = self._slowdowns = 0
+            self._slots.increase()
 
     def is_busy(self) -> bool:
-        """Whether it has requests in flight or a Retry-After pause."""
+        """Whether it has requests in flight or a pause."""
         return self._users > 0 or self._resume_at > _now()
 
     def has_failed(self) -> bool:
         """Whether its last request failed."""
         return self._failures > 0
+
+    def _slow_down(self) -> None:
+        """Halve the slots; from the second time in a row also pause, each time twice as long.
+
+        Requests already in flight then change nothing: many failures at once are one overload.
+        """
+        self._slots.decrease()
+        self._slowdowns += 1
+        self._slowed_at = _now()
+        if self._slowdowns > 1:
+            pause_s = self._limits.backoff_s * 2 ** min(self._slowdowns - 2, 10)
+            pause_s = min(pause_s, MAX_PAUSE_S, self._limits.total_timeout_s)
+            self._resume_at = max(self._resume_at, _now() + pause_s)
 
     def _record_error(self, error: FetchError) -> None:
         if error.retry_after_s:

@@ -18,10 +18,11 @@ class FetchLimits:
     concurrency: PositiveInt = 128
     """Requests in flight per load actor."""
     per_host: PositiveInt = 16
-    """http(s) requests in flight per host (name and port), shared out among the load actors, one at least."""
+    """http(s) requests in flight per host (name and port), shared out among the load actors, one at least;
+    each halves its share when the host answers 429 or 5xx, and lets it grow again."""
     breaker_failures: PositiveInt = 20
-    """Failed connections or time-outs of one http(s) host in a row, over 15 s and more, after which its
-    further images are not tried in this pass, but for one every 30 s."""
+    """Failures of one http(s) host in a row (connections, time-outs, 429, 5xx), over 15 s and more, after
+    which its further images are not tried in this pass, but for one every 30 s."""
     connect_timeout_s: Timeout = 5.0
     """Time to connect, seconds."""
     read_timeout_s: Timeout = 15.0

@@ -49,7 +49,7 @@ class FaultServer:
         self.requests: Counter[str] = Counter()
         self.paths_in_order: list[str] = []
         self.most_at_once = 0
-        self._now = 0
+        self.now = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -88,12 +88,12 @@ class FaultServer:
                 path = request.split(b" ", 2)[1].decode()
                 self.requests[path] += 1
                 self.paths_in_order.append(path)
-                self._now += 1
-                self.most_at_once = max(self.most_at_once, self._now)
+                self.now += 1
+                self.most_at_once = max(self.most_at_once, self.now)
                 try:
                     await self._answer(writer, path)
                 finally:
-                    self._now -= 1
+                    self.now -= 1
         with contextlib.suppress(ConnectionError):
             writer.close()
 
@@ -256,6 +256,15 @@ async def echo(_server: FaultServer, writer: Writer, path: str, _count: int) -> 
     writer.write(whole(path.encode()))
 
 
+async def four_at_once(server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    """429 for whoever comes while four are served."""
+    if server.now > 4:
+        writer.write(whole(b"", "429 Too Many Requests"))
+        return
+    await asyncio.sleep(0.02)
+    writer.write(whole(BODY))
+
+
 async def redirect(server: FaultServer, writer: Writer, path: str, _count: int) -> None:
     """`/redirect?target`, or `/redirect` to a healthy path, relative."""
     target = path.partition("?")[2] or "../ok"
@@ -273,6 +282,8 @@ not_found = fixed(whole(b"gone", "404 Not Found"))
 FAULTS: dict[str, Respond] = {
     "ok": fixed(whole(BODY)),
     "echo": echo,
+    "four-at-once": four_at_once,
+    "429-without-advice": fixed(whole(b"", "429 Too Many Requests")),
     "slow": slow,
     "large": fixed(whole(bytes(900_000))),
     "large-chunked": fixed(chunked(bytes(900_000))),

@@ -29,7 +29,7 @@ from obstore.exceptions import GenericError
 
 from pipelines.fetch import retry
 from pipelines.fetch.fetch import Fetcher
-from pipelines.fetch.hosts import Hosts
+from pipelines.fetch.hosts import AdaptiveSlots, Hosts
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
 from pipelines.fetch.retry import FetchError, backoff_s, parse_retry_after
 from pipelines.fetch.settings import FetchLimits
@@ -238,6 +238,49 @@ def test_circuit_of_a_dead_host_opens_and_is_probed_later(
     assert fetcher.fetch(f"{url}/ok").status is Status.OK
     fetcher.close()
     forwarder.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [("429-without-advice", Status.THROTTLED), ("500", Status.SERVER_ERROR)]
+)
+def test_overloaded_host_is_slowed_down_and_its_circuit_opens(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch, path: str, status: Status
+) -> None:
+    """300 images at three attempts each would be 900 requests, as fast as the host answers."""
+    monkeypatch.setattr("pipelines.fetch.hosts.GRACE_S", 0.5)
+    limits = replace(LIMITS, per_host=16, breaker_failures=20)
+    with Fetcher(limits) as fetcher:
+        found = outcomes(fetcher, [f"{server.url}/{path}?{n}" for n in range(300)])
+        assert {fetched.status for fetched in found} == {status}
+        assert server.requests.total() < 100
+        assert "not tried" in f"{found[-1].error}"
+
+
+def test_slots_of_an_overloaded_host_adapt_until_all_its_images_arrive(server: FaultServer) -> None:
+    """It serves four requests at once and answers 429 to all others; 16 are allowed."""
+    with Fetcher(replace(LIMITS, per_host=16)) as fetcher:
+        found = outcomes(fetcher, [f"{server.url}/four-at-once?{n}" for n in range(300)])
+    assert {fetched.status for fetched in found} == {Status.OK}
+    assert server.requests.total() < 450
+
+
+def test_slots_halve_on_overload_and_grow_back_one_by_one() -> None:
+    async def use() -> list[int]:
+        slots, counts = AdaptiveSlots(8), []
+        for change in ("decrease", "decrease", "increase", "increase", "increase"):
+            getattr(slots, change)()
+            async with contextlib.AsyncExitStack() as held:
+                for _ in range(8):  # each release adapts the number of free slots
+                    async with slots.hold():
+                        pass
+                n = 0
+                while not slots._free.locked():
+                    await held.enter_async_context(slots.hold())
+                    n += 1
+                counts.append(n)
+        return counts
+
+    assert asyncio.run(use()) == [4, 2, 2, 2, 3]
 
 
 def test_hiccup_of_a_host_costs_no_image(server: FaultServer) -> None:
