@@ -5,9 +5,10 @@
 Each round classifies the same drawn images into a fresh folder on a Ray cluster of two nodes on this
 machine, and SIGKILLs one victim: an ONNX actor, a load actor, a task worker, the driver at a random
 moment, the driver while it plans, writes the ledger or publishes, or the second node; or it starts a
-rival driver on the same output. A killed driver's command is simply run again; whatever else dies, the
-driver itself must bring the run to its end. A round passes when its victim was struck, the command ended
-with 0, `iab-vision verify` passes, and the published table holds every row of the inventory exactly once.
+rival driver on the same output, which must refuse, or take over when told to. A killed driver's command is
+run again; whatever else dies, the driver itself must finish the run. A round passes when its victim was
+struck, the command ended with 0, `iab-vision verify` passes, and the published table holds every row of the
+inventory exactly once.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from jobs import demo_images
 
 ATTEMPTS = 5
 TIMEOUT_S = 300
-DRIVERS = {"driver", "planning", "ledger", "publishing", "rival"}
+DRIVERS = {"driver", "planning", "ledger", "publishing", "rival", "take over"}
 """Strikes after which the command is run again: it was killed, or gave way."""
 
 
@@ -54,12 +55,13 @@ class Round:
     codes: list[int] = field(default_factory=list)
     """Exit code of each start of the command."""
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, *settings: str) -> subprocess.Popen[bytes]:
         command = [
             sys.executable, "-m", "jobs", "classify", "--inventory", str(self.inventory),
             "--bundle", str(self.bundle), "--output", str(self.output), "--ray-address", self.ray_address,
             "--workers.load-actors", "2", "--workers.infer-actors", "2", "--workers.items-per-part", "150",
             "--workers.items-per-batch", "64", "--commit-interval-s", "0.3", "--retry-pause-s", "0.1",
+            *settings,
         ]  # fmt: skip
         log = self.output.with_suffix(".log").open("ab")
         return subprocess.Popen(command, stdout=log, stderr=log)
@@ -139,9 +141,25 @@ def start_rival(round_: Round, driver: subprocess.Popen[bytes], _: random.Random
     rival = round_.start()
     code = rival.wait(TIMEOUT_S)
     driver.wait(TIMEOUT_S)
-    said = round_.output.with_suffix(".log").read_text(errors="replace")
-    gave_way = "another driver" in said
+    gave_way = "another driver" in read_log(round_)
     return "rival" if {code, driver.returncode} == {0, 1} and gave_way else None
+
+
+def take_over(round_: Round, driver: subprocess.Popen[bytes], _: random.Random) -> str | None:
+    """A second driver that is told to replace the first one at work."""
+    while not writing_ledger(round_.output):
+        if driver.poll() is not None:
+            return None
+        time.sleep(0.01)
+    rival = round_.start("--take-over")
+    codes = rival.wait(TIMEOUT_S), driver.wait(TIMEOUT_S)
+    said = read_log(round_)
+    replaced = "replacing the driver" in said and "another driver" in said
+    return "take over" if codes == (0, 1) and replaced else None
+
+
+def read_log(round_: Round) -> str:
+    return round_.output.with_suffix(".log").read_text(errors="replace")
 
 
 class TwoNodes:
@@ -277,6 +295,7 @@ def main() -> int:
         "driver, publishing": kill_driver_when("publishing", publishing),
         "second node": nodes.kill_second,
         "rival driver": start_rival,
+        "rival taking over": take_over,
     }
     strikes = {name: strike for name, strike in strikes.items() if arguments.only in name}
     rng = random.Random(arguments.seed)
