@@ -4,25 +4,25 @@ import re
 from typing import Any
 
 CAUSE = re.compile(r"^[ \t]+\S.*\n(?P<kind>[\w.]+)(?P<words>:[^\n]*(?:\n\S[^\n]*)*)?$", re.MULTILINE)
-"""What stands below the first trace: Ray gives the error's text alone, not the error."""
+"""The line below the first traceback: Ray passes on the error's text, not the error."""
 
 QUERY_VALUE = re.compile(r"([?&][^=&?\s]*=)[^&\s]+")
-"""All of them: every service has another name for its signatures."""
+"""Every value: each service has its own names for signatures."""
 
 USERINFO = re.compile(
     r"(\b[a-z][a-z0-9+.-]{0,20}://)(?:[^/\s?]{0,2000}|[^/\s?:@]{0,200}:(?!\d*/)[^\s?@]{0,2000})@", re.I
 )
-"""Also where a password holds a slash, which no parser takes for a part of it; a port is none. Bounded, or
-a long text made for it would take time quadratic in its length."""
+"""Also a password with a slash in it, which parsers take for the path; digits before a slash are a port.
+The lengths are bounded, or the time would be quadratic in that of a hostile text."""
 
 
 def first_line(error: Exception) -> str:
-    """What the error says first; its type where it says nothing, as time-outs do."""
+    """The first line of the error's text; its type if the text is empty, as with time-outs."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def root_cause(report: str) -> str:
-    """One line, such as `OSError: [Errno 28] No space left on device`; without a trace the report's last."""
+    """One line, such as `OSError: [Errno 28] No space left on device`; the last without a traceback."""
     found = CAUSE.search(report)
     if found is None:
         return (report.strip().splitlines() or ["no reason given"])[-1]

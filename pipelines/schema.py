@@ -1,4 +1,4 @@
-"""The Arrow schemas that flow between the steps and out to readers: read this file first.
+"""The Arrow schemas that flow between the steps and out to readers.
 
 Tables are built against these constants, never inferred, so a file in which every image failed has
 the same types as any other. This module computes nothing. The values of `status` are in `status.py`.
@@ -30,10 +30,10 @@ LABELLED = pa.schema(
         pa.field("cat", pa.list_(pa.string())),
     ]
 )
-"""What the model says of it; null where the status is not `ok`."""
+"""What the model says about it; null where the status is not `ok`."""
 
 LOADED = pa.schema([pa.field("item_id", pa.int64(), nullable=False), *OUTCOME])
-"""load -> infer, beside the column `pixels` of `pixels_type`; `item_id` is the row of the plan."""
+"""load -> infer, with the column `pixels` of `pixels_type`; `item_id` is the image's number in the plan."""
 
 
 def pixels_type(height: int, width: int) -> pa.DataType:
@@ -45,7 +45,7 @@ def pixels_type(height: int, width: int) -> pa.DataType:
 
 
 SCORED = pa.schema([*LOADED, *LABELLED])
-"""infer -> write: one row per work item, before it is joined with the plan's rows."""
+"""infer -> write: one row per item, before it is joined with the rows of the caller's table."""
 
 PREDICTIONS_HEAD = pa.schema(
     [pa.field("image_id", pa.string(), nullable=False), pa.field("uri", pa.string(), nullable=False)]
@@ -61,7 +61,7 @@ PREDICTIONS_TAIL = pa.schema(
     ]
 )
 ITEM_ID = "__item_id"
-"""The plan's row id in a part; `item_id` itself may be a carried column of the caller's."""
+"""The item's id in a part; `item_id` itself may be a carried column of the caller's."""
 RESERVED = frozenset([ITEM_ID, *PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
 """Column names that belong to the predictions table and its parts; a carried column may not take one."""
 
