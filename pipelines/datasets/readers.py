@@ -24,6 +24,8 @@ from pipelines.storage.uris import StorageError, join, split
 IMAGE_COLUMNS = ("image", "img")
 """Names of a Parquet column of images; one of another name is found by its type."""
 FILE_COLUMNS = ("uri", "file")
+UNLABELLED = -1
+"""How Hugging Face datasets mark an image without a label, as in public test splits."""
 LABEL_SEPARATOR = "|"
 """Between the labels of one image where a table has no list type (CSV)."""
 
@@ -162,22 +164,42 @@ def read_columns(uri: str, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
 def find_label_column(schema: pa.Schema, columns: Columns, uri: str) -> str:
     label = "labels" if "labels" in schema.names else columns.label
     if label not in schema.names:
-        raise DatasetError(f"{redact(uri)} has no column {columns.label!r} among {', '.join(schema.names)}")
+        raise DatasetError(
+            f"{redact(uri)} has no column {columns.label!r} among {', '.join(schema.names)}; name the column "
+            "of the labels with --columns.label"
+        )
     return label
 
 
 def allows_several(schema: pa.Schema, column: str) -> bool:
     """Whether an image can have several labels: a list, or a column `labels` of text."""
-    return column == "labels"
+    kind = schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return True
+    return column == "labels" and not pa.types.is_integer(kind)
 
 
 def parse_labels(value: Any, names: Sequence[str] | None, *, several: bool) -> list[str] | None:
-    """The labels of one image as text, integers by their names; None for an image without a label."""
+    """The labels of one image as text, integers by their names; None for an image without a label.
+
+    Null and -1 mean that the label is not known, an empty list that no label applies.
+    """
     if isinstance(value, str) and several:
         value = [part.strip() for part in value.split(LABEL_SEPARATOR)]
     entries = value if isinstance(value, list) else [value]
-    texts = [names[v] if names else str(v) for v in entries if v not in (None, "")]
+    if None in entries or UNLABELLED in entries:
+        return None
+    texts = [_name_of(entry, names) for entry in entries if entry != ""]
     return texts if texts or several else None
+
+
+def _name_of(value: Any, names: Sequence[str] | None) -> str:
+    if names is None:
+        return str(value)
+    if not 0 <= value < len(names):
+        raise DatasetError(f"label {value} has no name; the dataset names {len(names)} labels, from 0 on")
+    return str(names[value])
 
 
 def as_text(raw: pa.Table, column: str) -> pa.ChunkedArray | None:
@@ -205,9 +227,20 @@ def locate(uri: str, schema: pa.Schema, raw: pa.Table, columns: Columns) -> dict
 
 
 def find_image_column(schema: pa.Schema) -> str | None:
-    """The column with the images inside; a column of that name may also hold text."""
+    """The column with the images inside: `image`, `img`, or the only one of bytes in a table without files.
+
+    A column of that name may also hold text.
+
+    Raises:
+        DatasetError: several columns hold bytes.
+    """
     held = [field.name for field in schema if tables.is_payload(field.type)]
-    return next((name for name in IMAGE_COLUMNS if name in held), None)
+    named: str | None = next((name for name in IMAGE_COLUMNS if name in held), None)
+    if named or not held or any(name in schema.names for name in FILE_COLUMNS):
+        return named
+    if len(held) > 1:
+        raise DatasetError(f"columns {', '.join(held)} could all hold the images; name one of them `image`")
+    return str(held[0])
 
 
 def file_names(uri: str, raw: pa.Table, columns: Columns) -> list[str]:
@@ -249,7 +282,7 @@ def class_names(uri: str, column: str) -> list[str] | None:
     metadata = (pq.ParquetFile(open_input(uri)).schema_arrow.metadata or {}).get(b"huggingface")
     features = json.loads(metadata)["info"]["features"] if metadata else {}
     feature = features.get(column, {})
-    feature = feature.get("feature", feature) if isinstance(feature, dict) else {}
+    feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
     names = feature.get("names")
     return list(names) if names else None
 

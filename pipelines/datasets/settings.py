@@ -16,7 +16,7 @@ class Columns:
     """Which columns of a table mean what."""
 
     label: str = "label"
-    """Column of the label; `labels`, when there is one, holds several and makes the model multi-label."""
+    """Column of the label, or `labels`; lists, or text with `|` in `labels`, make the model multi-label."""
     file: str = ""
     """Template of an image's path, such as `train/{id}.jpg`; empty: the column `uri` or `file`."""
     split: str = "split"

@@ -152,7 +152,7 @@ def test_json_lines_with_lists_of_labels(tmp_path):
     ],
     ids=str,
 )  # fmt: skip
-def test_several_labels_may_be_of_any_text_or_list_type_and_null(tmp_path, kind):
+def test_several_labels_may_be_of_any_text_or_list_type_and_null_is_unlabelled(tmp_path, kind):
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     values = [["red", "green"], None, ["green"], ["red"]] if is_list else ["red|green", None, "green", "red"]
     labels = pa.array(values, None if pa.types.is_dictionary(kind) else kind)
@@ -160,7 +160,51 @@ def test_several_labels_may_be_of_any_text_or_list_type_and_null(tmp_path, kind)
     pq.write_table(pa.table({"file": list("abcd"), "labels": labels}), tmp_path / "labels.parquet")
     data = load(tmp_path / "labels.parquet", taxonomy="labels")
     assert data.multi_label and data.classes == ("green", "red")
-    assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
+    assert data.targets().tolist() == [[1, 1], [1, 0], [0, 1]]
+    assert data.dropped == {"without a label": 1}
+
+
+@pytest.mark.parametrize("column", ["image", "img", "picture"])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])])
+@pytest.mark.parametrize("named", [True, False])
+def test_hub_datasets_name_their_columns_as_they_like_and_mark_unlabelled_images(
+    tmp_path, column, kind, named
+):
+    """As cats_vs_dogs and beans: integers in `labels`; -1 and null where nobody labelled the image."""
+    labels = pa.array([0, 1, -1, 1, None, 0], pa.int64())
+    table = pa.table({column: pa.nulls(6, kind), "labels": labels})
+    if named:
+        feature = {"labels": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = load(tmp_path, taxonomy="labels")
+    assert data.classes == (("cat", "dog") if named else ("0", "1"))
+    assert not data.multi_label
+    assert data.targets().tolist() == [0, 1, 1, 0]
+    assert data.rows["offset"].to_pylist() == [0, 1, 3, 5]
+    assert set(data.rows["payload_column"].to_pylist()) == {column}
+    assert data.dropped == {"without a label": 2}
+
+
+def test_lists_of_class_indices_make_a_multi_label_model(tmp_path):
+    feature = {"label": {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}}
+    labels = pa.array([[0, 1], [], [-1], [1], None], pa.list_(pa.int64()))
+    table = pa.table({"img": pa.nulls(5, pa.binary()), "label": labels})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = load(tmp_path, taxonomy="labels")
+    assert data.multi_label and data.classes == ("cat", "dog")
+    assert data.targets().tolist() == [[1, 1], [0, 0], [0, 1]]
+    assert data.dropped == {"without a label": 2}
+
+
+def test_a_class_index_without_a_name_is_refused(tmp_path):
+    feature = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    table = pa.table({"image": pa.nulls(2, pa.binary()), "label": [0, 2]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="label 2 has no name; the dataset names 2 labels"):
+        load(tmp_path, taxonomy="labels")
 
 
 def test_a_column_called_image_holds_images_only_when_it_is_binary(tmp_path):
