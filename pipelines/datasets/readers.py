@@ -23,7 +23,9 @@ from pipelines.storage.uris import StorageError, join, split
 
 IMAGE_COLUMNS = ("image", "img")
 """Names of a Parquet column of images; one of another name is found by its type."""
-FILE_COLUMNS = ("uri", "file")
+FILE_COLUMNS = ("uri", "file", "file_name")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables beside the images that they describe, as Hugging Face's ImageFolder has them."""
 UNLABELLED = -1
 """How Hugging Face datasets mark an image without a label, as in public test splits."""
 LABEL_SEPARATOR = "|"
@@ -68,10 +70,18 @@ def read(dataset_uri: str, columns: Columns) -> tuple[pa.Table, bool]:
 def _read_all(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """The same with the splits that columns or the names of folders and files state."""
     paths = list_files(uri)
-    parquet = [path for path in paths if tables.format_of(path) == "parquet"]
-    if paths == [uri] or parquet:
-        return _join([read_table(path, columns) for path in parquet or paths])
+    found = paths if paths == [uri] else find_tables(paths, columns)
+    if found:
+        return _join([read_table(path, columns) for path in found])
     return read_folder(uri, paths), False
+
+
+def find_tables(paths: Sequence[str], columns: Columns) -> list[str]:
+    """The files of a folder that say what its images are: metadata with labels, or else all Parquet files."""
+    metadata = [path for path in paths if split(path)[1] in METADATA_FILES]
+    if metadata and all(label_column(tables.schema_of([path]), columns) for path in metadata):
+        return metadata
+    return [path for path in paths if tables.format_of(path) == "parquet"]
 
 
 def list_files(uri: str) -> list[str]:
@@ -162,13 +172,17 @@ def read_columns(uri: str, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
 
 
 def find_label_column(schema: pa.Schema, columns: Columns, uri: str) -> str:
-    label = "labels" if "labels" in schema.names else columns.label
-    if label not in schema.names:
+    label = label_column(schema, columns)
+    if label is None:
         raise DatasetError(
             f"{redact(uri)} has no column {columns.label!r} among {', '.join(schema.names)}; name the column "
             "of the labels with --columns.label"
         )
     return label
+
+
+def label_column(schema: pa.Schema, columns: Columns) -> str | None:
+    return next((name for name in ("labels", columns.label) if name in schema.names), None)
 
 
 def allows_several(schema: pa.Schema, column: str) -> bool:
@@ -253,7 +267,7 @@ def file_names(uri: str, raw: pa.Table, columns: Columns) -> list[str]:
     column = next((name for name in FILE_COLUMNS if name in raw.column_names), None)
     if column is None:
         raise DatasetError(
-            f"{redact(uri)} has no column {' or '.join(map(repr, FILE_COLUMNS))} and no images inside; name "
+            f"{redact(uri)} has no column {', '.join(map(repr, FILE_COLUMNS))} and no images inside; name "
             "one, or give a template such as `--columns.file 'images/{id}.jpg'`"
         )
     names = raw[column].to_pylist()

@@ -220,6 +220,24 @@ def test_a_column_called_image_holds_images_only_when_it_is_binary(tmp_path):
     assert load(tmp_path / "t.parquet", taxonomy="labels").rows["uri"][0].as_py().endswith("/a.jpg")
 
 
+def test_metadata_beside_the_images_names_their_labels(tmp_path):
+    for part, n in (("train", 4), ("test", 2)):
+        lines = [f"{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(n)]
+        csv(tmp_path / part, "\n".join(["file_name,label", *lines]), "metadata.csv")
+        for i in range(n):
+            (tmp_path / part / f"{i}.png").touch()
+    data = load(tmp_path, taxonomy="labels", splits=Splits(validation_of_train=0))
+    assert data.classes == ("cat", "dog")
+    assert Counter(data.splits.tolist()) == {"train": 4, "test": 2}
+    assert str(tmp_path / "test" / "1.png") in data.rows["uri"].to_pylist()
+
+
+def test_metadata_without_labels_leaves_them_to_the_folders(tmp_path):
+    folder = image_folder(tmp_path, per_class=2)
+    csv(folder, "file_name,text\n1/0.png,a car\n", "metadata.csv")
+    assert set(load(folder).classes) == {"1", "483", "v9i3On"}
+
+
 def hugging_face_parquet(folder: Path) -> Path:
     """Two splits with the bytes inside and integer labels named in the schema, as on the hub."""
     source = image_folder(folder / "source", per_class=4)
