@@ -28,6 +28,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables beside the images that they describe, as Hugging Face's ImageFolder has them."""
 UNLABELLED = -1
 """How Hugging Face datasets mark an image without a label, as in public test splits."""
+ONE_HOT = {"0": False, "0.0": False, "false": False, "": False, "1": True, "1.0": True, "true": True}
 LABEL_SEPARATOR = "|"
 """Between the labels of one image where a table has no list type (CSV)."""
 
@@ -79,7 +80,7 @@ def _read_all(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
 def find_tables(paths: Sequence[str], columns: Columns) -> list[str]:
     """The files of a folder that say what its images are: metadata with labels, or else all Parquet files."""
     metadata = [path for path in paths if split(path)[1] in METADATA_FILES]
-    if metadata and all(label_column(tables.schema_of([path]), columns) for path in metadata):
+    if metadata and all(label_columns_of(tables.schema_of([path]), columns) for path in metadata):
         return metadata
     return [path for path in paths if tables.format_of(path) == "parquet"]
 
@@ -150,17 +151,20 @@ def make_found(
 def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """A table of URIs and labels, or of image bytes and labels; whether it can have several per image."""
     schema = tables.schema_of([uri])
-    label = find_label_column(schema, columns, uri)
-    wanted = {label, columns.split, columns.group, *FILE_COLUMNS, *template_fields(columns.file)}
+    label_columns = find_label_columns(schema, columns, uri)
+    wanted = {*label_columns, columns.split, columns.group, *FILE_COLUMNS, *template_fields(columns.file)}
     raw = read_columns(uri, schema, [name for name in schema.names if name in wanted])
-    several = allows_several(schema, label)
-    names = class_names(uri, label)
-    labels = [parse_labels(value, names, several=several) for value in raw[label].to_pylist()]
-    n_rows = len(labels)
+    several = bool(columns.one_hot) or allows_several(schema, label_columns[0])
+    if columns.one_hot:
+        labels = [parse_one_hot(row, uri) for row in raw.select(label_columns).to_pylist()]
+    else:
+        names = class_names(uri, label_columns[0])
+        values = raw[label_columns[0]].to_pylist()
+        labels = [parse_labels(value, names, several=several) for value in values]
     return make_found(
         locate(uri, schema, raw, columns),
         labels,
-        split=as_text(raw, columns.split) or [split_of_path(uri)] * n_rows,
+        split=as_text(raw, columns.split) or [split_of_path(uri)] * len(labels),
         group=as_text(raw, columns.group),
     ), several
 
@@ -171,18 +175,26 @@ def read_columns(uri: str, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
     return pa.Table.from_batches(tables.batches([uri], schema, names), wanted)
 
 
-def find_label_column(schema: pa.Schema, columns: Columns, uri: str) -> str:
-    label = label_column(schema, columns)
-    if label is None:
-        raise DatasetError(
-            f"{redact(uri)} has no column {columns.label!r} among {', '.join(schema.names)}; name the column "
-            "of the labels with --columns.label"
-        )
-    return label
+def find_label_columns(schema: pa.Schema, columns: Columns, uri: str) -> list[str]:
+    """The column of the labels, or the one-hot ones.
+
+    Raises:
+        DatasetError: the table lacks it.
+    """
+    found = label_columns_of(schema, columns)
+    if found:
+        return found
+    missing = next((name for name in columns.one_hot if name not in schema.names), columns.label)
+    raise DatasetError(
+        f"{redact(uri)} has no column {missing!r} among {', '.join(schema.names)}; name the column of the "
+        "labels with --columns.label, or columns of 0 and 1 with --columns.one-hot"
+    )
 
 
-def label_column(schema: pa.Schema, columns: Columns) -> str | None:
-    return next((name for name in ("labels", columns.label) if name in schema.names), None)
+def label_columns_of(schema: pa.Schema, columns: Columns) -> list[str]:
+    if columns.one_hot:
+        return list(columns.one_hot) if set(columns.one_hot) <= set(schema.names) else []
+    return [name for name in ("labels", columns.label) if name in schema.names][:1]
 
 
 def allows_several(schema: pa.Schema, column: str) -> bool:
@@ -206,6 +218,17 @@ def parse_labels(value: Any, names: Sequence[str] | None, *, several: bool) -> l
         return None
     texts = [_name_of(entry, names) for entry in entries if entry != ""]
     return texts if texts or several else None
+
+
+def parse_one_hot(row: Mapping[str, Any], uri: str) -> list[str] | None:
+    """The columns that hold 1; None where one of them is null or -1."""
+    if None in row.values() or UNLABELLED in row.values():
+        return None
+    texts = {name: str(value).strip().lower() for name, value in row.items()}
+    unknown = next((name for name, text in texts.items() if text not in ONE_HOT), None)
+    if unknown:
+        raise DatasetError(f"column {unknown!r} of {redact(uri)} holds {row[unknown]!r}; it must hold 0 or 1")
+    return [name for name, text in texts.items() if ONE_HOT[text]]
 
 
 def _name_of(value: Any, names: Sequence[str] | None) -> str:

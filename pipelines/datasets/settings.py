@@ -18,7 +18,9 @@ class Columns:
     label: str = "label"
     """Column of the label, or `labels`; lists, or text with `|` in `labels`, make the model multi-label."""
     file: str = ""
-    """Template of an image's path, such as `train/{id}.jpg`; empty: the column `uri` or `file`."""
+    """Template of an image's path, such as `train/{id}.jpg`; empty: column `uri`, `file` or `file_name`."""
+    one_hot: tuple[str, ...] = ()
+    """Columns of 0 and 1, one per label, in place of a column of labels; they make the model multi-label."""
     split: str = "split"
     """Column that names the split; empty: neither columns nor names of folders and files say it."""
     group: str = "group"

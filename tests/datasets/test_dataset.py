@@ -134,6 +134,22 @@ def test_several_labels_make_a_multi_label_model_and_none_is_a_right_answer(tmp_
     assert data.targets().tolist() == [[1, 1], [0, 0], [1, 0], [0, 1]]
 
 
+def test_one_hot_columns_make_a_multi_label_model(tmp_path):
+    one_hot = Columns(one_hot=("action", "drama"))
+    table = csv(tmp_path, "file,action,drama\na.jpg,1,0\nb.jpg,0,0\nc.jpg,1,1\n")
+    data = load(table, taxonomy="labels", columns=one_hot)
+    assert data.multi_label and data.classes == ("action", "drama")
+    assert data.targets().tolist() == [[1, 0], [0, 0], [1, 1]]
+    values = {"file": ["a", "b", "c"], "action": [1, -1, 0], "drama": pa.array([True, False, None])}
+    pq.write_table(pa.table(values), tmp_path / "numbers.parquet")
+    numbers = load(tmp_path / "numbers.parquet", taxonomy="labels", columns=one_hot)
+    assert numbers.rows.num_rows == 1 and numbers.dropped == {"without a label": 2}
+    with pytest.raises(InputError, match=r"column 'action' of .* holds '2'"):
+        load(csv(tmp_path, "file,action,drama\na,2,0\n"), taxonomy="labels", columns=one_hot)
+    with pytest.raises(InputError, match="no column 'war'"):
+        load(table, taxonomy="labels", columns=Columns(one_hot=("action", "war")))
+
+
 def test_json_lines_with_lists_of_labels(tmp_path):
     table = tmp_path / "labels.jsonl"
     table.write_text("\n".join(json.dumps(row) for row in [
