@@ -15,8 +15,8 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.datasets import readers
-from pipelines.datasets.pixels import fetcher
-from pipelines.datasets.readers import LOCATION, DatasetError
+from pipelines.datasets.pixels import LOCATION, fetcher
+from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns
 from pipelines.fetch.source import Source
 from pipelines.images.decoder import DecoderProcess
@@ -86,7 +86,7 @@ def find(images_uri: str) -> list[Place]:
     held_out = rows.filter(pa.compute.is_in(rows["split"], pa.array(HELD_OUT)))
     rows = held_out if held_out.num_rows else rows
     return [
-        Place(row["uri"], tuple(row["labels"] or ()), Source(*(row[name] for name in LOCATION.names)))
+        Place(row["uri"], tuple(row["labels"] or ()), Source(*(row[name] for name in LOCATION)))
         for row in rows.to_pylist()
     ]
 

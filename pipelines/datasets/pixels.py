@@ -10,14 +10,13 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipelines.datasets.readers import LOCATION
 from pipelines.datasets.settings import ImageCache
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.settings import FetchLimits
@@ -30,6 +29,9 @@ from pipelines.status import Status
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
+
+LOCATION = tuple(field.name for field in fields(Source))
+"""Columns that say where an image's bytes are."""
 
 SHUFFLE_ROWS = 4096
 """Rows that are shuffled together when images arrive as a stream already in random order."""
@@ -110,7 +112,7 @@ def fetcher() -> Fetcher:
 
 def sources(batch: pa.Table) -> list[Source]:
     """Where the bytes of each row are: a file of their own, or a row or a byte range of another."""
-    columns = (batch[name].to_pylist() for name in LOCATION.names)
+    columns = (batch[name].to_pylist() for name in LOCATION)
     return [Source(*place) for place in zip(*columns, strict=True)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.datasets import splits
+from pipelines.datasets import splits, tars
 from pipelines.datasets.settings import Columns
 from pipelines.images.prepare import is_image_name
 from pipelines.inventory import tables
@@ -28,29 +28,24 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables beside the images that they describe, as Hugging Face's ImageFolder has them."""
 UNLABELLED = -1
 """How Hugging Face datasets mark an image without a label, as in public test splits."""
+TAR = ".tar"
 ONE_HOT = {"0": False, "0.0": False, "false": False, "": False, "1": True, "1.0": True, "true": True}
 LABEL_SEPARATOR = "|"
 """Between the labels of one image where a table has no list type (CSV)."""
 
-LOCATION = pa.schema(
+FOUND = pa.schema(
     [
         pa.field("uri", pa.string(), nullable=False),
         pa.field("container", pa.string()),
         pa.field("offset", pa.int64()),
         pa.field("length", pa.int64()),
         pa.field("payload_column", pa.string()),
-    ]
-)
-"""Where an image's bytes are: the fields of `fetch.Source`."""
-FOUND = pa.schema(
-    [
-        *LOCATION,
         pa.field("labels", pa.list_(pa.string())),
         pa.field("split", pa.string()),
         pa.field("group", pa.string()),
     ]
 )
-"""One image as its dataset has it; `labels` is null where the image is unlabelled."""
+"""One image as its dataset has it: where its bytes are (a `Source`), and its labels, null if unlabelled."""
 
 Labels = Sequence[list[str] | None]
 
@@ -73,16 +68,17 @@ def _read_all(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     paths = list_files(uri)
     found = paths if paths == [uri] else find_tables(paths, columns)
     if found:
-        return _join([read_table(path, columns) for path in found])
+        return _join([(read_tar if path.endswith(TAR) else read_table)(path, columns) for path in found])
     return read_folder(uri, paths), False
 
 
 def find_tables(paths: Sequence[str], columns: Columns) -> list[str]:
-    """The files of a folder that say what its images are: metadata with labels, or else all Parquet files."""
+    """The files of a folder that say what its images are: metadata with labels, Parquet, or tars."""
     metadata = [path for path in paths if split(path)[1] in METADATA_FILES]
     if metadata and all(label_columns_of(tables.schema_of([path]), columns) for path in metadata):
         return metadata
-    return [path for path in paths if tables.format_of(path) == "parquet"]
+    parquet = [path for path in paths if tables.format_of(path) == "parquet"]
+    return parquet or [path for path in paths if path.endswith(TAR)]
 
 
 def list_files(uri: str) -> list[str]:
@@ -92,13 +88,15 @@ def list_files(uri: str) -> list[str]:
         DatasetError: there is nothing, or no folder and no table.
     """
     folder, name = split(uri)
-    if tables.format_of(name) and open_storage(folder).exists(name):
+    if (tables.format_of(name) or name.endswith(TAR)) and open_storage(folder).exists(name):
         return [uri]
     try:
         entries = open_storage(uri).list()
     except NotADirectoryError as error:
         endings = ", ".join(tables.SUFFIXES)
-        raise DatasetError(f"{redact(uri)} is no folder and no table; tables end in {endings}") from error
+        raise DatasetError(
+            f"{redact(uri)} is no folder, no tar and no table; tables end in {endings}"
+        ) from error
     except StorageError as error:
         raise DatasetError(f"{redact(uri)} cannot be listed: {error}") from error
     if not entries:
@@ -167,6 +165,14 @@ def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
         split=as_text(raw, columns.split) or [split_of_path(uri)] * len(labels),
         group=as_text(raw, columns.group),
     ), several
+
+
+def read_tar(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
+    """A WebDataset shard of images and labels, and whether an image can have several."""
+    location, values = tars.read_samples(uri, ("labels", columns.label))
+    several = any(isinstance(value, list) for value in values)
+    labels = [parse_labels(value, None, several=several) for value in values]
+    return make_found(location, labels, split=[split_of_path(uri)] * len(labels)), several
 
 
 def read_columns(uri: str, schema: pa.Schema, names: Sequence[str]) -> pa.Table:

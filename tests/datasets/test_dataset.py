@@ -1,6 +1,9 @@
 """Every accepted dataset becomes the same table; what cannot be used is refused or accounted for."""
 
+import hashlib
+import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -252,6 +255,44 @@ def test_metadata_without_labels_leaves_them_to_the_folders(tmp_path):
     folder = image_folder(tmp_path, per_class=2)
     csv(folder, "file_name,text\n1/0.png,a car\n", "metadata.csv")
     assert set(load(folder).classes) == {"1", "483", "v9i3On"}
+
+
+def pack(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, payload in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+
+
+def test_webdataset_shards_are_read_with_their_labels_and_bytes(tmp_path):
+    source = image_folder(tmp_path / "source", per_class=2)
+    images = [(file.read_bytes(), file.parent.name) for file in sorted(source.rglob("*.png"))]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for part, suffix in (("train", "cls"), ("test", "json")):
+        files = {}
+        for i, (payload, label) in enumerate(images):
+            text = label if suffix == "cls" else json.dumps({"label": label})
+            files |= {f"{i:03}.png": payload, f"{i:03}.{suffix}": text.encode()}
+        pack(shards / f"{part}-000.tar", files | {"999.png": images[0][0], "999.cls": b"-1"})
+    data = load(shards, splits=Splits(validation_of_train=0))
+    assert set(data.classes) == {"1", "483", "v9i3On"} and data.dropped == {"without a label": 2}
+    assert Counter(data.splits.tolist()) == {"train": 6, "test": 6}
+    chosen = np.arange(12)
+    batch = data.rows.append_column("item_id", pa.array(chosen))
+    decoded = ingest.decode_batch(batch, SPEC)
+    assert decoded["status"].to_pylist() == ["ok"] * 12
+    assert decoded["sha256"].to_pylist() == [hashlib.sha256(payload).hexdigest() for payload, _ in images] * 2
+    assert load(shards / "train-000.tar").rows.num_rows == 6
+
+
+def test_lists_in_a_shard_make_a_multi_label_model(tmp_path):
+    labels = {"0": ["a", "b"], "1": [], "2": ["b"]}
+    files = {f"{key}.json": json.dumps({"labels": value}).encode() for key, value in labels.items()}
+    pack(tmp_path / "x.tar", files | {f"{key}.png": b"png" for key in labels})
+    data = load(tmp_path / "x.tar", taxonomy="labels")
+    assert data.multi_label and data.targets().tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
 def hugging_face_parquet(folder: Path) -> Path:
