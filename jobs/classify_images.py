@@ -131,7 +131,7 @@ def run_settings(config: ClassifyConfig) -> RunSettings:
 
 
 def refuse_strangers(state: Storage, table: Storage) -> None:
-    """A table without a ledger is not ours; said before anything is written beside it."""
+    """Refuse a table that has no ledger, before anything is written next to it."""
     if not state.list("ledger"):
         found = [entry.path for entry in table.list() if publish.is_visible(entry.path)]
         if found:
@@ -142,5 +142,5 @@ def refuse_strangers(state: Storage, table: Storage) -> None:
 
 
 def resolved(config: ClassifyConfig) -> Any:
-    """The config as it is kept beside the run, without what a URI may hold of credentials."""
+    """The config as run.json keeps it, without the credentials in its URIs."""
     return redacted(config.model_dump(mode="json", exclude={"debug", "config"}))

@@ -38,9 +38,6 @@ class ItemSet:
     def __len__(self) -> int:
         return int(np.bitwise_count(self._bits).sum())
 
-    def __contains__(self, item_id: int) -> bool:
-        return bool(self._unpacked(item_id, item_id + 1)[0])
-
     @property
     def full(self) -> bool:
         """Whether no item is missing."""

@@ -58,11 +58,6 @@ class Report:
 
     checks: tuple[Check, ...]
 
-    @property
-    def ok(self) -> bool:
-        """Whether all of them passed."""
-        return all(check.ok for check in self.checks)
-
 
 @dataclass(frozen=True)
 class Predictions:

