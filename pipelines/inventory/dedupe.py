@@ -1,189 +1,195 @@
 """Rows of a table that name the same URI -> one item each, with all its rows, in flat memory.
 
-Two passes over the table decide and gather. A first pass reduces every URI to 64 bits, on disk; equal
-ones make a *leader* (the first row) and its *followers*. A second pass spills the followers' rows to
-disk, cut by leader, so that a third, which writes the items, meets them in order. Equal hashes are only
-candidates: URIs are compared before rows are joined, so a collision costs a second fetch, never a row.
+The table is read three times. DuckDB hashes every URI and finds the rows whose hash occurs once: they need
+no grouping. The others are written to a local file, and DuckDB, which spills to disk, groups them by the
+whole URI, so a collision of hashes joins nothing. The third reading yields the items in the order of their
+first rows. DuckDB sees row numbers and URIs only; all other values stay Arrow and keep their exact types.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import mmap
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import numpy as np
-import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
 MAX_ROWS_PER_ITEM = 100_000
 """An image named by more rows is fetched again for each further hundred thousand: one item is written,
 moved and retried as a whole, so a placeholder picture on every page must not make it endless."""
 
-ROWS_PER_SPILL = 500_000
-"""Followers per spilled file; one such file is in memory at a time."""
+ROWS_AT_ONCE = 65_536
+"""Repeated rows that are gathered together; more only where a single item has more."""
 
-HASH_BUCKETS_LOG2 = 4
-"""Hashes are sorted in 2**4 slices by their upper bits, so that sorting takes a sixteenth of their size."""
+SETTINGS: dict[str, Any] = {"memory_limit": "96MB", "threads": 1, "preserve_insertion_order": False}
+"""DuckDB's. A second thread makes no query here faster. Whatever the settings, a join keeps no order, and the
+sizes of the batches that a result comes in depend on the threads: nothing here may follow from either."""
 
-LEADER = "leader"
-"""What the last column of spilled rows is called; a column of the caller's may be called the same."""
+REPEATED = "SELECT row FROM hashes WHERE hash IN (SELECT hash FROM hashes GROUP BY hash HAVING count(*) > 1)"
 
-Hasher = Callable[[pa.Array], np.ndarray]
+GROUPED = """
+WITH firsts AS (SELECT uri, min(row) AS first FROM repeated GROUP BY uri),
+parts AS (
+    SELECT position, row, first, (row_number() OVER (PARTITION BY first ORDER BY row) - 1) // $cap AS part
+    FROM repeated JOIN firsts USING (uri)
+)
+SELECT position, min(row) OVER (PARTITION BY first, part) AS leader FROM parts ORDER BY leader, row
+"""
 
+NO_GROUPS = np.empty((2, 0), np.int64)
 
-def hash_uris(uris: pa.Array) -> np.ndarray:
-    """uint64 per URI, the same within one process; equal text gives equal hashes whatever the string type."""
-    return pl.Series(pl.from_arrow(uris)).hash(seed=0).to_numpy()  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Followers:
-    """Rows that repeat an earlier one: `rows` ascending, and the `leaders` that they repeat."""
-
-    rows: np.ndarray
-    leaders: np.ndarray
-
-
-def find_followers(hashes: np.ndarray) -> Followers:
-    """Group equal hashes; in each group every `MAX_ROWS_PER_ITEM`-th row leads those after it."""
-    found = [_find_in_bucket(hashes, bucket, MAX_ROWS_PER_ITEM) for bucket in range(1 << HASH_BUCKETS_LOG2)]
-    rows = np.concatenate([rows for rows, _ in found])
-    leaders = np.concatenate([leaders for _, leaders in found])
-    order = np.argsort(rows)
-    return Followers(rows[order], leaders[order])
+Batches = Iterator[pa.RecordBatch]
+Items = tuple[pa.Table, np.ndarray]
+"""Rows, and the offsets of the items in them."""
 
 
-def _find_in_bucket(hashes: np.ndarray, bucket: int, cap: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.flatnonzero((hashes >> np.uint64(64 - HASH_BUCKETS_LOG2)) == bucket)
-    values = hashes[rows]
-    order = np.argsort(values, kind="stable")
-    rows, values = rows[order], values[order]
-    positions = np.arange(len(rows))
-    starts = np.ones(len(rows), bool)
-    starts[1:] = values[1:] != values[:-1]
-    group_start = np.maximum.accumulate(np.where(starts, positions, 0))
-    rank = positions - group_start
-    follows = rank % cap != 0
-    leader_position = group_start + rank // cap * cap
-    return rows[follows], rows[leader_position[follows]]
-
-
-class HashFile:
-    """One uint64 per table row, kept on disk: 8 bytes a row of page cache, not of memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "hashes").open("w+b")
-
-    def append(self, hashes: np.ndarray) -> None:
-        hashes.astype(np.uint64, copy=False).tofile(self._file)
-
-    def read(self) -> np.ndarray:
-        """All hashes so far, mapped, not loaded."""
-        self._file.flush()
-        if self._file.tell() == 0:
-            return np.empty(0, np.uint64)
-        return np.memmap(self._file, np.uint64, mode="r")
-
-
-class Spill:
-    """The followers' rows on disk, cut into segments of consecutive leaders."""
-
-    def __init__(self, followers: Followers, folder: Path) -> None:
-        self._followers = followers
-        self._folder = folder
-        self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
-        ordered = np.sort(followers.leaders)
-        self._bounds = np.unique(ordered[::ROWS_PER_SPILL])
-        self._segment = -1
-        self._loaded = pa.table({})
-
-    def gather(self, batches: Iterable[tuple[int, pa.RecordBatch]]) -> None:
-        """Keep the followers among all rows of the table; `batches` come with their first row's number."""
-        for start, batch in batches:
-            first, stop = np.searchsorted(self._followers.rows, [start, start + batch.num_rows])
-            if first < stop:
-                self._keep(
-                    batch, start, self._followers.rows[first:stop], self._followers.leaders[first:stop]
-                )
-        for writer in self._writers.values():
-            writer.close()
-
-    def _keep(self, batch: pa.RecordBatch, start: int, rows: np.ndarray, leaders: np.ndarray) -> None:
-        kept = batch.take(pa.array(rows - start)).append_column(LEADER, pa.array(leaders))
-        segments = self._segment_of(leaders)
-        for segment in np.unique(segments):
-            part = kept.filter(pa.array(segments == segment))
-            if segment not in self._writers:
-                self._writers[segment] = pa.ipc.new_stream(self._path(segment), part.schema)
-            self._writers[segment].write_batch(part)
-
-    def cuts(self, start: int, stop: int) -> list[int]:
-        """Where rows [start, stop) must be cut so that each piece needs one segment only."""
-        inside = self._bounds[(self._bounds > start) & (self._bounds < stop)]
-        return [start, *inside.tolist(), stop]
-
-    def followers_of(self, start: int, stop: int) -> pa.Table | None:
-        """Rows that repeat a leader in [start, stop), which comes last, by leader, then as in the table."""
-        segment = int(self._segment_of(np.array([start]))[0])
-        if segment not in self._writers:
-            return None
-        if self._segment != segment:
-            with pa.memory_map(str(self._path(segment))) as file:
-                spilled = pa.ipc.open_stream(file).read_all()
-            order = np.argsort(leaders_of(spilled), kind="stable")
-            self._segment, self._loaded = segment, spilled.take(pa.array(order))
-        first, end = np.searchsorted(leaders_of(self._loaded), [start, stop])
-        return self._loaded.slice(first, end - first) if first < end else None
-
-    def is_follower(self, start: int, stop: int) -> np.ndarray:
-        """bool per row of [start, stop)."""
-        mask = np.zeros(stop - start, bool)
-        first, end = np.searchsorted(self._followers.rows, [start, stop])
-        mask[self._followers.rows[first:end] - start] = True
-        return mask
-
-    def _segment_of(self, leaders: np.ndarray) -> np.ndarray:
-        return np.maximum(np.searchsorted(self._bounds, leaders, side="right") - 1, 0)
-
-    def _path(self, segment: int) -> Path:
-        return self._folder / f"followers-{segment}.arrow"
-
-
-def leaders_of(spilled: pa.Table) -> np.ndarray:
-    """The leader that each spilled row repeats: the last column, found by its place and not by its name."""
-    leaders: np.ndarray = spilled.column(spilled.num_columns - 1).to_numpy()
-    return leaders
-
-
-def group(start: int, batch: pa.RecordBatch, spill: Spill) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Rows of `batch` that lead, with all that follow them, as (rows, offsets of the items in them).
+def group_rows(
+    read: Callable[[], Batches], read_uris: Callable[[], Batches], folder: Path
+) -> Iterator[Items]:
+    """Every row of a table, in items of one URI each, in the order of the items' first rows.
 
     Args:
-        start: number of the batch's first row in the table.
-        batch: columns of the table, `uri` among them.
+        read: starts a reading of the table; its column `uri` has no nulls.
+        read_uris: starts a reading of that column alone.
+        folder: local, for what does not fit in memory.
     """
-    cuts = spill.cuts(start, start + batch.num_rows)
-    for first, stop in pairwise(cuts):
-        leads = ~spill.is_follower(first, stop)
-        leaders = pa.Table.from_batches([batch.slice(first - start, stop - first)])
-        if not leads.all():
-            leaders = leaders.filter(pa.array(leads))
-        followers = spill.followers_of(first, stop)
-        if followers is None:
-            yield leaders, np.arange(leaders.num_rows + 1)
-        else:
-            yield _join(leaders, np.flatnonzero(leads) + first, followers)
+    with duckdb.connect(config={**SETTINGS, "temp_directory": str(folder)}) as database:
+        repeated = _find_repeated(database, read_uris())
+        spool = _Spool(folder / "repeated.arrow", _split_off(database, read(), repeated))
+        groups = _Groups(database)
+        start = 0
+        for batch in read():
+            alone = start + np.flatnonzero(~repeated[start : start + batch.num_rows])
+            for positions, leaders in groups.led_before(start + batch.num_rows):
+                before, alone = np.split(alone, [np.searchsorted(alone, leaders[-1])])
+                order = np.argsort(positions)
+                rows = spool.take(positions[order])
+                yield _merge(batch, start, before, (rows, leaders[order]))
+            if len(alone):
+                rows = pa.Table.from_batches([batch.take(pa.array(alone - start))])
+                yield rows, np.arange(len(alone) + 1)
+            start += batch.num_rows
 
 
-def _join(leaders: pa.Table, numbers: np.ndarray, followers: pa.Table) -> tuple[pa.Table, np.ndarray]:
-    rows = pa.concat_tables([leaders, followers.remove_column(followers.num_columns - 1)])
-    keys = np.concatenate([numbers, leaders_of(followers)])
-    led_by = np.searchsorted(numbers, keys)
-    uris = rows["uri"].combine_chunks()
-    collided = pc.not_equal(uris, uris.take(pa.array(led_by))).to_numpy(zero_copy_only=False)
-    order = np.lexsort((np.arange(len(keys)), collided, keys))
-    keys, collided = keys[order], collided[order]
-    starts = np.ones(len(keys), bool)
-    starts[1:] = (keys[1:] != keys[:-1]) | collided[1:]
-    return rows.take(pa.array(order)), np.append(np.flatnonzero(starts), len(keys))
+def _find_repeated(database: duckdb.DuckDBPyConnection, uris: Batches) -> np.ndarray:
+    """bool per row: whether its URI's hash occurs again, as that of every repeated URI does."""
+    n_rows = 0
+    database.execute("CREATE TABLE hashes (row BIGINT, hash UBIGINT)")
+    for batch in uris:
+        rows = np.arange(n_rows, n_rows + batch.num_rows)
+        database.register("batch", pa.table({"row": rows, "uri": batch.column(0)}))
+        database.execute("INSERT INTO hashes SELECT row, hash(uri) FROM batch")
+        n_rows += batch.num_rows
+    repeated = np.zeros(n_rows, bool)
+    for found in database.sql(REPEATED).to_arrow_reader(ROWS_AT_ONCE):
+        repeated[found.column(0).to_numpy()] = True
+    database.execute("DROP TABLE hashes")
+    return repeated
+
+
+def _split_off(database: duckdb.DuckDBPyConnection, batches: Batches, repeated: np.ndarray) -> Batches:
+    """The repeated rows; their positions among themselves, numbers and URIs go into the table `repeated`."""
+    start = position = 0
+    database.execute("CREATE TABLE repeated (position BIGINT, row BIGINT, uri VARCHAR)")
+    for batch in batches:
+        rows = np.flatnonzero(repeated[start : start + batch.num_rows])
+        kept = batch.take(pa.array(rows))
+        positions = np.arange(position, position + len(rows))
+        named = pa.table({"position": positions, "row": start + rows, "uri": kept.column("uri")})
+        database.register("batch", named)
+        database.execute("INSERT INTO repeated FROM batch")
+        start += batch.num_rows
+        position += len(rows)
+        yield kept
+
+
+class _Spool:
+    """Rows in a local Arrow file; memory holds none of them."""
+
+    def __init__(self, path: Path, batches: Batches) -> None:
+        """Write all rows."""
+        writer = None
+        sizes = [0]
+        with path.open("wb") as file:
+            for batch in batches:
+                writer = writer or pa.ipc.new_stream(file, batch.schema)
+                writer.write_batch(batch)
+                sizes.append(batch.num_rows)
+            if writer:
+                writer.close()
+        self._starts = np.cumsum(sizes)
+        self._path = path
+
+    @cached_property
+    def _mapped(self) -> mmap.mmap:
+        with self._path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        return list(pa.ipc.open_stream(pa.py_buffer(self._mapped)))
+
+    def take(self, positions: np.ndarray) -> pa.Table:
+        """The rows at `positions`, which ascend. pyarrow would copy a whole column of text, so by batch."""
+        cuts = np.searchsorted(positions, self._starts)
+        pieces = [
+            batch.take(pa.array(positions[first:stop] - start))
+            for batch, start, (first, stop) in zip(self._batches, self._starts, pairwise(cuts), strict=False)
+            if first < stop
+        ]
+        self._mapped.madvise(mmap.MADV_DONTNEED)  # or the pages read would count as this process's memory
+        return pa.Table.from_batches(pieces)
+
+
+class _Groups:
+    """The repeated rows' positions and leaders in the order of the leaders, read once and forward."""
+
+    def __init__(self, database: duckdb.DuckDBPyConnection) -> None:
+        found = database.sql(GROUPED, params={"cap": MAX_ROWS_PER_ITEM}).to_arrow_reader(ROWS_AT_ONCE)
+        self._chunks = _whole_groups(found)
+        self._ahead = NO_GROUPS
+
+    def led_before(self, stop: int) -> Iterator[np.ndarray]:
+        """Whole groups whose leader is below row `stop`, some at a time, as int64 [2, rows]."""
+        while True:
+            if not self._ahead.size:
+                self._ahead = next(self._chunks, NO_GROUPS)
+            cut = int(np.searchsorted(self._ahead[1], stop))
+            if not cut:
+                return
+            found, self._ahead = self._ahead[:, :cut], self._ahead[:, cut:]
+            yield found
+
+
+def _whole_groups(found: Batches) -> Iterator[np.ndarray]:
+    """Positions and leaders in pieces of `ROWS_AT_ONCE` less the group cut there, or of one larger group."""
+    rest = NO_GROUPS
+    for batch in found:
+        pairs = np.stack([batch.column(0).to_numpy(), batch.column(1).to_numpy()])
+        rest = np.concatenate([rest, pairs], axis=1)
+        while rest.shape[1] > ROWS_AT_ONCE:
+            cut = int(np.searchsorted(rest[1], rest[1, ROWS_AT_ONCE]))
+            cut = cut or int(np.searchsorted(rest[1], rest[1, 0], side="right"))
+            if cut == rest.shape[1]:
+                break
+            yield rest[:, :cut]
+            rest = rest[:, cut:]
+    if rest.size:
+        yield rest
+
+
+def _merge(
+    batch: pa.RecordBatch, start: int, alone: np.ndarray, groups: tuple[pa.Table, np.ndarray]
+) -> Items:
+    """The rows `alone` of the batch, and groups (rows, leaders), in the order of the leading rows."""
+    repeated, leaders = groups
+    keys = np.concatenate([alone, leaders])
+    order = np.argsort(keys, kind="stable")
+    places = np.concatenate([alone - start, batch.num_rows + np.arange(len(leaders))])
+    both = pa.concat_tables([pa.Table.from_batches([batch]), repeated]).unify_dictionaries().combine_chunks()
+    return both.take(pa.array(places[order])), np.append(
+        np.flatnonzero(np.diff(keys[order], prepend=-1)), len(keys)
+    )

@@ -127,33 +127,27 @@ def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
         return _read_embedded(uris, schema, column, options)
     columns = choose_columns(schema, options)
 
-    def batches(names: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        start = 0
-        for batch in tables.batches(uris, schema, names):
-            yield start, batch
-            start += batch.num_rows
+    def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        return tables.batches(uris, schema, names)
 
     return columns.carried, _table_items(batches, columns, found.base, folder)
 
 
 def _table_items(
-    batches: Callable[[Sequence[str]], Iterator[tuple[int, pa.RecordBatch]]],
+    batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]],
     columns: Columns,
     base: str,
     folder: Path,
 ) -> Iterator[pa.Table]:
-    hashes = dedupe.HashFile(folder)
-    for _, batch in batches([columns.source["uri"]]):
-        hashes.append(dedupe.hash_uris(_known(batch.column(0).cast(pa.string()))))
-    followers = dedupe.find_followers(hashes.read())
-    spill = dedupe.Spill(followers, folder)
-    if len(followers.rows):
-        spill.gather(
-            (start, _with_known_uris(columns.pick(batch))) for start, batch in batches(columns.names)
-        )
-    for start, batch in batches(columns.names):
-        for rows, offsets in dedupe.group(start, _with_known_uris(columns.pick(batch)), spill):
-            yield _with_containers(to_items(rows, offsets, columns.carried), base)
+    def read() -> Iterator[pa.RecordBatch]:
+        return (_with_known_uris(columns.pick(batch)) for batch in batches(columns.names))
+
+    def read_uris() -> Iterator[pa.RecordBatch]:
+        keys = Columns({"uri": columns.source["uri"]}, pa.schema([]))
+        return (_with_known_uris(keys.pick(batch)) for batch in batches(keys.names))
+
+    for rows, offsets in dedupe.group_rows(read, read_uris, folder):
+        yield _with_containers(to_items(rows, offsets, columns.carried), base)
 
 
 def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:

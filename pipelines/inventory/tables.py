@@ -106,7 +106,7 @@ def _file_schema(uri: str) -> pa.Schema:
 def _file_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     kind = format_of(uri)
     if kind == "parquet":
-        file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20)
+        file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20, pre_buffer=False)
         present = [name for name in columns if name in file.schema_arrow.names]
         return file.iter_batches(BATCH_ROWS, columns=present)  # type: ignore[no-any-return]
     if kind == "csv":
@@ -229,7 +229,7 @@ def rows_beside(
         described: the columns wanted, where the file has them.
         path: the name for the original file names beside the images.
     """
-    file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20)
+    file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20, pre_buffer=False)
     names = [name for name in described.names if name in file.schema_arrow.names and name != column]
     named = path in described.names and path not in names and has_paths(file.schema_arrow, column)
     leaves = [f"{column}.path"] if named else []

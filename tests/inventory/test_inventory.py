@@ -449,7 +449,7 @@ def test_every_row_of_a_heavily_repeated_table_is_in_the_plan_once(
 ) -> None:
     """Spills, batches, row groups and files are all cut many times; nothing may fall between them."""
     monkeypatch.setattr(tables, "BATCH_ROWS", 700)
-    monkeypatch.setattr(dedupe, "ROWS_PER_SPILL", 900)
+    monkeypatch.setattr(dedupe, "ROWS_AT_ONCE", 900)
     monkeypatch.setattr(dedupe, "MAX_ROWS_PER_ITEM", 50)
     monkeypatch.setattr(frozen_plan, "ITEMS_PER_GROUP", 64)
     monkeypatch.setattr(frozen_plan, "ROWS_PER_GROUP", 300)
@@ -474,11 +474,29 @@ def test_every_row_of_a_heavily_repeated_table_is_in_the_plan_once(
 def test_colliding_hashes_never_join_rows_of_two_images(
     tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dedupe, "hash_uris", lambda uris: np.zeros(len(uris), np.uint64))
-    rows = [{"uri": f"u{n % 4}", "n": str(n)} for n in range(12)]
+    every_row = dedupe.REPEATED.replace("hash IN", "row >= 0 OR hash IN")
+    monkeypatch.setattr(dedupe, "REPEATED", every_row)
+    rows = [{"uri": f"u{n % 4}" if n % 3 else f"alone{n}", "n": str(n)} for n in range(12)]
     plan(str(write_csv(tmp_path / "inventory.csv", rows)), state)
     found = rows_of(state)
-    assert sorted((row["uri"], int(row["n"])) for row in found) == sorted((f"u{n % 4}", n) for n in range(12))
+    assert sorted((row["uri"], int(row["n"])) for row in found) == sorted(
+        (row["uri"], int(row["n"])) for row in rows
+    )
+
+
+def test_plan_does_not_depend_on_the_threads_that_group_it(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DuckDB gives the same rows in other batches when it has more threads."""
+    monkeypatch.setattr(dedupe, "ROWS_AT_ONCE", 20_000)
+    images = np.random.default_rng(7).integers(0, 100_000, 300_000)
+    uris = [f"https://e.example/{n}" for n in images]
+    pq.write_table(pa.table({"uri": uris, "n": np.arange(len(uris))}), tmp_path / "inventory.parquet")
+    hashes = set()
+    for threads in (1, 2, 8):
+        monkeypatch.setitem(dedupe.SETTINGS, "threads", threads)
+        hashes.add(plan(str(tmp_path / "inventory.parquet"), open_storage(f"{tmp_path}/{threads}")).hash)
+    assert len(hashes) == 1
 
 
 def test_any_range_of_the_plan_reads_the_same_wherever_it_starts(
