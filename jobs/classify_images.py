@@ -17,7 +17,7 @@ from jobs.certificate_gate import require_certificate
 from jobs.config import ClassifyConfig
 from jobs.engines import open_engine
 from jobs.errors import checking_input
-from jobs.progress import ProgressReport
+from jobs.progress import ClassifyProgress
 from jobs.settings import part_of
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.settings import RuntimeSpec
@@ -102,7 +102,7 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
             provider=config.provider,
             folders=folders,
         ) as engine:
-            progress = ProgressReport(run.ledger.done.n_items, len(run.ledger.done))
+            progress = ClassifyProgress(run.ledger.done.n_items, len(run.ledger.done))
             runs.classify_missing(run, engine, progress)
     runs.publish_table(run)
     print(report.one_line(run.ledger, run.plan, run.table))

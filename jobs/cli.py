@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start_logging() -> None:
     """Our own progress at INFO; of the libraries only what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
     for package in ("jobs", "export", "pipelines"):
         logging.getLogger(package).setLevel(logging.INFO)
 
@@ -126,7 +127,7 @@ def run(name: str, settings: "JobConfig") -> int:
     except Stopped as stop:
         raise JobFailed(f"stopped by {stop}; run the same command again") from None
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
-        raise JobFailed("stopped while Ray started; run the same command again") from None
+        raise JobFailed("stopped; run the same command again") from None
     return code
 
 

@@ -74,21 +74,23 @@ def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """A line per label. Text is printed as it is: no markup, no emoji; a long URI loses its front."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("image", "score", "id", "category", title=None, show_lines=False)
+    console = Console(highlight=False)
+    table = Table("image", "score", "id", "category")
     for row in rows:
+        image = Text(shorten_front(row["uri"], console.width // 3))
         if row["status"] != "ok":
-            table.add_row(
-                escape(row["uri"]), "", "", escape(f"{row['status']}: {row['error'] or ''}"), style="red"
-            )
+            table.add_row(image, "", "", Text(f"{row['status']}: {row['error'] or ''}"), style="red")
         for rank, label in enumerate(row["labels"]):
-            table.add_row(
-                escape(row["uri"]) if rank == 0 else "",
-                f"{label['score']:.3f}",
-                escape(label["id"]),
-                escape(label["path"]),
-            )
-    Console().print(table)
+            first = image if rank == 0 else ""
+            table.add_row(first, f"{label['score']:.3f}", Text(label["id"]), Text(label["path"]))
+    console.print(table)
+
+
+def shorten_front(text: str, width: int) -> str:
+    """The end of a text that is longer than `width` characters."""
+    return text if len(text) <= width else "…" + text[1 - width :]

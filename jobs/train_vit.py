@@ -9,37 +9,36 @@ some 15 minutes (BENCHMARKS.md has time and accuracy). Exit code 0 for a finishe
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jobs import cluster
 from jobs.config import RecipeConfig, TrainConfig
 from jobs.errors import checking_input
+from jobs.progress import TrainingProgress
 from jobs.settings import part_of
-from jobs.training_progress import TrainingProgress
-from pipelines.messages import JobFailed
+from pipelines.messages import JobFailed, Stopped, redact
 
 log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig) -> int:
     """Train, or say that it is done; upload the model where that is asked for, also of a finished run."""
-    from huggingface_hub.utils import validate_repo_id
+    from pipelines.training import fit, hub, runs
 
-    from pipelines.training import fit, runs
-
-    with checking_input():
+    with checking_input():  # settings first: they cost nothing
         if config.push_to_hub:
-            validate_repo_id(config.push_to_hub)
-        job = fit.plan_job(labelled(config), recipe_of(config), config.output, resources_of(config))
+            hub.check_name(config.push_to_hub)
+        recipe = recipe_of(config)
+        recipe.micro_batch(config.num_workers)
+        job = fit.plan_job(labelled(config), recipe, config.output, resources_of(config))
         done = runs.finished(config.output, job.recipe, job.data)
     if done is None:
         done = trained(config, job)
     else:
-        log.info("%s is a finished run already; it is not trained again", config.output)
+        log.info("%s is complete already: nothing is trained", config.output)
     if config.push_to_hub:
-        push_to_hub(config.output, config.push_to_hub)
-    tell(done.content)
+        hub.push(config.output, config.push_to_hub)
+    tell(done.content, config)
     return 0
 
 
@@ -48,14 +47,27 @@ def trained(config: TrainConfig, job: Any) -> Any:
     from pipelines.datasets.pixels import IngestError
     from pipelines.training import fit
 
-    with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
-        with checking_input():
-            job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
-        with TrainingProgress(job.recipe.metric_for_best_model) as progress:
-            try:
+    if epochs := epochs_done(config.output):
+        log.info("continuing: epochs 1 to %d are done", epochs)
+    try:
+        with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
+            with checking_input():
+                job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
+            with TrainingProgress(job.recipe.metric_for_best_model) as progress:
                 return fit.fit(job, config.cache, progress)
-            except (fit.TrainingFailed, IngestError) as error:
-                raise JobFailed(str(error)) from error
+    except (fit.TrainingFailed, IngestError) as error:
+        raise JobFailed(str(error)) from error
+    except (Stopped, SystemExit, KeyboardInterrupt):  # Ray turns a signal into SystemExit while it starts
+        epochs = epochs_done(config.output)
+        kept = f"epochs 1 to {epochs} are kept" if epochs else "no epoch was finished"
+        raise JobFailed(f"stopped; {kept}, and the same command continues") from None
+
+
+def epochs_done(output: str) -> int:
+    """Epochs that a run has finished."""
+    from pipelines.training import runs
+
+    return max((line["epoch"] for line in runs.history(output)), default=0)
 
 
 def resources_of(config: TrainConfig) -> Any:
@@ -63,36 +75,6 @@ def resources_of(config: TrainConfig) -> Any:
     from pipelines.training.resources import Resources
 
     return part_of(config, Resources, use_gpu=False)  # until the cluster is known
-
-
-def push_to_hub(output: str, repository: str) -> None:
-    """Upload best/ to the Hugging Face hub, with the token of its own environment.
-
-    Raises:
-        JobFailed: the hub refused, or could not be reached.
-    """
-    import tempfile
-
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    from pipelines.storage import storage, uris
-    from pipelines.training import runs
-
-    folder = storage.open_storage(uris.join(output, runs.BEST))
-    with tempfile.TemporaryDirectory() as local:
-        for entry in folder.list():
-            Path(local, entry.path).write_bytes(folder.read(entry.path))
-        hub = HfApi()
-        try:
-            hub.create_repo(repository, private=True, exist_ok=True)
-            hub.upload_folder(folder_path=local, repo_id=repository)
-        except (HTTPError, OSError) as error:
-            raise JobFailed(
-                f"the model is in {folder.uri}, but its upload to {repository} failed: "
-                f"{' '.join(str(error).split())}. See HF_TOKEN and the network; the same command uploads it "
-                "without training again"
-            ) from error
 
 
 def labelled(config: RecipeConfig) -> Any:
@@ -110,8 +92,8 @@ def recipe_of(config: RecipeConfig) -> Any:
     return part_of(config, Recipe)
 
 
-def tell(content: Any) -> None:
-    """The result in a few lines."""
+def tell(content: Any, config: TrainConfig) -> None:
+    """The result in a few lines, and what comes next."""
     from pipelines.training.model_card import HEADLINES
 
     split = "test" if content["test"] else "validation"
@@ -121,3 +103,8 @@ def tell(content: Any) -> None:
         "best epoch %s of %s, %.0f s in all; temperature %.2f",
         content["best"]["epoch"], content["recipe"]["epochs"], content["seconds"], content["temperature"],
     )  # fmt: skip
+    run = redact(config.output.rstrip("/"))
+    log.info("report: %s/report/report.html", run)
+    log.info(
+        "next: iab-vision export --checkpoint %s --images %s --output BUNDLE", run, redact(config.dataset)
+    )

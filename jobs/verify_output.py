@@ -53,10 +53,10 @@ def predictions_checks(uri: str) -> list[tuple[str, bool, str]]:
 
 def print_checks(checks: list[tuple[str, bool, str]]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("check", "", "what was found")
     for name, passed, detail in checks:
-        table.add_row(name, "[green]ok[/green]" if passed else "[red]FAILED[/red]", escape(detail))
+        table.add_row(name, "[green]ok[/green]" if passed else "[red]FAILED[/red]", Text(detail))
     Console().print(table)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from pipelines.messages import InputError
 from pipelines.specs import Fraction, validated
 
 SCRATCH = "scratch:"
@@ -228,10 +229,10 @@ class Recipe:
         """The recipe with every None and `auto` but the precision replaced by what will be used.
 
         Raises:
-            ValueError: a loss that the dataset's labels cannot have.
+            InputError: a loss that the dataset's labels cannot have.
         """
         if self.loss.multi_label == "asymmetric" and not multi_label:
-            raise ValueError(
+            raise InputError(
                 "loss.multi_label is asymmetric, and the dataset has one label for each image: leave it at "
                 "bce, or put the labels into a column `labels`"
             )
@@ -257,11 +258,11 @@ class Recipe:
         """Images of one forward pass on one worker.
 
         Raises:
-            ValueError: the batch cannot be cut evenly, which would weigh images unequally.
+            InputError: the batch cannot be cut evenly, which would weigh images unequally.
         """
         parts = workers * self.optimizer.gradient_accumulation_steps
         if self.batch_size % parts:
-            raise ValueError(
+            raise InputError(
                 f"batch_size is {self.batch_size}; it must be a multiple of {parts}"
                 f" ({workers} workers x {self.optimizer.gradient_accumulation_steps} micro-batches)"
             )

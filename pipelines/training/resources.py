@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipelines.machine import cores
+from pipelines.messages import InputError
 from pipelines.specs import validated
 
 
@@ -34,13 +35,13 @@ class Resources:
         """These with GPUs as asked for, or when unsaid if the running cluster has one for each worker.
 
         Raises:
-            ValueError: GPUs are asked for and there are too few.
+            InputError: GPUs are asked for and there are too few.
         """
         import ray
 
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if wanted and gpus < self.num_workers:
-            raise ValueError(
+            raise InputError(
                 f"{self.num_workers} workers want a GPU each and the cluster has {gpus}; "
                 "lower --num-workers or leave --use-gpu out"
             )

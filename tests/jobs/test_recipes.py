@@ -9,6 +9,7 @@ import pytest
 
 from jobs.config import TrainConfig
 from jobs.train_vit import recipe_of
+from pipelines.messages import InputError
 from pipelines.training.recipe import Recipe
 from pipelines.training.tracking import TrackerMissing, refuse_missing
 
@@ -68,7 +69,7 @@ def test_impossible_recipes_are_refused_by_name(keywords, words):
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_multiple():
-    with pytest.raises(ValueError, match="multiple of 3"):
+    with pytest.raises(InputError, match="multiple of 3"):
         Recipe(batch_size=64).micro_batch(3)
 
 

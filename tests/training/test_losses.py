@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from pipelines.datasets import dataset
 from pipelines.datasets.settings import DataSettings, ImageCache, Splits
+from pipelines.messages import InputError
 from pipelines.training import decoded, fit
 from pipelines.training.losses import build_criterion, class_weights, positive_weights
 from pipelines.training.recipe import ClassBalance, Loss, Recipe
@@ -145,7 +146,7 @@ def test_what_sampling_evened_out_is_not_corrected_again(tmp_path):
 
 
 def test_asymmetric_loss_of_one_label_for_each_image_is_refused():
-    with pytest.raises(ValueError, match="one label for each image"):
+    with pytest.raises(InputError, match="one label for each image"):
         Recipe(loss=Loss(multi_label="asymmetric")).resolved(multi_label=False)
 
 
