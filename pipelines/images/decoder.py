@@ -69,7 +69,7 @@ class DecoderProcess:
         batch = len(payloads)
         self._memory.grow(self._memory.payloads_start(batch))
         self._memory.slots(batch)["done"] = 0
-        for start, stop in by_bytes([len(payload) for payload in payloads]):
+        for start, stop in split_by_bytes([len(payload) for payload in payloads]):
             self._place(payloads, start, stop)
             self._decode(batch, start, stop)
         return self._results(batch)
@@ -127,11 +127,11 @@ class DecoderProcess:
         finally:  # an interrupt leaves a worker that still writes to the memory
             if code is None:
                 self._end()
-        return None if code == 0 else failure_of(code, self._limits)
+        return None if code == 0 else _explain_exit(code, self._limits)
 
     def _ask(self, request: bytes) -> int | None:
         """Send a request; 0 when it is done, else the worker's exit code, or None when nobody answers."""
-        stdin, stdout = pipes(self._supervisor)
+        stdin, stdout = _pipes(self._supervisor)
         with contextlib.suppress(BrokenPipeError):
             os.write(stdin, request)
             while answer := os.read(stdout, ANSWER.size):
@@ -156,7 +156,7 @@ class DecoderProcess:
             env=child_environment(),
             start_new_session=True,  # Ctrl-C is for the job, which ends its decoders itself
         )
-        if not os.read(pipes(process)[1], ANSWER.size):
+        if not os.read(_pipes(process)[1], ANSWER.size):
             code = process.wait()
             raise DecoderUnavailable(f"the decoder process ended with code {code} as it started; see stderr")
         return process
@@ -172,7 +172,7 @@ class DecoderProcess:
         self._supervisor.wait()
 
 
-def failure_of(code: int | None, limits: DecodeLimits) -> Prepared:
+def _explain_exit(code: int | None, limits: DecodeLimits) -> Prepared:
     """What an image gets whose worker ended with this exit code; None when the supervisor died too."""
     if code == -signal.SIGALRM:
         message = f"not decoded after {limits.timeout_s:g} s (timeout_s)"
@@ -189,14 +189,14 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"}
 
 
-def pipes(process: "subprocess.Popen[bytes]") -> tuple[int, int]:
+def _pipes(process: "subprocess.Popen[bytes]") -> tuple[int, int]:
     """File descriptors to write to a child and to read from it."""
     if process.stdin is None or process.stdout is None:
         raise DecoderUnavailable("the decoder process was started without pipes")
     return process.stdin.fileno(), process.stdout.fileno()
 
 
-def by_bytes(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+def split_by_bytes(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Cut a batch into ranges of at most PAYLOAD_BYTES_AT_ONCE, or of one payload."""
     start = total = 0
     for index, length in enumerate(lengths):

@@ -93,7 +93,7 @@ def main() -> None:
     settings: Any = json.loads(sys.argv[1], object_hook=lambda fields: SimpleNamespace(**fields))
     memory = SharedMemory(settings.fd, settings.spec)
     memory.remap(settings.size)
-    prepare.plugins()  # imported before the fork, so that every worker has them
+    prepare.register_plugins()  # imported before the fork, so that every worker has them
     with contextlib.suppress(BrokenPipeError):  # the caller is gone
         supervise(memory, settings.spec, settings.limits)
 

@@ -2,8 +2,8 @@
 
 The only code that turns bytes into pixels: training, evaluation, parity and classification all call
 `prepare`. It is pure (no I/O, no clock, no logging) and never raises for an image. It does not apply
-colour profiles: every picture is taken for sRGB. Nor does it protect the process from a decoder that
-crashes or hangs; `decoder.py` does.
+colour profiles: every image is treated as sRGB. A decoder that crashes or hangs takes the process along;
+`DecoderProcess` runs it in another one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IMAGE_SUFFIXES = frozenset({
 """Endings of image files, lower-case, also of formats that are not decoded: their rows say so."""
 
 REFUSED_PLUGINS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "BUFR", "GRIB"})
-"""EPS would run Ghostscript on other people's files; the others have no decoder of Pillow's own here."""
+"""EPS would run Ghostscript on untrusted files; for the others Pillow has no decoder of its own."""
 
 COMMON_PLUGINS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF")
 """Tried first: what publishers serve."""
@@ -50,7 +50,7 @@ TRANSPOSES = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what sets the picture upright (EXIF 2.32, tag 0x0112)."""
+"""EXIF orientation -> the transposition that turns the image upright (EXIF 2.32, tag 0x0112)."""
 
 ORIENTATION_TAG = 0x0112
 
@@ -86,7 +86,7 @@ MAGIC = (
 """First bytes -> format, for a file that no plugin would open."""
 
 WIDE_RANGES = {"I;16": (65535.0,), "I": (255.0, 32767.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
-"""What white may be in a grey picture of more than 8 bits, by Pillow's mode."""
+"""Candidate values of white in a grey image of more than 8 bits, by Pillow's mode."""
 
 HEIF_BRANDS = frozenset(
     {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"mif3", b"msf1"}
@@ -96,7 +96,7 @@ AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made of one image; `pixels_hwc` is there exactly when the status is `ok`."""
+    """The result of `prepare` for one image; `pixels_hwc` is set exactly when the status is `ok`."""
 
     status: Status
     error: str | None = None
@@ -106,7 +106,7 @@ class Prepared:
     format: str | None = None
 
 
-class Undecodable(ValueError):
+class _Undecodable(Exception):
     """An image that yields no pixels, with the status that its row gets."""
 
     def __init__(self, status: Status, message: str) -> None:
@@ -128,19 +128,19 @@ def prepare(payload: bytes, spec: ImageSpec, limits: DecodeLimits | None = None)
     width_px = height_px = None
     name = None
     try:
-        with opened(payload) as image:
-            width_px, height_px = encoded_size(image)
-            name = format_name(image)
-            check_size(width_px, height_px, limits)
-            return Prepared(Status.OK, None, pixels(image, payload, spec), width_px, height_px, name)
-    except Undecodable as error:
+        with _open(payload) as image:
+            width_px, height_px = _read_encoded_size(image)
+            name = _name_format(image)
+            _check_size(width_px, height_px, limits)
+            return Prepared(Status.OK, None, _make_pixels(image, payload, spec), width_px, height_px, name)
+    except _Undecodable as error:
         status, message = error.status, error.message
     except Image.DecompressionBombError as error:
-        status, message = Status.TOO_MANY_PIXELS, one_line(error)
+        status, message = Status.TOO_MANY_PIXELS, _one_line(error)
     # Pillow's plugins raise TypeError, ValueError, RuntimeError, SyntaxError, KeyError, struct.error,
-    # zlib.error and MemoryError on broken files, besides OSError: whatever it was, it is this image's.
+    # zlib.error, MemoryError and OSError on broken files: whatever it is, the image caused it.
     except Exception as error:
-        status, message = status_of(error, payload), one_line(error)
+        status, message = _find_status(error, payload), _one_line(error)
     return Prepared(status, message, None, width_px, height_px, name or sniff(payload))
 
 
@@ -150,7 +150,7 @@ def is_image_name(path: str) -> bool:
 
 
 def sniff(payload: bytes) -> str | None:
-    """Name the image format that the first bytes announce, lower-case; None when they announce none."""
+    """Name the image format by the first bytes, lower-case; None for no known format."""
     head = bytes(payload[:1024])
     for magic, name in MAGIC:
         if head.startswith(magic):
@@ -158,13 +158,13 @@ def sniff(payload: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     if head[4:8] == b"ftyp":
-        return sniff_brands(head)
+        return _sniff_brands(head)
     if head[:1] == b"P" and head[1:2] in b"1234567" and head[2:3].isspace():
         return "ppm"
-    return "svg" if is_svg(head) else None
+    return "svg" if _is_svg(head) else None
 
 
-def sniff_brands(head: bytes) -> str | None:
+def _sniff_brands(head: bytes) -> str | None:
     """Tell AVIF from HEIF by the brands of an ISO media file; None for video."""
     end = min(int.from_bytes(head[:4], "big"), len(head))
     brands = {head[start : start + 4] for start in range(8, end, 4) if start != 12}
@@ -173,7 +173,7 @@ def sniff_brands(head: bytes) -> str | None:
     return "heif" if brands & HEIF_BRANDS else None
 
 
-def is_svg(head: bytes) -> bool:
+def _is_svg(head: bytes) -> bool:
     """Whether this is an SVG document rather than HTML that holds one."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return text.startswith(b"<svg") or (
@@ -182,7 +182,7 @@ def is_svg(head: bytes) -> bool:
 
 
 @cache
-def plugins() -> tuple[str, ...]:
+def register_plugins() -> tuple[str, ...]:
     """Pillow's decoders that may see a payload, common ones first; HEIF among them when it is installed."""
     Image.init()
     try:
@@ -196,38 +196,38 @@ def plugins() -> tuple[str, ...]:
 
 
 @contextmanager
-def opened(payload: bytes) -> Iterator[Image.Image]:
+def _open(payload: bytes) -> Iterator[Image.Image]:
     """Open the image without decoding it, and release its buffers afterwards."""
     if not payload:
-        raise Undecodable(Status.EMPTY, "zero bytes")
+        raise _Undecodable(Status.EMPTY, "zero bytes")
     try:
-        image = Image.open(io.BytesIO(payload), formats=plugins())
+        image = Image.open(io.BytesIO(payload), formats=register_plugins())
     except UnidentifiedImageError:
-        raise unidentified(payload) from None
+        raise _explain_unidentified(payload) from None
     try:
         yield image
     finally:
         image.close()
 
 
-def unidentified(payload: bytes) -> Undecodable:
-    """Say what a payload is that no plugin would open."""
+def _explain_unidentified(payload: bytes) -> _Undecodable:
+    """Describe a payload that no plugin opens."""
     name = sniff(payload)
     if name is None:
-        return Undecodable(Status.NOT_AN_IMAGE, f"no image format starts with {bytes(payload[:16])!r}")
-    if name.upper() in plugins():
-        return Undecodable(Status.DECODE_FAILED, f"the header of this {name} file cannot be read")
+        return _Undecodable(Status.NOT_AN_IMAGE, f"no image format starts with {bytes(payload[:16])!r}")
+    if name.upper() in register_plugins():
+        return _Undecodable(Status.DECODE_FAILED, f"the header of this {name} file cannot be read")
     remedy = "; pip install 'iab-vision[heif]' adds it" if name == "heif" else ""
-    return Undecodable(Status.UNSUPPORTED_FORMAT, f"{name} files are not decoded here{remedy}")
+    return _Undecodable(Status.UNSUPPORTED_FORMAT, f"{name} files are not decoded here{remedy}")
 
 
-def format_name(image: Image.Image) -> str | None:
-    """The format, lower-case; MPO is a JPEG with further pictures behind the first."""
+def _name_format(image: Image.Image) -> str | None:
+    """The format, lower-case; MPO is a JPEG followed by further images."""
     name = (image.format or "").lower()
     return "jpeg" if name == "mpo" else name or None
 
 
-def encoded_size(image: Image.Image) -> tuple[int, int]:
+def _read_encoded_size(image: Image.Image) -> tuple[int, int]:
     """Width and height as encoded; for TIFF Pillow reports them after rotation, the tags before."""
     tags = getattr(image, "tag_v2", None)
     width, height = image.size
@@ -236,62 +236,63 @@ def encoded_size(image: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def check_size(width: int, height: int, limits: DecodeLimits) -> None:
+def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
     """Refuse by the header, before any pixel is decoded."""
     if width < 1 or height < 1:
-        raise Undecodable(Status.DECODE_FAILED, f"the header says {width} x {height} pixels")
+        raise _Undecodable(Status.DECODE_FAILED, f"the header says {width} x {height} pixels")
     if max(width, height) > limits.max_side:
         message = f"{width} x {height} pixels; the longest side allowed is {limits.max_side} (max_side)"
-        raise Undecodable(Status.TOO_MANY_PIXELS, message)
+        raise _Undecodable(Status.TOO_MANY_PIXELS, message)
     if width * height > limits.max_pixels:
-        raise Undecodable(
+        raise _Undecodable(
             Status.TOO_MANY_PIXELS,
             f"{width} x {height} pixels; the limit is {limits.max_pixels} (max_pixels)",
         )
 
 
-def status_of(error: Exception, payload: bytes) -> Status:
+def _find_status(error: Exception, payload: bytes) -> Status:
     """Tell a file that ends too early from one that is broken otherwise."""
     text = str(error).lower()
     if isinstance(error, EOFError) or any(
         word in text for word in ("truncated", "end of file", "not enough")
     ):
         return Status.TRUNCATED
-    # libwebp only says that it failed; the container's own length says why
+    # libwebp reports no reason; the length in the container does
     riff = payload[:4] == b"RIFF" and payload[8:12] == b"WEBP"
     if riff and int.from_bytes(payload[4:8], "little") + 8 > len(payload):
         return Status.TRUNCATED
     return Status.DECODE_FAILED
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An exception as one line for a person."""
     text = " ".join(str(error).split()).encode(errors="replace").decode()
     return f"{type(error).__name__}: {text}"[:300].removesuffix(": ")
 
 
-def pixels(image: Image.Image, payload: bytes, spec: ImageSpec) -> Pixels:
-    """Decode, set upright, resize: uint8 [height, width, 3]."""
+def _make_pixels(image: Image.Image, payload: bytes, spec: ImageSpec) -> Pixels:
+    """Decode, turn upright, resize: uint8 [height, width, 3]."""
     if image.format in ("JPEG", "MPO"):
-        orientation = orientation_of(image)
-        image = decoded_jpeg(image, payload, draft_size(image.size, target_size(spec, orientation), spec))
-    else:  # Pillow turns TIFF as it loads, and PNG may keep EXIF behind the pixels: ask afterwards
+        orientation = _read_orientation(image)
+        smallest = _find_draft_size(image.size, _find_target_size(spec, orientation), spec)
+        image = _decode_jpeg(image, payload, smallest)
+    else:  # Pillow rotates TIFF as it loads, and PNG may hold EXIF after the pixels: read it afterwards
         image.load()
-        orientation = orientation_of(image)
-    resized = fitted(to_8_bit(image), target_size(spec, orientation), spec)
+        orientation = _read_orientation(image)
+    resized = _resize(_convert_to_8_bit(image), _find_target_size(spec, orientation), spec)
     if orientation in TRANSPOSES:
         resized = resized.transpose(TRANSPOSES[orientation])
     return np.array(resized if resized.mode == "RGB" else resized.convert("RGB"), dtype=np.uint8)
 
 
-def decoded_jpeg(image: Image.Image, payload: bytes, smallest: tuple[int, int]) -> Image.Image:
+def _decode_jpeg(image: Image.Image, payload: bytes, smallest: tuple[int, int]) -> Image.Image:
     """Decode at the least of 1/1, 1/2, 1/4, 1/8 of its size not below `smallest`, in the DCT domain."""
     full = image.size
     image.draft(None, smallest)
     try:
         image.load()
     except OSError as error:
-        # libjpeg-turbo decodes lossless JPEG but does not scale it, and says no more than this
+        # libjpeg-turbo decodes lossless JPEG but cannot scale it, and reports only this
         if image.size == full or "broken data stream" not in str(error):
             raise
         image = Image.open(io.BytesIO(payload), formats=["JPEG"])
@@ -299,23 +300,23 @@ def decoded_jpeg(image: Image.Image, payload: bytes, smallest: tuple[int, int]) 
     return image
 
 
-def orientation_of(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     """EXIF (or XMP) orientation, 1 to 8; 1 when there is none or it is damaged."""
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
     # Damaged EXIF raises whatever its parser met (struct.error, ValueError, SyntaxError, TypeError …);
-    # the picture beside it is whole.
+    # the image itself is whole.
     except Exception:
         return 1
     return int(value) if value in TRANSPOSES else 1
 
 
-def target_size(spec: ImageSpec, orientation: int) -> tuple[int, int]:
-    """(width, height) to resize to before the picture is set upright."""
+def _find_target_size(spec: ImageSpec, orientation: int) -> tuple[int, int]:
+    """(width, height) to resize to before the image is turned upright."""
     return (spec.height, spec.width) if orientation >= 5 else (spec.width, spec.height)
 
 
-def draft_size(size: tuple[int, int], target: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+def _find_draft_size(size: tuple[int, int], target: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """The size below which a JPEG must not be scaled by its decoder."""
     if spec.fit == "stretch":
         return target
@@ -323,10 +324,10 @@ def draft_size(size: tuple[int, int], target: tuple[int, int], spec: ImageSpec) 
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
 
-def fitted(image: Image.Image, target: tuple[int, int], spec: ImageSpec) -> Image.Image:
-    """Resize (antialiased) what is kept of the picture to the target."""
+def _resize(image: Image.Image, target: tuple[int, int], spec: ImageSpec) -> Image.Image:
+    """Resize the kept box of the image to the target, antialiased."""
     resample = Resampling.BICUBIC if spec.resample == "bicubic" else Resampling.BILINEAR
-    left, top, right, bottom = kept_box(image.size, target, spec)
+    left, top, right, bottom = _find_kept_box(image.size, target, spec)
     # Pillow resizes rows before columns: a strip of 1 x 60 million pixels would be widened in full length.
     if target[0] > right - left and target[1] < bottom - top:
         image = image.resize((image.width, target[1]), resample, box=(0, top, image.width, bottom))
@@ -334,13 +335,13 @@ def fitted(image: Image.Image, target: tuple[int, int], spec: ImageSpec) -> Imag
     return image.resize(target, resample, box=(left, top, right, bottom))
 
 
-def kept_box(
+def _find_kept_box(
     size: tuple[int, int], target: tuple[int, int], spec: ImageSpec
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what the model sees: everything, or the centre in the target's shape.
+    """(left, top, right, bottom) of what the model sees: all of it, or the centre in the target's shape.
 
     Going from this box to the target in one step equals resizing the shorter side and cutting the centre,
-    without the giant picture in between that a banner of 10,000 x 1 would need.
+    without the huge intermediate image that a banner of 10,000 x 1 would need.
     """
     width, height = size
     if spec.fit == "stretch":
@@ -350,29 +351,29 @@ def kept_box(
     return left, top, width - left, height - top
 
 
-def to_8_bit(image: Image.Image) -> Image.Image:
+def _convert_to_8_bit(image: Image.Image) -> Image.Image:
     """Any mode as RGB, or as L where it is grey: what can be resized without changing its meaning."""
     if image.mode.startswith(("I", "F")):
-        return from_wide(image)
+        return _scale_to_8_bit(image)
     if image.has_transparency_data:
-        return over_white(image)
+        return _composite_over_white(image)
     if image.mode in ("RGB", "L"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
-def over_white(image: Image.Image) -> Image.Image:
-    """Composite a picture with transparency over white."""
+def _composite_over_white(image: Image.Image) -> Image.Image:
+    """Composite an image with transparency over white."""
     rgba = image.convert("RGBA")
     white = Image.new("RGB", rgba.size, (255, 255, 255))
     white.paste(rgba, mask=rgba)
     return white
 
 
-def from_wide(image: Image.Image) -> Image.Image:
+def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     """Scale grey of 16 bits, 32 bits or floats to 8.
 
-    16-bit files use their whole range. Signed, 32-bit and float files do not say theirs: it is the smallest
+    16-bit files use their whole range. Signed, 32-bit and float files do not state theirs: it is the smallest
     of WIDE_RANGES, or their own maximum, that holds every value, from their minimum if that is negative.
     """
     if image.mode.startswith("I;16"):

@@ -32,26 +32,26 @@ class LocalStorage:
     def put(self, path: str, payload: bytes) -> None:
         with self._temporary(path) as temporary:
             if payload:
-                write_synced(temporary, payload)
+                _write_synced(temporary, payload)
                 temporary.replace(self.root / path)
-            else:  # a marker is whole as soon as it exists, and needs no other name beside it
-                write_synced(self.root / path, payload)
-        sync_folder((self.root / path).parent)
+            else:  # an empty marker cannot be half written, so it needs no temporary name
+                _write_synced(self.root / path, payload)
+        _sync_folder((self.root / path).parent)
 
     def put_file(self, path: str, local_file: Path) -> None:
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            sync_file(local_file)
+            _sync_file(local_file)
             local_file.replace(target)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             with self._temporary(path) as temporary:
                 shutil.copyfile(local_file, temporary)
-                sync_file(temporary)
+                _sync_file(temporary)
                 temporary.replace(target)
-        sync_folder(target.parent)
+        _sync_folder(target.parent)
 
     def version(self, path: str) -> None:
         return None
@@ -62,7 +62,7 @@ class LocalStorage:
     def create(self, path: str, payload: bytes) -> None:
         target = self.root / path
         with self._temporary(path) as temporary:
-            write_synced(temporary, payload)
+            _write_synced(temporary, payload)
             try:
                 # A hard link is the one local call that is both all-or-nothing and create-if-absent.
                 target.hardlink_to(temporary)
@@ -75,7 +75,7 @@ class LocalStorage:
                     "so two drivers could not be told apart; choose another disk or an object store, "
                     f"or name the folder local://{self.root} and never start two drivers on it"
                 ) from error
-        sync_folder(target.parent)
+        _sync_folder(target.parent)
 
     def exists(self, path: str) -> bool:
         return (self.root / path).is_file()
@@ -98,7 +98,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[Path]:
-        """A name beside the target that no listing shows; what is left under it afterwards is removed."""
+        """A temporary file in the target's folder, which no listing shows; removed afterwards."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(temporary_name(str(target)))
@@ -108,10 +108,10 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
-        for parent, _, names in os.walk(folder, onerror=raise_unless_gone):
+        for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
             for name in names:
                 path = Path(parent, name)
-                with contextlib.suppress(FileNotFoundError):  # removed while we list
+                with contextlib.suppress(FileNotFoundError):  # removed during the listing
                     if not is_temporary(name):
                         yield self._entry(path, path.stat())
 
@@ -120,28 +120,28 @@ class LocalStorage:
         return Entry(path.relative_to(self.root).as_posix(), status.st_size, None, modified)
 
 
-def raise_unless_gone(error: OSError) -> None:
-    """A folder that cannot be read would be missing in silence; one that was removed meanwhile may be."""
+def _raise_unless_gone(error: OSError) -> None:
+    """Raise for a folder that cannot be read, instead of leaving it out; not for one just removed."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
-def write_synced(path: Path, payload: bytes) -> None:
-    """Write and force to disk: a rename may otherwise survive a power cut that its bytes do not."""
+def _write_synced(path: Path, payload: bytes) -> None:
+    """Write and fsync: otherwise a rename may survive a power cut while the bytes do not."""
     with path.open("wb") as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
 
 
-def sync_file(path: Path) -> None:
-    """Force a closed file's bytes to the disk."""
+def _sync_file(path: Path) -> None:
+    """fsync a closed file."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Force a folder's names to the disk."""
+def _sync_folder(path: Path) -> None:
+    """fsync a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

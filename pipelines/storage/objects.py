@@ -1,7 +1,7 @@
 """A prefix of a bucket in S3, Google Cloud Storage or Azure as a storage, through obstore.
 
-Its conditional put is what fences two drivers, in the ledger (If-None-Match) and in the table (If-Match). An
-outage of the server is waited out; obstore's errors, which print their internals over 30 lines, become one
+Its conditional put fences two drivers, in the ledger (If-None-Match) and in the table (If-Match). Requests
+are repeated during an outage of the server; obstore's errors, 30 lines of internals each, become one
 sentence.
 """
 
@@ -28,13 +28,13 @@ PATIENCE_S = 120.0
 """How long a request is repeated while the server answers 5xx or nothing, seconds."""
 
 REQUEST_S = 60
-"""Longest time of one request, seconds; one that carries a large file gets more."""
+"""Time limit of one request, seconds; an upload of a large file gets more."""
 
 SLOWEST_BYTES_PER_S = 250_000
-"""An upload may take as long as this rate asks for."""
+"""Rate below which an upload times out."""
 
 SINGLE_PUT_BYTES = 2 << 30
-"""Largest file put on a condition: that takes one request, from memory. obstore sets none on parts."""
+"""Largest file that is put conditionally: in one request, from memory. obstore cannot in parts."""
 
 OBJECT_SCHEMES = {
     "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs",
@@ -89,7 +89,7 @@ class ObjectStorage:
                 self._put_if(store, path, local_file, mode)
                 return
         if self.size(path) != size or self.read(path) != local_file.read_bytes():
-            raise AlreadyExists(f"{join(self.uri, path)} holds what another has put there")
+            raise AlreadyExists(f"{join(self.uri, path)} was written by another process")
 
     def create(self, path: str, payload: bytes) -> None:
         try:
@@ -109,15 +109,15 @@ class ObjectStorage:
                     store.put(path, content, mode=mode, use_multipart=False)
                 return
             except (AlreadyExistsError, PreconditionError):
-                raise AlreadyExists(f"{join(self.uri, path)} holds what another has put there") from None
+                raise AlreadyExists(f"{join(self.uri, path)} was written by another process") from None
             except GenericError as error:
-                # Racing losers get a 500 from some servers, and an answer can get lost: only reading tells.
+                # Some servers answer a lost race with 500, and an answer can get lost: read to find out.
                 if time.monotonic() > deadline:
                     raise StorageError(self._message(path, error)) from error
                 time.sleep(0.2)
 
     def _store_for(self, n_bytes: int) -> Any:
-        """A client whose single requests may take as long as so many bytes do."""
+        """A client whose requests may take as long as an upload of so many bytes."""
         longer_s = n_bytes / SLOWEST_BYTES_PER_S - REQUEST_S
         if longer_s <= 0:
             return self.store
@@ -155,7 +155,7 @@ class ObjectStorage:
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), folder
 
     def _filesystem_and_folder(self) -> tuple[Any, str]:
-        """This folder as fsspec has it."""
+        """This folder's fsspec filesystem and its path there."""
         from obstore.fsspec import FsspecStore
 
         protocol: Any = OBJECT_SCHEMES[scheme_of(self.uri)]
@@ -218,7 +218,7 @@ def _bucket_and_prefix(uri: str) -> tuple[str, str]:
 
 
 def store_settings(uri: str, patience_s: float, request_s: float = REQUEST_S) -> dict[str, Any]:
-    """Time-outs, retries that wait out an outage of up to `patience_s`, and the source of credentials."""
+    """Time-outs, retries for up to `patience_s`, and the source of credentials."""
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
     retry = {"max_retries": 1000, "retry_timeout": timedelta(seconds=patience_s), "backoff": backoff}
     client: dict[str, Any] = {
@@ -229,12 +229,12 @@ def store_settings(uri: str, patience_s: float, request_s: float = REQUEST_S) ->
     if OBJECT_SCHEMES[scheme_of(uri)] == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
         client["allow_http"] = endpoint.startswith("http://")
-        settings |= shared_aws_settings()
+        settings |= _read_aws_profile()
     return settings
 
 
-def shared_aws_settings() -> dict[str, Any]:
-    """obstore reads the environment, web identity, ECS and EC2, but no profiles of ~/.aws: botocore does."""
+def _read_aws_profile() -> dict[str, Any]:
+    """botocore's settings from ~/.aws: obstore itself reads the environment, web identity, ECS and EC2."""
     named = any(name in os.environ for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE"))
     if "AWS_ACCESS_KEY_ID" in os.environ or not (named or (Path.home() / ".aws").is_dir()):
         return {}
@@ -243,11 +243,11 @@ def shared_aws_settings() -> dict[str, Any]:
     session = Session()
     credentials, region = session.get_credentials(), session.get_config_variable("region")
     found = {"region": region} if region else {}
-    return found | ({"credential_provider": partial(current, credentials)} if credentials else {})
+    return found | ({"credential_provider": partial(_renew, credentials)} if credentials else {})
 
 
-def current(credentials: Any) -> dict[str, Any]:
-    """botocore's credentials, renewed by it if need be, as obstore takes them for the next minutes."""
+def _renew(credentials: Any) -> dict[str, Any]:
+    """botocore's credentials, renewed if they expired, in obstore's form, valid for five minutes."""
     frozen = credentials.get_frozen_credentials()
     keys = {"access_key_id": frozen.access_key, "secret_access_key": frozen.secret_key}
     token = {"token": frozen.token} if frozen.token else {}

@@ -70,8 +70,8 @@ class FsspecStorage:
 
     def list(self, prefix: str = "") -> list[Entry]:
         filesystem, folder = self.opened
-        found = walk(filesystem, f"{folder}/{prefix}".rstrip("/"))
-        entries = [fsspec_entry(info, folder) for info in found if not is_temporary(info["name"])]
+        found = _walk(filesystem, f"{folder}/{prefix}".rstrip("/"))
+        entries = [_make_entry(info, folder) for info in found if not is_temporary(info["name"])]
         return sorted(entries, key=lambda entry: entry.path)
 
     def delete(self, *paths: str) -> None:
@@ -91,7 +91,7 @@ class FsspecStorage:
 
     @contextlib.contextmanager
     def _replacing(self, path: str) -> Iterator[tuple[Any, str]]:
-        """Write under a temporary name, then move: the one order that no fsspec filesystem tears."""
+        """Write under a temporary name, then move: so that no filesystem shows half a file."""
         filesystem, folder = self.opened
         target = f"{folder}/{path}"
         temporary = temporary_name(target)
@@ -100,22 +100,22 @@ class FsspecStorage:
         filesystem.mv(temporary, target)
 
 
-def walk(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Every file below a folder. Not fsspec's `find`: it passes over folders that cannot be read."""
+def _walk(filesystem: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """Every file below a folder. Not fsspec's `find`: it skips folders that cannot be read."""
     try:
         found = filesystem.ls(folder, detail=True)
-    except FileNotFoundError:  # there is none, or it was removed while we list
+    except FileNotFoundError:  # there is none, or it was removed during the listing
         return
     for info in found:
         name = info["name"].rstrip("/")
         if info["type"] != "directory":
             yield info
         elif name != folder:
-            yield from walk(filesystem, name)
+            yield from _walk(filesystem, name)
 
 
-def fsspec_entry(info: dict[str, Any], folder: str) -> Entry:
-    """fsspec's listing row as ours; filesystems name the time and the tag differently."""
+def _make_entry(info: dict[str, Any], folder: str) -> Entry:
+    """An fsspec listing row as an Entry; filesystems name the time and the ETag differently."""
     times = ("last_modified", "LastModified", "mtime", "created")
     modified = next((info[key] for key in times if key in info), None)
     if isinstance(modified, int | float):

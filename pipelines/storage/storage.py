@@ -1,9 +1,8 @@
 """A folder named by a URI -> read, atomic put, create-if-absent, list, delete: the same on any storage.
 
 Three back ends: the local filesystem; S3, Google Cloud Storage and Azure through obstore, which has the
-conditional put that the ledger's fence rests on; any other scheme through fsspec, where create-if-absent
-is only a check (`fenced` is False). Credentials come from the environment's usual chains and from nowhere
-else. It knows nothing of tables, plans or ledgers, and fetches no images: that is `fetch.py`.
+conditional put that the ledger's fence needs; any other scheme through fsspec, where create-if-absent
+is only a check (`fenced` is False). Credentials come from the environment's usual chains only.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ class Storage(Protocol):
 
     @property
     def fenced(self) -> bool:
-        """Whether `create` holds against a second process; False where it is only a check."""
+        """Whether `create` is atomic across processes; False where it is only a check."""
 
     def read(self, path: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
@@ -46,23 +45,23 @@ class Storage(Protocol):
         """Write or replace the file: a reader sees all of the old bytes or all of the new."""
 
     def put_file(self, path: str, local_file: Path) -> None:
-        """`put` from a local file of any size, which is used up where a rename will do."""
+        """`put` from a local file of any size, which is moved where a rename is possible."""
 
     def version(self, path: str) -> Version | None:
-        """What is there now, for `put_file_over`; None if nothing is, or where that has no condition."""
+        """The file's current version, for `put_file_over`; None if it is missing or cannot be compared."""
 
     def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
-        """`put_file` in place of what `version` saw. Raises AlreadyExists if there are other bytes since.
+        """`put_file` if the file is still as `seen`. Raises AlreadyExists if it holds other bytes.
 
         In one step on object stores, up to `SINGLE_PUT_BYTES`. Elsewhere it is `put_file`:
-        who must not come too late is stopped there by having its `local_file` removed.
+        there a late writer is stopped by removing its `local_file`.
         """
 
     def create(self, path: str, payload: bytes) -> None:
-        """`put` for a path that does not exist. Raises AlreadyExists when it holds other bytes.
+        """`put` a file that does not exist. Raises AlreadyExists if it does, with other bytes.
 
-        Finding exactly these bytes is success: a client repeats a request whose answer got lost and
-        then meets its own object. Whoever must tell rivals apart puts a nonce into the payload.
+        Finding exactly these bytes counts as success: a client repeats a request whose answer got lost and
+        then finds its own object. A payload with a nonce tells two writers apart.
         """
 
     def exists(self, path: str) -> bool:

@@ -11,11 +11,11 @@ TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
 
 
 class AlreadyExists(FileExistsError):
-    """The path holds other bytes than those that were to be created there."""
+    """The path already holds other bytes."""
 
 
 class StorageError(OSError):
-    """The storage refused or could not be reached; says which URI and what to look at."""
+    """The storage refused or could not be reached; the message names the URI and what to check."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Version:
-    """What tells one state of an object from those before and after it, as its store names them."""
+    """Identifies one state of an object, in the store's terms."""
 
     e_tag: str | None
     version: str | None
@@ -65,11 +65,11 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def temporary_name(path: str) -> str:
-    """A fresh name beside `path` to write under before a rename; no listing shows it."""
+    """A unique name in the folder of `path` to write to before a rename; no listing shows it."""
     folder, separator, name = path.rpartition("/")
     return f"{folder}{separator}.{name}.{uuid.uuid4().hex}.tmp"
 
 
 def is_temporary(path: str) -> bool:
-    """Whether the path is such a name, perhaps left by a process that died while writing."""
+    """Whether the path is a temporary name, perhaps left by a process that died while writing."""
     return TEMPORARY.match(path.rpartition("/")[2]) is not None

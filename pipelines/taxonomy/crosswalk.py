@@ -19,7 +19,7 @@ OLDEST, BRIDGE = "1.0", "2.0"
 
 @dataclass(frozen=True)
 class Mapping:
-    """What an id became: `ids` is empty when nothing fits, `lossy` is set when meaning was lost."""
+    """What an id maps to: `ids` is empty when nothing fits, `lossy` is set when meaning was lost."""
 
     ids: tuple[str, ...]
     lossy: bool
@@ -49,7 +49,7 @@ def convert(node_id: str, source: Taxonomy, target: Taxonomy) -> Mapping:
 
 
 def _chain(first: Mapping, bridge: Taxonomy, target: Taxonomy) -> Mapping:
-    """Take a mapping on into the target version."""
+    """Map the ids of a mapping into the target version."""
     return _join(first, [convert(one, bridge, target) for one in first.ids])
 
 
@@ -78,7 +78,7 @@ def _letters(name: str) -> str:
 
 
 def _from_oldest(node_id: str, oldest: Taxonomy) -> Mapping:
-    """From 1.0 to 2.0; lossy when the table says so or when other 1.0 ids lead to the same place."""
+    """From 1.0 to 2.0; lossy when the table says so or when other 1.0 ids map to the same node."""
     forward, noted, backward = _read_mapping()
     for one in (node_id, *oldest.ancestors(node_id)):
         if one in forward:
@@ -88,7 +88,7 @@ def _from_oldest(node_id: str, oldest: Taxonomy) -> Mapping:
 
 
 def _to_oldest(node_id: str, bridge: Taxonomy, oldest: Taxonomy) -> Mapping:
-    """From 2.0 back to 1.0; where several 1.0 ids lead here, what they have in common."""
+    """From 2.0 back to 1.0; where several 1.0 ids map here, their nearest common node."""
     _, noted, backward = _read_mapping()
     for one in (node_id, *bridge.ancestors(node_id)):
         if one in backward:
@@ -106,7 +106,7 @@ def _nearest_common(ids: Sequence[str], ancestors: Callable[[str], Sequence[str]
 
 @cache
 def _read_mapping() -> tuple[dict[str, str], frozenset[str], dict[str, tuple[str, ...]]]:
-    """The table 1.0 -> 2.0: forward, the ids whose row carries a reservation, and backward."""
+    """The table 1.0 -> 2.0: forward, the ids whose row has a note, and backward."""
     rows = list(csv.DictReader(io.StringIO(read_packaged("map_1_0_to_2_0.csv"))))
     forward = {row["from_id"]: row["to_id"] for row in rows}
     noted = frozenset(row["from_id"] for row in rows if row["note"])

@@ -1,4 +1,4 @@
-"""Category tables (IAB Content Taxonomy 1.0 to 3.1, a user's own, or flat labels) -> one tree to ask.
+"""Category tables (IAB Content Taxonomy 1.0 to 3.1, a user's own, or flat labels) -> one tree.
 
 Ids are case-sensitive text. A `Taxonomy` resolves labels, walks the tree and rolls class probabilities up
 to ancestors.
@@ -30,7 +30,7 @@ VECTORS = "vectors-3.0"
 """The descriptive vectors of 3.0 (form factor, purpose, brand suitability …), under the cattax of 3.0."""
 
 OWN_CATTAX = 500
-"""AdCOM leaves 500 and above to vendors: a user's own table, or flat labels."""
+"""AdCOM reserves 500 and above for vendors: a user's own table, or flat labels."""
 
 SEPARATOR = " > "
 
@@ -95,7 +95,7 @@ class Taxonomy:
         return SEPARATOR.join(self._by_id[one].name for one in ids)
 
     def resolve(self, label: str) -> str:
-        """The id that a label means: an id, a full path or a unique name (case and spacing of names aside).
+        """The id of a label: an id, a full path or a unique name; case and spacing of names do not matter.
 
         Raises:
             UnknownLabel: nothing matches; close labels are listed.
@@ -114,7 +114,7 @@ class Taxonomy:
         return matches[0]
 
     def rollup(self, class_ids: Sequence[str]) -> "Rollup":
-        """What turns the probabilities of these classes into those of all their ancestors too."""
+        """Extends the probabilities of these classes to all their ancestors."""
         for class_id in class_ids:
             self.node(class_id)
         return Rollup(self, tuple(class_ids))
@@ -174,8 +174,8 @@ class Rollup:
     ) -> npt.NDArray[np.float32]:
         """[N, classes] -> [N, len(ids)]: sums over descendants, or their maximum when labels are independent.
 
-        Added up edge by edge and not as one matrix product: rounding is monotone, so a parent cannot come
-        out below its child, and the result of an image does not depend on its batch.
+        Summed edge by edge, not as a matrix product: rounding is monotone, so a parent is never below
+        its child, and the result of an image does not depend on its batch.
         """
         rows, classes = probabilities_nc.shape
         if classes != len(self.class_ids):
@@ -277,23 +277,23 @@ def _check_ids(records: Sequence[dict[str, str]]) -> None:
 
 
 def _tier_of(node_id: str, parents: dict[str, str | None]) -> int:
-    """1 for a root, and one more than the parent's below.
+    """The tier of a node: 1 for a root.
 
     Raises:
-        InputError: a parent is missing, or a node is above itself.
+        InputError: a parent is missing, or a node is its own ancestor.
     """
     seen = [node_id]
     while (parent := parents[seen[-1]]) is not None:
         if parent not in parents:
             raise InputError(f"the parent {parent!r} of node {seen[-1]!r} is not in the taxonomy")
         if parent in seen:
-            raise InputError(f"the taxonomy runs in a circle: {SEPARATOR.join([*seen, parent])}")
+            raise InputError(f"the taxonomy has a cycle: {SEPARATOR.join([*seen, parent])}")
         seen.append(parent)
     return len(seen)
 
 
 def _normalise(text: str) -> str:
-    """Names and paths for comparing: case folded, one space between words and around ">"."""
+    """A name or path for comparison: case folded, one space between words and around ">"."""
     return re.sub(r"\s*>\s*", SEPARATOR, " ".join(text.split())).casefold()
 
 

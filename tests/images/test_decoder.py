@@ -114,8 +114,8 @@ def test_a_batch_larger_than_the_shared_memory_goes_through_in_pieces(
 
 def test_pieces_of_a_batch_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "PAYLOAD_BYTES_AT_ONCE", 10)
-    assert list(decoder.by_bytes([4, 6, 1, 30, 0, 10])) == [(0, 2), (2, 3), (3, 4), (4, 6)]
-    assert list(decoder.by_bytes([])) == []
+    assert list(decoder.split_by_bytes([4, 6, 1, 30, 0, 10])) == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert list(decoder.split_by_bytes([])) == []
 
 
 def test_several_culprits_in_one_batch_are_found_and_the_rest_is_ok(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +233,9 @@ def test_a_supervisor_that_cannot_start_is_no_images_fault(monkeypatch: pytest.M
 
 
 def test_the_child_imports_little() -> None:
-    code = "import sys, pipelines.images.decoder_worker as w; w.prepare.plugins(); print(*sys.modules)"
+    code = (
+        "import sys, pipelines.images.decoder_worker as w; w.prepare.register_plugins(); print(*sys.modules)"
+    )
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -106,7 +106,7 @@ def test_a_file_is_replaced_only_while_it_is_what_was_seen(folder: Storage, tmp_
     folder.put_file_over("x", tmp_path / "new", seen)
     folder.put_file_over("x", tmp_path / "new", seen)  # as a client does whose answer got lost
     for stale in (seen, None):
-        with pytest.raises(AlreadyExists, match="what another has put there"):
+        with pytest.raises(AlreadyExists, match="written by another process"):
             folder.put_file_over("x", tmp_path / "late", stale)
     assert folder.read("x") == (tmp_path / "new").read_bytes()
 

@@ -85,7 +85,7 @@ def test_tree_walks(small: taxonomy.Taxonomy) -> None:
         ("id,name\n1,\n", "line 2"),
         ("id,name\n1,a\n1,b\n", "given twice in the taxonomy: 1;"),
         ("id,parent_id,name\n1,2,a\n", "parent '2' of node '1'"),
-        ("id,parent_id,name\n1,2,a\n2,1,b\n", "circle: 1 > 2 > 1"),
+        ("id,parent_id,name\n1,2,a\n2,1,b\n", "cycle: 1 > 2 > 1"),
     ],
 )
 def test_a_table_that_is_no_tree_is_refused(table: str, complaint: str, tmp_path: Path) -> None:
