@@ -1,8 +1,8 @@
 """Any accepted inventory -> the frozen plan: tables of URIs, folders of images, tables of images, tar shards.
 
-A table of URIs is read three times in batches (`duplicates.py`), everything else once, so memory stays
-flat. What a run works on is decided here, once: a later run finds the plan and keeps to it, or is told that
-the inventory is no longer the one it was made from. No image is opened.
+A table of URIs is read three times in batches, everything else once, so memory stays flat. What a run works
+on is decided here, once: a later run finds the plan and keeps to it, or refuses an inventory that has changed
+since. No image is opened.
 """
 
 import hashlib
@@ -16,18 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.inventory import dedupe, listing, shards, tables
-from pipelines.inventory.listing import Found, InventoryError
+from pipelines.inventory.listing import Found
 from pipelines.inventory.plan import (
     LOCATION,
     PLAN_JSON,
     Plan,
-    PlanMismatch,
     item_schema,
     open_plan,
     write_plan,
 )
 from pipelines.inventory.settings import InventoryOptions
-from pipelines.messages import redact
+from pipelines.messages import InputError, redact
 from pipelines.schema import RESERVED
 from pipelines.storage.storage import Storage
 
@@ -59,9 +58,8 @@ def plan(inventory_uri: str, state: Storage, *, options: InventoryOptions | None
     """Freeze what there is to do under `state`, or find it frozen there.
 
     Raises:
-        InventoryError: there is no such inventory, or its columns do not serve.
-        TableError: a table of it cannot be read.
-        PlanMismatch: `state` holds the plan of another inventory, or of this one before it changed.
+        InputError: there is no such inventory, it cannot be read, or its columns do not serve; or `state`
+            holds the plan of another inventory, or of this one before it changed.
     """
     options = options or InventoryOptions()
     if options.keep_plan and state.exists(PLAN_JSON):
@@ -79,7 +77,7 @@ def plan(inventory_uri: str, state: Storage, *, options: InventoryOptions | None
 def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int) -> Plan:
     if frozen.fingerprint == fingerprint:
         return frozen
-    raise PlanMismatch(
+    raise InputError(
         f"{frozen.state_uri} holds a plan of {frozen.n_rows:,} rows frozen from {frozen.inventory}, and "
         f"{redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory: "
         f"choose another output folder, or finish the frozen plan as it is with --keep-plan"
@@ -154,7 +152,7 @@ def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
     """The column of images: the one named, or the only one of a table that has no URIs."""
     if name := options.image_column:
         if name not in schema.names or not tables.is_payload(schema.field(name).type):
-            raise InventoryError(f"--image-column {name} is no column of binaries; there are: {schema.names}")
+            raise InputError(f"--image-column {name} is no column of binaries; there are: {schema.names}")
         return name
     if "uri" in schema.names or "uri" in options.rename.values():
         return None
@@ -255,11 +253,11 @@ def choose_columns(schema: pa.Schema, options: InventoryOptions) -> Columns:
     """Apply renames and drops and check what is left.
 
     Raises:
-        InventoryError: a column is missing, ambiguous, or bears a name of the predictions table.
+        InputError: a column is missing, ambiguous, or bears a name of the predictions table.
     """
     unknown = sorted({*options.rename, *options.drop_columns} - set(schema.names))
     if unknown:
-        raise InventoryError(
+        raise InputError(
             f"no column {', '.join(unknown)} to rename or drop; there are: {', '.join(schema.names)}"
         )
     kept = [name for name in schema.names if name not in options.drop_columns]
@@ -275,17 +273,17 @@ def choose_columns(schema: pa.Schema, options: InventoryOptions) -> Columns:
 
 def _check_names(names: Sequence[str], given: Sequence[str]) -> None:
     if "uri" not in names:
-        raise InventoryError(
+        raise InputError(
             f"the inventory has no column uri; it has: {', '.join(given)}. Name one with --rename COLUMN=uri"
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise InventoryError(f"two columns are called {', '.join(repeated)}; rename or drop one of them")
+        raise InputError(f"two columns are called {', '.join(repeated)}; rename or drop one of them")
     # Readers such as DuckDB and Spark do not tell STATUS from status.
     taken = sorted(name for name in names if name not in KEYS and name.lower() in RESERVED)
     if taken:
         remedies = " ".join(f"--rename {name}=source_{name}" for name in taken)
-        raise InventoryError(
+        raise InputError(
             f"the predictions table and its parts have columns called {', '.join(taken)} of their own: "
             f"use {remedies} or --drop-columns {','.join(taken)}"
         )
@@ -296,7 +294,7 @@ def _check_key(key: str, field: pa.Field) -> None:
     textual = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
     if textual or (key == "image_id" and pa.types.is_integer(kind)):
         return
-    raise InventoryError(f"column {field.name} is of type {field.type}, and {key} must be text")
+    raise InputError(f"column {field.name} is of type {field.type}, and {key} must be text")
 
 
 READERS: dict[str, Callable[[Found, InventoryOptions, Path], Items]] = {

@@ -18,17 +18,13 @@ import pyarrow.fs as pafs
 from pipelines.images.prepare import is_image_name
 from pipelines.inventory import tables
 from pipelines.inventory.settings import InventoryOptions
-from pipelines.messages import redact
+from pipelines.messages import InputError, redact
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import Entry, StorageError, is_local, local_path, split
 
 WILDCARD = re.compile(r"[*?]")
 
 Form = Literal["table", "images", "tars"]
-
-
-class InventoryError(ValueError):
-    """The inventory cannot be used as it is; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
     """Look at a file, or list a folder or prefix, or what of it matches a last part with `*` or `?`.
 
     Raises:
-        InventoryError: nothing is there, or nothing of the form.
+        InputError: nothing is there, or nothing of the form.
     """
     uri = absolute(inventory_uri)
     base, name = split(uri)
@@ -65,9 +61,7 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
     entries = [entry for entry in _list(folder) if not _hidden(entry.path)]
     entries = [entry for entry in entries if fnmatchcase(entry.path, pattern)]
     if not entries:
-        raise InventoryError(
-            f"{redact(inventory_uri)} is neither a file nor a folder or prefix that holds one"
-        )
+        raise InputError(f"{redact(inventory_uri)} is neither a file nor a folder or prefix that holds one")
     form, chosen = _choose(inventory_uri, entries, options)
     return Found(form, folder, tuple(_found(folder, entry) for entry in chosen))
 
@@ -76,17 +70,17 @@ def _list(uri: str) -> list[Entry]:
     try:
         return open_storage(uri).list()
     except StorageError as error:
-        raise InventoryError(
+        raise InputError(
             f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (such as a//b) "
             "can still be fetched: name them in a table with a column uri"
         ) from error
     except NotADirectoryError as error:
-        raise InventoryError(
+        raise InputError(
             f"{redact(uri)} is a file whose name does not say what it holds: end it in .parquet, .csv, "
             ".jsonl or .tar, or say --inventory-type images or tars"
         ) from error
     except PermissionError as error:
-        raise InventoryError(
+        raise InputError(
             f"{redact(uri)} cannot be listed whole: {error}. Make that folder readable, or name the images "
             "in a table with a column uri"
         ) from error
@@ -162,7 +156,7 @@ def _choose(
         if options.inventory_type == "auto"
         else f"of type {options.inventory_type}"
     )
-    raise InventoryError(
+    raise InputError(
         f"{redact(inventory_uri)} holds {len(entries):,} files, the first one {entries[0].path}, "
         f"and by its name none is {sought}; --all-files takes every file as an image"
     )

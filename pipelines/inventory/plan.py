@@ -3,9 +3,8 @@
     state/plan/plan-<fingerprint>-00000.parquet …
     state/plan/plan.json  <- last, created once: counts, checksums, the carried columns' schema
 
-`item_id` numbers the items 0 … n-1 in plan order; every later step speaks of items by it. Writing is
-deterministic, so two drivers that plan one inventory at once write the same bytes. How an inventory
-becomes items is `inventory.py`'s business.
+`item_id` numbers the items 0 … n-1 in plan order; every later step refers to items by it. Writing is
+deterministic, so two drivers that plan one inventory at once write the same bytes.
 """
 
 import base64
@@ -50,12 +49,8 @@ LOCATION = pa.schema(
 or in row `offset` of its Parquet column `payload_column`."""
 
 
-class NoPlan(ValueError):
+class NoPlan(InputError):
     """The folder holds no finished plan."""
-
-
-class PlanMismatch(InputError):
-    """The folder holds the plan of something else."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ def _group_at(state_uri: str, file: PlanFile, item: int) -> tuple[int, int]:
 
 
 def _read_group(state_uri: str, file: PlanFile, group: int, columns: tuple[str, ...]) -> pa.Table:
-    with _reading:  # one row group serves many chunks: the second thread shall find it, not read it too
+    with _reading:  # one row group serves many chunks: a second thread finds it in the cache
         return _cached_group(state_uri, file, group, columns)
 
 
@@ -176,7 +171,7 @@ def write_plan(
     """Write items (the columns of `item_schema` without `item_id`) and, last, `plan.json`.
 
     Raises:
-        PlanMismatch: meanwhile another driver froze a different plan there.
+        InputError: meanwhile another driver froze a different plan there.
     """
     files = list(_write_files(items, state, item_schema(carried), fingerprint))
     described = {
@@ -194,7 +189,7 @@ def write_plan(
         state.create(PLAN_JSON, json.dumps(described, indent=1).encode())
     except AlreadyExists:
         if open_plan(state).hash != described["hash"]:
-            raise PlanMismatch(
+            raise InputError(
                 f"another run has just planned something else under {state.uri}; use another output folder"
             ) from None
     return open_plan(state)
@@ -284,14 +279,14 @@ def open_plan(state: Storage) -> Plan:
 
     Raises:
         NoPlan: none was finished there.
-        PlanMismatch: another version of iab-vision wrote it.
+        InputError: another version of iab-vision wrote it.
     """
     if not state.exists(PLAN_JSON):
         raise NoPlan(f"{state.uri} holds no {PLAN_JSON}: planning there was never finished")
     found = json.loads(state.read(PLAN_JSON))
     version = found.get("format_version")
     if version != FORMAT_VERSION:
-        raise PlanMismatch(
+        raise InputError(
             f"{state.uri} holds a plan of format {version}, written by another version of iab-vision; "
             f"this one reads format {FORMAT_VERSION}. Finish that run with the version that began it, or "
             "classify into another output folder"

@@ -18,8 +18,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from pipelines.images.prepare import is_image_name
-from pipelines.inventory.listing import InventoryError
-from pipelines.messages import redact
+from pipelines.messages import InputError, redact
 from pipelines.storage.storage import open_input
 
 READ_BYTES = 1 << 20
@@ -46,7 +45,7 @@ def members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
     """The images of each shard, shard by shard in the order given.
 
     Raises:
-        InventoryError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
+        InputError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
     """
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
         yield from _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
@@ -72,15 +71,21 @@ def _members_of(uri: str, all_files: bool) -> pa.Table:
                 if member.isdir() or not (all_files or _is_image(name)):
                     continue
                 if not member.isreg() or member.issparse():
-                    raise InventoryError(
+                    raise InputError(
                         f"{redact(uri)} holds {name} as a link, a sparse file or a device, not as bytes in "
                         "one place: pack it with tar --dereference --hard-dereference and without --sparse"
                     )
                 rows.append((f"{uri}#{name}", uri, member.offset_data, member.size, _key(name)))
+                name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{redact(uri)} holds a member whose name is not UTF-8, {name!a}, which no table can hold: "
+            "pack it under another name"
+        ) from error
     except tarfile.TarError as error:
-        raise InventoryError(
+        raise InputError(
             f"{redact(uri)} cannot be read as a tar {place}: {error}. Shards must be whole and not "
-            "compressed, for an image inside is fetched by its byte range: fetch or pack it anew"
+            "compressed, for an image inside is fetched by its byte range: fetch or pack it again"
         ) from error
     columns = zip(*rows, strict=True) if rows else ([] for _ in MEMBERS)
     return pa.table(

@@ -1,13 +1,15 @@
 """The caller's tables (Parquet, CSV, JSON lines) as a stream of record batches of one schema.
 
 Values pass through untouched: CSV has only text, so its columns are strings exactly as written; JSON
-keeps the types of its values, so that a moment or a day stays the text that it is there, and a number that
-does not fit int64 is a double; Parquet keeps its Arrow types. Memory is a few batches, whatever the
-table's size. What the columns mean is the reader's business.
+keeps the types of its values, so that a time or a date stays text, and a number that does not fit int64 is a
+double; Parquet keeps its Arrow types, except that extension types (UUID, JSON) become the types that they are
+stored as. Memory is a few batches, whatever the table's size. Also here: which column of a Parquet table
+holds images, and what the others say about them without reading one.
 """
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +17,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from pipelines.messages import redact
+from pipelines.messages import InputError, redact
 from pipelines.storage.storage import open_input
 
 SUFFIXES = {
@@ -32,10 +34,6 @@ BLOCK_BYTES = 8 << 20
 """Text parsed at a time: large enough to keep both parser threads busy, small beside the plan."""
 
 
-class TableError(ValueError):
-    """The caller's table cannot be read as it is; the message names the file and what to change."""
-
-
 def format_of(uri: str) -> str | None:
     """`parquet`, `csv` or `json` by the file's name, else None."""
     name = uri.lower().removesuffix(".gz")
@@ -49,32 +47,59 @@ def schema_of(uris: Sequence[str]) -> pa.Schema:
     """The schema that all the files fit: columns of every file, numbers widened where files differ.
 
     Raises:
-        TableError: a file cannot be read, or two files hold one column in types that do not mix.
+        InputError: a file cannot be read, or two files hold one column in types that do not mix.
     """
     schemas = [_file_schema(uri) for uri in uris]
     try:
         merged = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise TableError(f"the tables beside {redact(uris[0])} do not fit together: {error}") from error
-    return pa.schema([field.with_type(_storable(field.type)).remove_metadata() for field in merged])
+        raise InputError(f"the tables beside {redact(uris[0])} do not fit together: {error}") from error
+    missing = {field.name for field in merged if not all(field.name in schema.names for schema in schemas)}
+    fields = [field.with_nullable(True) if field.name in missing else field for field in merged]
+    return pa.schema([field.with_type(_storable(field.type)).remove_metadata() for field in fields])
 
 
 def batches(uris: Sequence[str], schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of all files in order, `columns` only, each batch cast to `schema` (of `schema_of`)."""
     wanted = pa.schema([schema.field(name) for name in columns])
     for uri in uris:
-        try:
+        with _naming(uri):
             for batch in _file_batches(uri, columns, schema):
                 yield _fit(batch, wanted)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-            raise TableError(f"{redact(uri)}: {error}") from error
 
 
-def _storable(kind: pa.DataType) -> pa.DataType:
-    """The same values in a type that Parquet nests: pyarrow 26 cannot write string_view inside a list."""
+@contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    """Report what pyarrow raises for a file that it cannot read as an `InputError` with the file's name."""
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+        raise InputError(f"{redact(uri)} cannot be read as {format_of(uri)}: {error}") from error
+
+
+def _storable(kind: pa.DataType, *, nested: bool = False) -> pa.DataType:
+    """The same values in a type that pyarrow 26 can nest in Parquet and make empty tables of."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _storable(kind.storage_type, nested=nested)
+    if pa.types.is_dictionary(kind) and nested:
+        return _storable(kind.value_type, nested=True)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_storable(field.type, nested=True)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_storable(kind.value_type, nested=True)))
     if kind == pa.string_view():
         return pa.large_string()
     return pa.large_binary() if kind == pa.binary_view() else kind
+
+
+def _open_parquet(uri: str) -> pq.ParquetFile:
+    """The file, read without the memory that buffering ahead takes, and without extension types.
+
+    pyarrow 26 cannot make an empty table of the latter (UUID and JSON columns, as DuckDB writes them).
+    """
+    return pq.ParquetFile(
+        open_input(uri), buffer_size=1 << 20, pre_buffer=False, arrow_extensions_enabled=False
+    )
 
 
 def _fit(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.RecordBatch:
@@ -91,22 +116,20 @@ def _fit(batch: pa.RecordBatch, wanted: pa.Schema) -> pa.RecordBatch:
 
 def _file_schema(uri: str) -> pa.Schema:
     kind = format_of(uri)
-    try:
+    with _naming(uri):
         if kind == "parquet":
-            return pq.ParquetFile(open_input(uri)).schema_arrow.remove_metadata()
+            return _open_parquet(uri).schema_arrow.remove_metadata()
         if kind == "csv":
             return pa.schema([pa.field(name, pa.string()) for name in _csv_header(uri)])
         if kind == "json":
             return _json_schema(uri)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
-        raise TableError(f"{redact(uri)} cannot be read as {kind}: {error}") from error
-    raise TableError(f"{redact(uri)} is not a table: the name must end in one of {', '.join(SUFFIXES)}")
+    raise InputError(f"{redact(uri)} is not a table: the name must end in one of {', '.join(SUFFIXES)}")
 
 
 def _file_batches(uri: str, columns: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     kind = format_of(uri)
     if kind == "parquet":
-        file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20, pre_buffer=False)
+        file = _open_parquet(uri)
         present = [name for name in columns if name in file.schema_arrow.names]
         return file.iter_batches(BATCH_ROWS, columns=present)  # type: ignore[no-any-return]
     if kind == "csv":
@@ -119,7 +142,7 @@ def _csv_header(uri: str) -> list[str]:
         names: list[str] = reader.schema.names
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise TableError(
+        raise InputError(
             f"{redact(uri)} names a column twice: {', '.join(sorted(repeated))}; rename one of them"
         )
     return names
@@ -188,19 +211,15 @@ def _lines(uri: str) -> Iterator[bytes]:
         yield rest
 
 
-class AmbiguousPayload(ValueError):
-    """Several columns of a table could hold the images."""
-
-
 def payload_column(schema: pa.Schema) -> str | None:
     """The column that holds images, or None.
 
     Raises:
-        AmbiguousPayload: there are several.
+        InputError: there are several.
     """
     found = [field.name for field in schema if is_payload(field.type)]
     if len(found) > 1:
-        raise AmbiguousPayload(
+        raise InputError(
             f"columns {', '.join(found)} could all hold the images: choose with --image-column NAME"
         )
     return found[0] if found else None
@@ -229,17 +248,18 @@ def rows_beside(
         described: the columns wanted, where the file has them.
         path: the name for the original file names beside the images.
     """
-    file = pq.ParquetFile(open_input(uri), buffer_size=1 << 20, pre_buffer=False)
-    names = [name for name in described.names if name in file.schema_arrow.names and name != column]
-    named = path in described.names and path not in names and has_paths(file.schema_arrow, column)
-    leaves = [f"{column}.path"] if named else []
-    if not names and not leaves:
-        yield 0, file.metadata.num_rows, {}
-        return
-    start = 0
-    for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *leaves]):
-        beside = {name: batch.column(name).cast(described.field(name).type) for name in names}
-        if leaves:
-            beside[path] = pc.struct_field(batch.column(column), "path").cast(pa.string())
-        yield start, batch.num_rows, beside
-        start += batch.num_rows
+    with _naming(uri):
+        file = _open_parquet(uri)
+        names = [name for name in described.names if name in file.schema_arrow.names and name != column]
+        named = path in described.names and path not in names and has_paths(file.schema_arrow, column)
+        leaves = [f"{column}.path"] if named else []
+        if not names and not leaves:
+            yield 0, file.metadata.num_rows, {}
+            return
+        start = 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *leaves]):
+            beside = {name: batch.column(name).cast(described.field(name).type) for name in names}
+            if leaves:
+                beside[path] = pc.struct_field(batch.column(column), "path").cast(pa.string())
+            yield start, batch.num_rows, beside
+            start += batch.num_rows

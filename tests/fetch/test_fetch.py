@@ -36,7 +36,7 @@ from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Fetched, Source, sources_of
 from pipelines.fetch.ssrf import block_reason
 from pipelines.inventory.inventory import plan
-from pipelines.inventory.listing import InventoryError
+from pipelines.messages import InputError
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import StorageError
@@ -763,9 +763,9 @@ def test_prefix_of_a_bucket_is_an_inventory(s3: Forwarder, fetcher: Fetcher, tmp
     found = {items["uri"][index].as_py(): one.payload for index, one in fetcher.fetch_many(sources_of(items))}
     assert found == {f"s3://fetch-test/{key}": key.encode() for key in S3_KEYS if "listed" in key}
     assert plan("s3://fetch-test/listed/", state) == frozen
-    with pytest.raises(InventoryError, match=r"x//y\.jpg.*table"):
+    with pytest.raises(InputError, match=r"x//y\.jpg.*table"):
         plan("s3://fetch-test", open_storage(str(tmp_path / "other")))
-    with pytest.raises(InventoryError, match="no-such-bucket"):
+    with pytest.raises(InputError, match="no-such-bucket"):
         plan("s3://no-such-bucket/x", open_storage(str(tmp_path / "other")))
 
 
