@@ -21,7 +21,13 @@ from tests.builders.drivers import start
 from tests.builders.fault_server import FaultServer
 from tests.builders.models import small_bundle
 
-pytestmark = pytest.mark.ray
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine in turn; the Ray one on the session's cluster."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +82,9 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(
-    ray_cluster, images, bundle, tmp_path
-):
+def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(engine, images, bundle, tmp_path):
     output = tmp_path / "out"
-    assert main(command(images, bundle, output)) == 0
+    assert main(command(images, bundle, output, "--engine", engine)) == 0
     rows = published(output)
     assert Counter(rows["status"].to_pylist()) == {"ok": 54, "not_an_image": 6}
     assert sorted(rows["uri"].to_pylist()) == sorted(str(path) for path in images.iterdir())
@@ -95,7 +99,7 @@ def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(
     assert main(["verify", str(output)]) == 0
 
 
-def test_carried_columns_and_repeated_uris_reach_every_row(ray_cluster, images, bundle, tmp_path):
+def test_carried_columns_and_repeated_uris_reach_every_row(images, bundle, tmp_path):
     uri = str(images / "00000.jpg")
     table = pa.table(
         {
@@ -112,10 +116,10 @@ def test_carried_columns_and_repeated_uris_reach_every_row(ray_cluster, images, 
     assert rows["a"]["labels"] == rows["c"]["labels"]
 
 
-def test_a_decoder_that_crashes_or_hangs_costs_its_own_rows_only(ray_cluster, images, bundle, tmp_path):
+def test_a_decoder_that_crashes_or_hangs_costs_its_own_rows_only(engine, images, bundle, tmp_path):
     provoked = {"00003.jpg": "segv", "00014.jpg": "abort", "00035.jpg": "hang"}
     faults = {(images / name).read_bytes(): fault for name, fault in provoked.items()}
-    arguments = command(images, bundle, tmp_path / "out", "--decode.timeout-s", "1")
+    arguments = command(images, bundle, tmp_path / "out", "--decode.timeout-s", "1", "--engine", engine)
     driver = start(arguments, **decoder_faults.environment(faults))
     assert driver.wait(120) == 0, driver.stderr.read()
     statuses = {Path(row["uri"]).name: row["status"] for row in published(tmp_path / "out").to_pylist()}
@@ -125,13 +129,14 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_own_rows_only(ray_cluster, im
     }  # fmt: skip
 
 
-def test_passing_failures_are_tried_again_before_they_are_recorded(ray_cluster, bundle, tmp_path):
+def test_passing_failures_are_tried_again_before_they_are_recorded(engine, bundle, tmp_path):
     server = FaultServer()
     try:
         uris = [f"{server.url}/503-twice", f"{server.url}/404", f"{server.url}/500"]
         pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
         settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--max-error-rate", "1"]
-        assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)) == 0
+        arguments = command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)
+        assert main([*arguments, "--engine", engine]) == 0
         statuses = statuses_by_uri(tmp_path / "out")
         assert server.requests["/503-twice"] == 3
         assert server.requests["/404"] == 1
@@ -142,7 +147,7 @@ def test_passing_failures_are_tried_again_before_they_are_recorded(ray_cluster, 
         server.close()
 
 
-def test_failed_rows_are_run_again_and_the_rest_stands(ray_cluster, images, bundle, tmp_path):
+def test_failed_rows_are_run_again_and_the_rest_stands(images, bundle, tmp_path):
     server = FaultServer()
     try:
         uris = [str(images / "00000.jpg"), f"{server.url}/503-twice", f"{server.url}/500"]
@@ -166,7 +171,7 @@ def test_failed_rows_are_run_again_and_the_rest_stands(ray_cluster, images, bund
 
 
 def test_a_failing_inventory_is_not_published_and_a_higher_budget_publishes_it(
-    ray_cluster, images, bundle, tmp_path, capsys
+    images, bundle, tmp_path, capsys
 ):
     arguments = command(images, bundle, tmp_path / "out", "--max-error-rate", "0.05")
     assert main(arguments) == 3
@@ -178,26 +183,23 @@ def test_a_failing_inventory_is_not_published_and_a_higher_budget_publishes_it(
 
 
 @pytest.mark.slow
-def test_a_killed_driver_continues_and_a_stopped_one_says_how(bundle, tmp_path):
+@pytest.mark.parametrize(
+    "engines", [("local", "local"), pytest.param(("ray", "local"), marks=pytest.mark.ray),
+                pytest.param(("local", "ray"), marks=pytest.mark.ray)],
+)  # fmt: skip
+def test_a_killed_driver_continues_with_any_engine_and_a_stopped_one_says_how(engines, bundle, tmp_path):
     images = draw(tmp_path / "images", 240)
-    settings = [
-        "--workers.items-per-part",
-        "20",
-        "--workers.items-per-batch",
-        "20",
-        "--commit-interval-s",
-        "0.05",
-    ]
-    arguments = command(images, bundle, tmp_path / "out", *settings)
+    grain = ["--workers.items-per-part", "20", "--workers.items-per-batch", "20"]
+    arguments = command(images, bundle, tmp_path / "out", *grain, "--commit-interval-s", "0.05")
     ledger = tmp_path / "out" / "state" / "ledger"
 
-    driver = start(arguments)
-    wait_for(lambda: len(list(ledger.glob("*.json"))) >= 3)
+    driver = start([*arguments, "--engine", engines[0]])
+    wait_for(lambda: len(list(ledger.glob("*.json"))) >= 3 or driver.poll() is not None)
     driver.kill()
     driver.communicate()
     killed_at = len(list(ledger.glob("*.json")))
 
-    driver = start(arguments)
+    driver = start([*arguments, "--engine", engines[1]])
     wait_for(lambda: len(list(ledger.glob("*.json"))) >= killed_at + 2 or driver.poll() is not None)
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=60)
@@ -230,9 +232,7 @@ def test_of_two_drivers_one_finishes_and_the_other_says_why(images, bundle, tmp_
         (("--inventory", "other"), "frozen from"),
     ],
 )
-def test_another_run_on_the_same_folder_is_refused(
-    ray_cluster, images, bundle, tmp_path, capsys, change, words
-):
+def test_another_run_on_the_same_folder_is_refused(images, bundle, tmp_path, capsys, change, words):
     draw(tmp_path / "other", 3)
     assert main(command(images, bundle, tmp_path / "out")) == 0
     flag, value = change
@@ -282,7 +282,7 @@ def test_batches_that_no_certificate_covers_are_refused_like_a_missing_one(image
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_lost_with_its_driver_is_written_by_the_next(ray_cluster, images, bundle, tmp_path):
+def test_a_report_lost_with_its_driver_is_written_by_the_next(images, bundle, tmp_path):
     assert main(command(images, bundle, tmp_path / "out")) == 0
     report = tmp_path / "out" / "state" / "report.json"
     report.unlink()
@@ -292,7 +292,7 @@ def test_a_report_lost_with_its_driver_is_written_by_the_next(ray_cluster, image
     assert written["certified"]
 
 
-def test_every_tricky_file_has_a_row_with_a_sensible_status(ray_cluster, tricky, bundle, tmp_path):
+def test_every_tricky_file_has_a_row_with_a_sensible_status(tricky, bundle, tmp_path):
     names = [row["file"] for row in pads.dataset(tricky / "files.csv", format="csv").to_table().to_pylist()]
     pq.write_table(pa.table({"uri": [str(tricky / name) for name in names]}), tmp_path / "in.parquet")
     assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out")) == 0
@@ -310,7 +310,7 @@ def test_scattered_rows_share_chunks_and_none_is_left_out():
     assert len(chunks) == 5
 
 
-def test_verify_tells_damage_from_a_folder_that_is_something_else(ray_cluster, images, bundle, tmp_path):
+def test_verify_tells_damage_from_a_folder_that_is_something_else(images, bundle, tmp_path):
     assert main(command(images, bundle, tmp_path / "out")) == 0
     assert main(["verify", str(images)]) == 2
     (tmp_path / "out" / "state" / "plan" / "plan.json").write_text("{")
