@@ -229,6 +229,15 @@ async def drip(_server: FaultServer, writer: Writer, _path: str, _count: int) ->
         await asyncio.sleep(0.3)
 
 
+async def trickle(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    """Claims 60 MB, sends 100 kB, and then goes on by bytes."""
+    writer.write(head("200 OK", Content_Length=60_000_000) + bytes(100_000))
+    while True:
+        await writer.drain()
+        await asyncio.sleep(0.3)
+        writer.write(b"x")
+
+
 async def endless(_server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
     writer.write(head("200 OK", Transfer_Encoding="chunked"))
     while True:
@@ -315,6 +324,7 @@ FAULTS: dict[str, Respond] = {
     "redirect": redirect,
     "html": fixed(whole(b"<!doctype html><title>Not here</title>", Content_Type="text/html")),
     "empty": fixed(whole(b"")),
+    "trickle": trickle,
     "endless": endless,
     "reset": reset,
     "gzip": fixed(whole(gzip.compress(BODY), Content_Encoding="gzip")),

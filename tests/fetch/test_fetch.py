@@ -502,6 +502,26 @@ def test_large_objects_share_a_bounded_memory(server: FaultServer, tmp_path: Pat
     fetcher.close()
 
 
+def test_slow_large_bodies_hold_up_no_others(server: FaultServer) -> None:
+    """Twenty bodies that claim three times the memory trickle in; all good images arrive before them."""
+    limits = replace(LIMITS, max_bytes=64_000_000, max_buffered_bytes=400_000_000)
+    sources = [Source(f"{server.url}/trickle?{n}") for n in range(20)]
+    sources += [Source(f"{server.url}/{path}?{n}") for path in ("ok", "large") for n in range(50)]
+    with Fetcher(limits) as fetcher:
+        arrived = list(fetcher.fetch_many(sources))
+        assert [fetched.status for _, fetched in arrived] == [Status.OK] * 100 + [Status.TIMEOUT] * 20
+        assert free_bytes(fetcher) == limits.max_buffered_bytes
+
+
+def test_streamed_bodies_that_outgrow_the_small_half_all_arrive(server: FaultServer) -> None:
+    """Bodies of unknown size move to the large half, one at a time; the bound holds while they do."""
+    limits = replace(LIMITS, max_bytes=1_000_000, max_buffered_bytes=1_200_000)
+    with Fetcher(limits) as fetcher:
+        for _, fetched in fetcher.fetch_many([Source(f"{server.url}/large-chunked")] * 10):
+            assert len(fetched.payload or b"") == 900_000
+            assert 0 <= free_bytes(fetcher) <= limits.max_buffered_bytes - 900_000
+
+
 def test_caller_that_stops_listening_leaves_nothing_held(server: FaultServer, tmp_path: Path) -> None:
     (tmp_path / "large.jpg").write_bytes(bytes(900_000))
     fetcher = Fetcher(LIMITS)
