@@ -24,8 +24,12 @@ from pipelines.storage.storage import open_input
 BATCH_BYTES = 8 << 20
 """Payloads in memory at a time, about."""
 
-IDLE_CURSORS = 2
-"""Readers kept open for the rows that follow: one for each thread that loads."""
+MAX_GAP = 256
+"""Most rows that an idle cursor skips for the next call. Calls that read different parts of a row group would
+otherwise take each other's cursors, and each would read the group from its start again."""
+
+IDLE_CURSORS = 17
+"""Cursors kept open for the rows that follow: one for each call of a load actor, and one more."""
 
 
 UNREADABLE = (OSError, BaseError, ClientError, pa.ArrowException, LookupError)
@@ -38,26 +42,29 @@ class Cursor:
     def __init__(self, container: str, column: str) -> None:
         self.container = container
         self.column = column
-        self._file = pq.ParquetFile(open_input(container), buffer_size=1 << 20)
+        # pre_buffer, pyarrow's default, would read whole column chunks of the following row groups too.
+        self._file = pq.ParquetFile(open_input(container), buffer_size=1 << 20, pre_buffer=False)
         sizes = (self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups))
         self._starts = list(accumulate(sizes, initial=0))
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._payloads: pa.Array = pa.array([], pa.binary())
-        self._first = 0
+        self._payloads: pa.Array = pa.array([], pa.binary())  # in hand, from `row` on
+        self.row = 0
 
     def reaches(self, row: int) -> bool:
-        """Whether the row comes later in the current row group, so that reading on is cheapest."""
-        group = bisect_right(self._starts, self._first) - 1
-        return bool(self._first <= row < self._starts[min(group + 1, len(self._starts) - 1)])
+        """Whether reading on is cheapest: the row is the next one, or later in the same row group."""
+        end = self._starts[min(bisect_right(self._starts, self.row), len(self._starts) - 1)]
+        return bool(self.row <= row < max(end, min(self.row + 2, self._starts[-1])))
 
     def payload(self, row: int) -> pa.Scalar:
         """The payload of a row, null if there is none. Raises IndexError beyond the last row."""
-        if not self.reaches(row) or not len(self._payloads):
+        if not len(self._payloads) or not self.reaches(row):
             self._seek(row)
-        while row >= self._first + len(self._payloads):
-            self._first += len(self._payloads)
+        while row >= self.row + len(self._payloads):
+            self.row += len(self._payloads)
             self._payloads = self._values(next(self._batches))
-        return self._payloads[row - self._first]
+        self._payloads = self._payloads[row - self.row :]
+        self.row = row
+        return self._payloads[0]
 
     def _seek(self, row: int) -> None:
         if not 0 <= row < self._starts[-1]:
@@ -67,9 +74,12 @@ class Cursor:
         rows = max(1, min(1_024, BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
         kind = self._file.schema_arrow.field(self.column).type
         leaf = f"{self.column}.bytes" if pa.types.is_struct(kind) else self.column
-        groups = range(group, self._file.num_row_groups)
-        self._batches = self._file.iter_batches(rows, row_groups=list(groups), columns=[leaf])
-        self._first = self._starts[group]
+        self._batches = (
+            batch
+            for number in range(group, self._file.num_row_groups)
+            for batch in self._file.iter_batches(rows, row_groups=[number], columns=[leaf])
+        )
+        self.row = self._starts[group]
         self._payloads = pa.array([], pa.binary())
 
     def _values(self, batch: pa.RecordBatch) -> pa.Array:
@@ -94,10 +104,12 @@ class EmbeddedReader:
 
     def _take(self, container: str, column: str, row: int) -> Cursor:
         with self._lock:
-            for cursor in self._idle:
-                if (cursor.container, cursor.column) == (container, column) and cursor.reaches(row):
-                    self._idle.remove(cursor)
-                    return cursor
+            same = [one for one in self._idle if (one.container, one.column) == (container, column)]
+            near = [one for one in same if one.reaches(row) and row <= one.row + MAX_GAP]
+            if near:
+                nearest = max(near, key=lambda cursor: cursor.row)
+                self._idle.remove(nearest)
+                return nearest
         return Cursor(container, column)
 
 

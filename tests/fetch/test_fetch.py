@@ -613,9 +613,9 @@ def test_images_inside_parquet_are_read_in_place(
         58 - n: payloads[n] for n in range(59)
     }
     (tmp_path / "train.parquet").unlink()
-    assert {one.status for _, one in fetcher.fetch_many(sources_of(frozen.read(30, 40)))} == {
-        Status.NOT_FOUND
-    }
+    with Fetcher(LIMITS) as another:
+        gone = another.fetch_many(sources_of(frozen.read(30, 40)))
+        assert {one.status for _, one in gone} == {Status.NOT_FOUND}
 
 
 def test_table_that_its_bucket_refuses_is_a_passing_failure(
@@ -654,6 +654,39 @@ def test_object_store_that_refuses_our_keys_or_clock_is_a_passing_failure(
     ]
     assert [fetched.status in TRANSIENT for fetched in found] == [True, True, True, False]
     assert "ExpiredToken" in f"{found[0].error}"
+
+
+class CountingFile(io.FileIO):
+    n_bytes = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(-1 if size is None else size) or b""
+        CountingFile.n_bytes += len(found)
+        return found
+
+
+@pytest.mark.parametrize("row_group_size", [100, 1_000, 4_000])
+def test_table_of_images_is_read_about_once_by_sixteen_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group_size: int
+) -> None:
+    """Each call takes a contiguous block, 50 rows at a time, in turn with the others."""
+    payloads = [Random(n).randbytes(2_000) for n in range(16_000)]
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"image": payloads}), path, row_group_size=row_group_size, compression="none")
+    monkeypatch.setattr("pipelines.fetch.parquet.open_input", lambda uri: pa.PythonFile(CountingFile(uri)))
+    monkeypatch.setattr(CountingFile, "n_bytes", 0)
+    reader = EmbeddedReader()
+    for start in range(0, 1_000, 50):
+        for call in range(16):
+            rows = range(1_000 * call + start, 1_000 * call + start + 50)
+            found = [payload.as_py() for payload in reader.read(str(path), "image", rows)]
+            assert found == payloads[rows.start : rows.stop]
+    shared = max(1, row_group_size // 1_000)  # calls that begin in the middle of a group read its start too
+    assert CountingFile.n_bytes <= (1 + shared) * path.stat().st_size
+    CountingFile.n_bytes = 0
+    scattered = list(EmbeddedReader().read(str(path), "image", range(0, 16_000, 300)))
+    assert [payload.as_py() for payload in scattered] == payloads[::300]
+    assert CountingFile.n_bytes <= 1.1 * path.stat().st_size
 
 
 def test_table_that_breaks_off_keeps_the_rows_that_were_read() -> None:
