@@ -148,9 +148,9 @@ class Reservation:
 
     def shrink(self, n_bytes: int) -> None:
         """Keep at most this much."""
-        kept = min(self.n_bytes, n_bytes)
-        self._budget.release(self.n_bytes - kept)
-        self.n_bytes = kept
+        if n_bytes < self.n_bytes:  # else the lock would be taken for nothing
+            self._budget.release(self.n_bytes - n_bytes)
+            self.n_bytes = n_bytes
 
     def release(self) -> None:
         """Keep nothing."""
