@@ -13,12 +13,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.config import EvaluateConfig
 from jobs.errors import checking_input
+from jobs.label_map import load_dataset
 from pipelines.machine import cores
-from pipelines.messages import InputError
+from pipelines.messages import InputError, redact
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
@@ -34,14 +35,13 @@ OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 def run(config: EvaluateConfig) -> int:
     """Measure, write `report.html` and `evaluation.json`, and log the most important numbers."""
     refuse_settings(config)
-    from pipelines.datasets import dataset
     from pipelines.evaluation.evaluate import evaluate_model
     from pipelines.training.model_card import HEADLINES
 
     with open_model(config) as model:
         with checking_input():
             recorded = recorded_splits(config)
-            data = dataset.load(data_settings(config, model.taxonomy_reference))
+            data = load_dataset(data_settings(config, model.taxonomy_reference), config.output)
         found = evaluate_model(
             model,
             data,
@@ -68,28 +68,38 @@ def refuse_settings(config: EvaluateConfig) -> None:
 
 
 def data_settings(config: EvaluateConfig, taxonomy: str) -> "DataSettings":
-    """The dataset, in the model's taxonomy; when all of it is used, its split column means nothing."""
-    from pipelines.datasets.settings import DataSettings
+    """The dataset, in the model's taxonomy; when all of it is used, its split column means nothing.
 
-    columns = config.columns
-    return DataSettings(
-        config.dataset,
-        taxonomy,
-        label_map=config.label_map,
-        tier=config.tier,
-        columns=replace(columns, split="") if config.split == "all" else columns,
-        splits=config.splits,
-    )
+    Its columns, label map and tier are those of the model's run, if that had this dataset and none are given.
+    """
+    from pipelines.datasets.settings import Columns, DataSettings
+    from pipelines.training import runs
+
+    run = model_run(config)
+    recorded = runs.recorded_data_settings(run) if run else {}
+    own: dict[str, Any] = {"label_map": config.label_map, "tier": config.tier, "columns": config.columns}
+    if recorded.get("uri") == redact(config.dataset):
+        taken = {name: recorded[name] for name in own if name not in config.model_fields_set}
+        own |= taken | ({"columns": Columns(**taken["columns"])} if "columns" in taken else {})
+    if config.split == "all":
+        own["columns"] = replace(own["columns"], split="")
+    return DataSettings(config.dataset, taxonomy, splits=config.splits, **own)
+
+
+def model_run(config: EvaluateConfig) -> str | None:
+    """The folder of the run that made the model, where that is known."""
+    if config.run is None and config.checkpoint is not None:
+        return run_folder(config.checkpoint)
+    return config.run
 
 
 def recorded_splits(config: EvaluateConfig) -> dict[str, str] | None:
     """Recorded URI -> split, where the run that made the model is known and recorded them."""
     from pipelines.training import runs
 
-    if config.run is None:
-        return None if config.checkpoint is None else runs.recorded_splits(run_folder(config.checkpoint))
-    known = runs.recorded_splits(config.run)
-    if known is None:
+    run = model_run(config)
+    known = runs.recorded_splits(run) if run else None
+    if known is None and config.run is not None:
         raise InputError(f"--run {config.run} holds no {runs.SPLITS}; give the folder of a run of `train`")
     return known
 

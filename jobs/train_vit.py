@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from jobs import cluster
-from jobs.config import RecipeConfig, TrainConfig
+from jobs.config import RecipeConfig, TrainConfig, TuneConfig
 from jobs.errors import checking_input
+from jobs.label_map import load_dataset
 from jobs.progress import TrainingProgress
 from jobs.settings import part_of
 from pipelines.messages import JobFailed, Stopped, redact
@@ -77,12 +78,13 @@ def resources_of(config: TrainConfig) -> Any:
     return part_of(config, Resources, use_gpu=False)  # until the cluster is known
 
 
-def labelled(config: RecipeConfig) -> Any:
+def labelled(config: TrainConfig | TuneConfig) -> Any:
     """The dataset that the settings name."""
-    from pipelines.datasets import dataset
     from pipelines.datasets.settings import DataSettings
 
-    return dataset.load(part_of(config, DataSettings, uri=config.dataset))
+    settings = part_of(config, DataSettings, uri=config.dataset)
+    flat = ", or take the labels as they are with --taxonomy labels"
+    return load_dataset(settings, config.output, otherwise=flat)
 
 
 def recipe_of(config: RecipeConfig) -> Any:

@@ -3,6 +3,8 @@
 The result names each image, its class indices and its split. No image is opened here.
 """
 
+import csv
+import io
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,7 +103,7 @@ def load(settings: DataSettings) -> LabelledData:
     found = found.filter(pa.array(keep))
     labelled = [names for names, kept in zip(labels, keep, strict=True) if names is not None and kept]
     dropped = {"without a label": int((~keep).sum())}
-    known, ids = resolved(labelled, settings.taxonomy, settings.tier)
+    known, ids = resolve_labels(labelled, settings.taxonomy, settings.tier)
     classes = tuple(in_order(known, {name for names in ids for name in names}))
     rows, divided_here = divided(found, ids, classes, settings.splits)
     return LabelledData(
@@ -160,29 +162,51 @@ def read_label_map(uri: str, known: Container[str]) -> dict[str, str]:
     return {str(label): str(target or "") for label, target in pairs if label is not None}
 
 
-def resolved(
+def resolve_labels(
     labels: Sequence[Sequence[str]], taxonomy_name: str, tier: int | None
 ) -> tuple[Taxonomy, list[list[str]]]:
-    """The taxonomy, and each row's labels as its ids; every label that is refused is listed at once."""
+    """The taxonomy, and each row's labels as its ids.
+
+    Raises:
+        UnknownLabels: all labels that do not resolve.
+    """
     distinct = sorted({name for names in labels for name in names})
     known = taxonomy.flat(distinct) if taxonomy_name == "labels" else taxonomy.load(taxonomy_name)
     deepest = max((node.tier for node in known.nodes), default=1)
     if tier and tier > deepest:
         raise DatasetError(f"tier is {tier}; taxonomy {taxonomy_name} has tiers 1 to {deepest}")
     ids: dict[str, str] = {}
-    refused: list[str] = []
+    guesses: dict[str, str | None] = {}
     for name in distinct:
         try:
             ids[name] = at_tier(known, known.resolve(name), tier)
-        except (UnknownLabel, AmbiguousLabel, DatasetError) as error:
-            refused.append(str(error))
-    if refused:
-        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
-        raise DatasetError(
-            f"{len(refused)} of {len(distinct)} labels are not in taxonomy {taxonomy_name}: "
-            f"{'; '.join(refused[:5])}{more}. Use --label-map, or --taxonomy labels to take them as they are"
-        )
+        except (UnknownLabel, AmbiguousLabel):
+            guesses[name] = next(iter(known.suggest(name)), None)
+    if guesses:
+        raise UnknownLabels(known, guesses, f"{len(guesses)} of {len(distinct)}")
     return known, [sorted({ids[name] for name in names}) for names in labels]
+
+
+class UnknownLabels(DatasetError):
+    """Labels that are not in the taxonomy, or mean several of its categories; the message lists all."""
+
+    def __init__(self, known: Taxonomy, guesses: Mapping[str, str | None], share: str) -> None:
+        self.known, self.guesses = known, guesses
+        lines = [f"  {name}: {self._meaning(guess)}" for name, guess in guesses.items()]
+        listed = "\n".join(lines)
+        super().__init__(f"{share} labels are not in taxonomy {known.name}, or not unique:\n{listed}")
+
+    def _meaning(self, guess: str | None) -> str:
+        return f"{guess} ({self.known.path(guess)})?" if guess else "nothing similar"
+
+    def label_map(self) -> bytes:
+        """A label map to correct, as CSV: each label with the best guess, `?` where there is none."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["label", "target", "meaning"])
+        for name, guess in self.guesses.items():
+            writer.writerow([name, guess or "?", self.known.path(guess) if guess else ""])
+        return text.getvalue().encode()
 
 
 def at_tier(known: Taxonomy, node_id: str, tier: int | None) -> str:

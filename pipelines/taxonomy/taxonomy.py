@@ -95,7 +95,10 @@ class Taxonomy:
         return SEPARATOR.join(self._by_id[one].name for one in ids)
 
     def resolve(self, label: str) -> str:
-        """The id of a label: an id, a full path or a unique name; case and spacing of names do not matter.
+        """The id that a label means: an id, a full path or a unique name.
+
+        Case and spacing of names do not count, `-` and `_` are spaces, and `&` is "and": so folders may be
+        called `ice-hockey` or `food_and_drink`.
 
         Raises:
             UnknownLabel: nothing matches; close labels are listed.
@@ -129,11 +132,15 @@ class Taxonomy:
         texts = ((text, node.id) for node in self.nodes for text in {node.name, self.path(node.id)})
         return group_pairs((_normalise(text), node_id) for text, node_id in texts)
 
-    def _unknown(self, label: str) -> UnknownLabel:
+    def suggest(self, label: str) -> list[str]:
+        """Ids whose name, path or id resembles the label, the closest first."""
         folded = {node.id.casefold(): (node.id,) for node in self.nodes}
         texts = self._by_text | folded
         close = difflib.get_close_matches(_normalise(label), texts, n=5, cutoff=0.6)
-        found = list(dict.fromkeys(node_id for text in close for node_id in texts[text]))
+        return list(dict.fromkeys(node_id for text in close for node_id in texts[text]))
+
+    def _unknown(self, label: str) -> UnknownLabel:
+        found = self.suggest(label)
         hint = f"did you mean {self._listing(found)}?" if found else "use an id, a full path or a unique name"
         return UnknownLabel(f"label {label!r} is not in {self.name}; {hint}")
 
@@ -293,8 +300,9 @@ def _tier_of(node_id: str, parents: dict[str, str | None]) -> int:
 
 
 def _normalise(text: str) -> str:
-    """A name or path for comparison: case folded, one space between words and around ">"."""
-    return re.sub(r"\s*>\s*", SEPARATOR, " ".join(text.split())).casefold()
+    """Names and paths for comparing: case folded, one space between words and around ">", "&" spelt out."""
+    words = re.sub(r"[\s_-]+", " ", text.replace("&", " and ").replace(">", SEPARATOR))
+    return words.strip().casefold()
 
 
 def group_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:

@@ -103,6 +103,13 @@ def begin(output: str, recipe: Recipe, data: LabelledData) -> None:
     folder.put(RECIPE, as_json(identity(recipe, data)))
 
 
+def recorded_data_settings(output: str) -> dict[str, Any]:
+    """The data settings that a run was given, without credentials; none where there is no run."""
+    folder = storage.open_storage(output)
+    content = json.loads(folder.read(RECIPE)) if folder.exists(RECIPE) else {}
+    return dict(content.get("dataset", {}))
+
+
 def recorded_splits(output: str) -> dict[str, str] | None:
     """Recorded URI -> split of every image that a run was given; None where none are recorded.
 

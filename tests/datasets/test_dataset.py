@@ -18,6 +18,7 @@ from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
 from pipelines.messages import InputError
 from pipelines.specs import ImageSpec
+from pipelines.taxonomy import taxonomy
 from pipelines.training import decoded as corpus
 from pipelines.training import evaluate, fit, runs
 from pipelines.training.recipe import ClassBalance, Loss, Recipe
@@ -25,6 +26,7 @@ from pipelines.training.resources import Resources
 from tests.builders.training import image_folder
 
 SPEC = ImageSpec(height=16, width=16)
+TENNIS = taxonomy.load().resolve("Sports > Tennis")
 
 
 def csv(folder: Path, text: str, name: str = "labels.csv") -> str:
@@ -106,9 +108,20 @@ def test_labels_may_be_ids_paths_or_names_and_are_lifted_to_a_tier(tmp_path):
 
 def test_unknown_labels_are_refused_all_at_once_with_candidates(tmp_path):
     table = csv(tmp_path, "uri,label\n/a.jpg,Tenis\n/b.jpg,Sports\n/c.jpg,Qqqqq\n")
-    with pytest.raises(DatasetError, match="2 of 3 labels") as refused:
+    with pytest.raises(dataset.UnknownLabels, match="2 of 3 labels") as refused:
         load(table)
-    assert "Tennis" in str(refused.value) and "Qqqqq" in str(refused.value)
+    tenis = f"  Tenis: {TENNIS} (Sports > Tennis)?"
+    assert str(refused.value).splitlines()[1:] == ["  Qqqqq: nothing similar", tenis]
+    corrected = refused.value.label_map().decode().replace("?", "Automotive")
+    assert load(table, label_map=csv(tmp_path, corrected, "map.csv")).classes == ("1", "483", TENNIS)
+
+
+def test_labels_are_read_as_people_name_folders(tmp_path):
+    names = ("auto-racing", "ice_hockey", "Food & Drink", "food-and-drink", "sports > auto-racing")
+    table = csv(tmp_path, "uri,label\n" + "".join(f"/{i}.jpg,{name}\n" for i, name in enumerate(names)))
+    data = load(table)
+    paths = {data.taxonomy.path(one) for one in data.classes}
+    assert paths == {"Sports > Auto Racing", "Sports > Ice Hockey", "Food & Drink"}
 
 
 def test_a_label_map_with_or_without_a_header_renames_and_drops(tmp_path):

@@ -338,6 +338,25 @@ def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog)
     assert everything == eval_set.Leakage(f"{n_train} of 40 images", True)
 
 
+def test_the_label_map_of_the_run_is_used_and_unknown_labels_are_written_to_one(tmp_path: Path) -> None:
+    run = small_models.checkpoint(tmp_path / "run" / "best").parent
+    pictures = small_models.dataset(tmp_path / "pictures", 10)
+    dataset = pictures / "labels.csv"
+    dataset.write_text(
+        "\n".join(["file,label", *(f"{i}.jpg,{'cars' if i % 2 else 'Sprts'}" for i in range(10))])
+    )
+    settings = ("--checkpoint", str(run), "--dataset", str(dataset), "--output", str(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"2 of 2 labels(.|\n)*out/label_map.csv") as refused:
+        evaluate(*settings)
+    assert "--taxonomy" not in str(refused.value)
+    label_map = tmp_path / "out" / "label_map.csv"
+    assert "Sprts,483,Sports" in label_map.read_text()
+    label_map.write_text("label,target\ncars,1\nSprts,483\n")
+    trained_on = datasets.load(DataSettings(str(dataset), label_map=str(label_map)))
+    runs.begin(str(run), Recipe(), trained_on)
+    assert evaluate(*settings) == 0
+
+
 def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
     rows = pa.table({"uri": ["b/1", "b/2"], "split": ["test", "test"]})
     data = datasets.LabelledData(
