@@ -158,7 +158,7 @@ def bare_worker(paths: Sequence[str], bundle: Path, taken: Any, ready: Any, resu
         stop = min(start + IMAGES_AT_ONCE, len(paths))
         for at in range(start, stop, BATCH):
             payloads = [Path(path).read_bytes() for path in paths[at : min(at + BATCH, stop)]]
-            prepared = [prepare(payload, opened.image_spec) for payload in payloads]
+            prepared = [prepare(payload, opened.spec.image_spec) for payload in payloads]
             pixels = [image.pixels_hwc for image in prepared if image.pixels_hwc is not None]
             before = time.thread_time()
             model.run(np.stack(pixels))

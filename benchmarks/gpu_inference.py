@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export import certification, convert, release
-from export.checkpoint import opened
+from export import convert, release, report
+from export.checkpoint import open_checkpoint
 from export.settings import ParitySettings
 from pipelines.bundle.bundle import Bundle, open_bundle
 from pipelines.bundle.providers import gpu_name
@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or random_vit_base(Path(folder) / "checkpoint")
         bundle = release.export(
-            checkpoint, arguments.images, f"{folder}/bundle", precisions=("fp32", "fp16"), measuring=MEASURING
+            checkpoint, arguments.images, f"{folder}/bundle", precisions=("fp32", "fp16"), settings=MEASURING
         )
         certify(bundle.uri, arguments.images)
         rate = matrix_rate() if torch.cuda.is_available() else math.nan
@@ -68,7 +68,7 @@ def main() -> None:
         )
         for size in map(int, arguments.batches.split(",")):
             variants = [*exported(open_bundle(bundle.uri), size), *pytorch(checkpoint)]
-            speeds(variants, bundle.image_spec, size, floor=rate / FLOP_PER_IMAGE, deadline=deadline)
+            speeds(variants, bundle.spec.image_spec, size, floor=rate / FLOP_PER_IMAGE, deadline=deadline)
 
 
 def random_vit_base(folder: Path) -> str:
@@ -83,13 +83,13 @@ def certify(bundle_uri: str, images: str) -> None:
     """What passes and what does not; neither keeps the speeds from being measured."""
     for precision in PRECISIONS:
         try:
-            documents = certification.certify(
-                bundle_uri, images, provider="cuda", precisions=(precision,), measuring=MEASURING
+            documents = release.certify(
+                bundle_uri, images, provider="cuda", precisions=(precision,), settings=MEASURING
             )
         except Exception as error:  # whatever it is, the others are measured
             print(f"{precision} on cuda: no certificate: {described(error)}", flush=True)
         else:
-            print(certification.one_line("cuda", precision, documents["cuda", precision]), flush=True)
+            print(report.one_line("cuda", precision, documents["cuda", precision]), flush=True)
 
 
 def speeds(variants: list[Variant], spec: ImageSpec, size: int, *, floor: float, deadline: float) -> None:
@@ -127,11 +127,10 @@ def pytorch(checkpoint: str) -> Iterator[Variant]:
 
 def compiled(checkpoint: str, dtype: torch.dtype) -> Run:
     torch.compiler.reset()  # a shape of its own each time, as ours
-    with opened(checkpoint) as trained:
-        network, spec = trained.network("sdpa").to("cuda", dtype), trained.image_spec
-    around = convert.Surroundings(spec, 1.0, multi_label=False)
+    with open_checkpoint(checkpoint) as trained:
+        network, spec = trained.network("sdpa").to("cuda", dtype), trained.spec
     module = torch.compile(
-        convert.PixelClassifier(network, around).eval().cuda(), mode=COMPILE_MODE, dynamic=False
+        convert.PixelClassifier(network, spec).eval().cuda(), mode=COMPILE_MODE, dynamic=False
     )
 
     def run(pixels_nhwc: np.ndarray) -> object:

@@ -19,11 +19,10 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from export import convert, quantize
-from export.convert import Surroundings
 from pipelines.bundle.providers import cpu_name
 from pipelines.bundle.session import OUTPUTS, OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
-from pipelines.specs import ImageSpec
+from pipelines.specs import ImageSpec, ModelSpec
 
 MODELS = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
@@ -31,7 +30,7 @@ MODELS = {
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 BATCH = 8
-AROUND = Surroundings(ImageSpec(), 1.0, multi_label=False)
+MODEL_SPEC = ModelSpec((), "labels", ImageSpec())
 
 Run = Callable[[np.ndarray], object]
 
@@ -82,10 +81,10 @@ def variants(name: str) -> dict[str, Run]:
     torch.manual_seed(0)
     config = ViTConfig(num_hidden_layers=12, num_labels=37, **MODELS[name])
     network = ViTForImageClassification(config).eval()
-    ours = convert.convert(network, AROUND, {})
+    ours = convert.convert(network, MODEL_SPEC, {})
     calibration_nhwc = np.random.default_rng(1).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
     with mock.patch.multiple(quantize, WISHED_AGREEMENT=0.0, WISHED_RELATIVE=1.0):
-        int8 = quantize.quantised(ours, calibration_nhwc, AROUND, {}).payload
+        int8 = quantize.quantised(ours, calibration_nhwc, MODEL_SPEC, {}).payload
     return {
         "PyTorch, sdpa": pytorch(network),
         "fp32, opset 20 as torch writes it, ORT basic": naive(network, 20, "sdpa"),
@@ -101,7 +100,7 @@ def ours_of(payload: bytes) -> Run:
 
 def naive(network: torch.nn.Module, opset: int, attention: str, *, basic: bool = True) -> Run:
     network.set_attn_implementation(attention)
-    payload = convert.finish(convert.trace(network, AROUND, opset=opset), {})
+    payload = convert.finish(convert.trace(network, MODEL_SPEC, opset=opset), {})
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     if basic:
@@ -111,7 +110,7 @@ def naive(network: torch.nn.Module, opset: int, attention: str, *, basic: bool =
 
 
 def pytorch(network: torch.nn.Module) -> Run:
-    module = convert.PixelClassifier(network, AROUND).eval()
+    module = convert.PixelClassifier(network, MODEL_SPEC).eval()
 
     def run(pixels_nhwc: np.ndarray) -> object:
         with torch.inference_mode():

@@ -8,7 +8,7 @@ import jinja2
 import yaml
 
 from export.checkpoint import NOT_STATED, Checkpoint
-from pipelines.bundle.bundle import MODEL_FILES
+from pipelines.bundle.manifest import MODEL_FILES
 from pipelines.specs import Precision
 
 FILE = "README.md"
@@ -27,15 +27,15 @@ def render(trained: Checkpoint, precisions: Sequence[Precision]) -> bytes:
     text = environment.from_string(template).render(
         head=yaml.safe_dump(hub_metadata(trained.licence), sort_keys=False).strip(),
         trained=trained,
-        spec=trained.image_spec,
+        spec=trained.spec.image_spec,
         files=[(name, MODEL_FILES[name]) for name in precisions],
-        labels=[(class_id, trained.taxonomy.path(class_id)) for class_id in trained.class_ids],
+        labels=[(class_id, trained.taxonomy.path(class_id)) for class_id in trained.spec.class_ids],
     )
     return text.encode()
 
 
 def hub_metadata(licence: str) -> dict[str, str]:
-    """The front matter; a licence that the hub has no identifier for is `other`, with its name beside it."""
+    """The front matter; a licence that the hub has no identifier for is `other`, with its name."""
     head = {"library_name": "onnx", "pipeline_tag": "image-classification"}
     if licence == NOT_STATED:
         return {**head, "license": "unknown"}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.messages import InputError, redact
-from pipelines.specs import ImageSpec
+from pipelines.specs import ModelSpec
 from pipelines.storage import storage, uris
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import Taxonomy
@@ -35,15 +35,10 @@ class Checkpoint:
     sha256: str
     """Over the configuration and the weights."""
     config: Mapping[str, Any]
-    class_ids: tuple[str, ...]
-    """Ids in the order of the network's outputs."""
+    spec: ModelSpec
     taxonomy: Taxonomy
     taxonomy_table: bytes | None
-    """The user's own table, which must travel with the bundle; None for a built-in one or flat labels."""
-    image_spec: ImageSpec
-    temperature: float
-    thresholds: Mapping[str, float]
-    multi_label: bool
+    """The user's own table, which the bundle must hold; None for a built-in one or flat labels."""
 
     @property
     def architecture(self) -> str:
@@ -74,7 +69,7 @@ class Checkpoint:
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[Checkpoint]:
+def open_checkpoint(uri: str) -> Iterator[Checkpoint]:
     """The checkpoint at `uri`; a remote one is held in a temporary folder meanwhile.
 
     Raises:
@@ -84,14 +79,14 @@ def opened(uri: str) -> Iterator[Checkpoint]:
     if not folder.exists("config.json") and folder.exists("best/config.json"):
         uri = uris.join(uri, "best")
     if uris.is_local(uri):
-        yield read(uris.local_path(uri), redact(uri))
+        yield read_checkpoint(uris.local_path(uri), redact(uri))
         return
     with tempfile.TemporaryDirectory(prefix="iab-vision-checkpoint-") as local:
         _download(uri, Path(local))
-        yield read(Path(local), redact(uri))
+        yield read_checkpoint(Path(local), redact(uri))
 
 
-def read(folder: Path, source: str) -> Checkpoint:
+def read_checkpoint(folder: Path, source: str) -> Checkpoint:
     """The checkpoint in a local folder."""
     spec = model_files.read_model_spec(folder, source)
     weights = sorted(folder.glob("*.safetensors"))
@@ -102,13 +97,9 @@ def read(folder: Path, source: str) -> Checkpoint:
         source=source,
         sha256=_sha256([*(folder / name for name in _FILES), *weights]),
         config=model_files.read_json(folder / model_files.CONFIG) or {},
-        class_ids=spec.class_ids,
+        spec=spec,
         taxonomy=_taxonomy(spec.taxonomy, spec.class_ids),
         taxonomy_table=None if _is_known(spec.taxonomy) else taxonomy.read_table(spec.taxonomy).encode(),
-        image_spec=spec.image_spec,
-        temperature=spec.temperature,
-        thresholds=spec.thresholds,
-        multi_label=spec.multi_label,
     )
 
 
@@ -138,7 +129,7 @@ def _sha256(paths: list[Path]) -> str:
 
 
 def _download(uri: str, folder: Path) -> None:
-    """The files that `read` looks at; other checkpoints in folders below it stay where they are."""
+    """The files that `read_checkpoint` looks at, without other checkpoints in folders below it."""
     remote = storage.open_storage(uri)
     for name in [entry.path for entry in remote.list() if "/" not in entry.path]:
         if name in _FILES or name.endswith((".safetensors", ".safetensors.index.json")):

@@ -2,7 +2,7 @@
 
 uint8 [batch, height, width, 3] in; float32 logits and probabilities out. Normalisation, temperature and
 activation are inside. The same checkpoint gives the same bytes in any process and from any folder.
-It measures nothing: `parity.py` does.
+It measures nothing.
 """
 
 import json
@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import onnx
@@ -23,8 +23,8 @@ from export.checkpoint import Checkpoint
 from pipelines.bundle.manifest import MAX_FILE_BYTES
 from pipelines.bundle.session import INPUT, OUTPUTS
 from pipelines.datasets.normalize import normalize
-from pipelines.messages import first_line
-from pipelines.specs import ImageSpec
+from pipelines.messages import InputError, first_line
+from pipelines.specs import ModelSpec
 
 OPSET = 23
 """First with `Attention`, last that torch 2.13 writes; ONNX Runtime 1.31 serves it on CPU and CUDA."""
@@ -34,62 +34,49 @@ ATTENTION = "iab_vision_attention"
 """Name under which a conversion registers its attention function with transformers."""
 
 
-class NotConvertible(ValueError):
-    """torch.onnx cannot translate this architecture."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the graph does before and after the network."""
-
-    image_spec: ImageSpec
-    temperature: float
-    multi_label: bool
-
-
 class PixelClassifier(nn.Module):  # type: ignore[misc]
     """The network between normalisation and activation; both of them always in float32."""
 
-    def __init__(self, network: nn.Module, around: Surroundings) -> None:
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         self.network = network
-        self.around = around
+        self.spec = spec
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Cast first: some runtimes take uint8 at the input alone, and nothing but a cast may read it.
-        images_nchw = normalize(pixels, self.around.image_spec)
+        images_nchw = normalize(pixels, self.spec.image_spec)
         dtype = next(self.network.parameters()).dtype
         logits = self.network(pixel_values=images_nchw.to(dtype)).logits.float()
-        scaled = logits / self.around.temperature
-        return logits, scaled.sigmoid() if self.around.multi_label else scaled.softmax(-1)
+        scaled = logits / self.spec.temperature
+        return logits, scaled.sigmoid() if self.spec.multi_label else scaled.softmax(-1)
 
 
-def convert(network: nn.Module, around: Surroundings, metadata: Mapping[str, str]) -> bytes:
+def convert(network: nn.Module, spec: ModelSpec, metadata: Mapping[str, str]) -> bytes:
     """The portable graph: opset 23 with one native `Attention` per block, dynamic batch.
 
     Raises:
-        NotConvertible: torch.onnx knows no translation of an operation, or the file would be too large.
+        InputError: torch.onnx knows no translation of an operation, or the file would be too large.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
     if weights > MAX_FILE_BYTES:
         name = type(network).__name__
-        raise NotConvertible(
+        raise InputError(
             f"{name} has {weights} bytes of weights; one ONNX file holds at most {MAX_FILE_BYTES}"
         )
-    with attending(network, onnx_attention):
-        program = trace(network, around, opset=OPSET)
+    with use_attention(network, onnx_attention):
+        program = trace(network, spec, opset=OPSET)
     return finish(program, metadata)
 
 
-def trace(network: nn.Module, around: Surroundings, *, opset: int) -> onnx_ir.Model:
+def trace(network: nn.Module, spec: ModelSpec, *, opset: int) -> onnx_ir.Model:
     """The graph as torch.onnx writes it."""
-    spec = around.image_spec
+    image = spec.image_spec
     # Three images, as torch.export takes a batch of 0 or 1 for a constant.
-    example = torch.zeros((3, spec.height, spec.width, 3), dtype=torch.uint8)
+    example = torch.zeros((3, image.height, image.width, 3), dtype=torch.uint8)
     try:
         with quiet():
             program = torch.onnx.export(
-                PixelClassifier(network, around).eval(),
+                PixelClassifier(network, spec).eval(),
                 (example,),
                 dynamo=True,
                 opset_version=opset,
@@ -101,7 +88,7 @@ def trace(network: nn.Module, around: Surroundings, *, opset: int) -> onnx_ir.Mo
             )
     except torch.onnx.OnnxExporterError as error:
         name = type(network).__name__
-        raise NotConvertible(f"torch.onnx cannot convert {name}: {first_line(error)}") from error
+        raise InputError(f"torch.onnx cannot convert {name}: {first_line(error)}") from error
     return program.model
 
 
@@ -125,27 +112,28 @@ def drop_initializer_shapes(proto: onnx.ModelProto) -> None:
     proto.graph.value_info.extend(kept)
 
 
-def metadata_of(checkpoint: Checkpoint, *, temperature: float, precision: str) -> dict[str, str]:
+def metadata_of(checkpoint: Checkpoint, *, precision: str) -> dict[str, str]:
     """What every ONNX file says of itself, readable by any runtime.
 
     The manifest's `model_id` covers the hash of this very file, so the file names its checkpoint instead.
     """
+    spec = checkpoint.spec
     return {
         "iab_vision.checkpoint_sha256": checkpoint.sha256,
         "iab_vision.architecture": checkpoint.architecture,
-        "iab_vision.labels": json.dumps(list(checkpoint.class_ids)),
+        "iab_vision.labels": json.dumps(list(spec.class_ids)),
         "iab_vision.taxonomy": checkpoint.taxonomy.name,
         "iab_vision.cattax": str(checkpoint.taxonomy.cattax),
-        "iab_vision.image_spec": json.dumps(asdict(checkpoint.image_spec), sort_keys=True),
-        "iab_vision.temperature": repr(temperature),
-        "iab_vision.multi_label": str(checkpoint.multi_label).lower(),
+        "iab_vision.image_spec": json.dumps(asdict(spec.image_spec), sort_keys=True),
+        "iab_vision.temperature": repr(spec.temperature),
+        "iab_vision.multi_label": str(spec.multi_label).lower(),
         "iab_vision.precision": precision,
         "iab_vision.licence": checkpoint.licence,
     }
 
 
 @contextmanager
-def attending(network: Any, attention: Callable[..., Any]) -> Iterator[None]:
+def use_attention(network: Any, attention: Callable[..., Any]) -> Iterator[None]:
     """Let transformers call `attention`; its own ones trace with a mask, all true, and guards around it."""
     from transformers import AttentionInterface
 

@@ -1,4 +1,4 @@
-"""The images that parity is measured on: a seeded sample of the user's own, and awkward ones made here.
+"""The images that parity is measured on: a seeded sample of the user's own, and edge cases made here.
 
 Both as encoded bytes, since what is certified begins with bytes. The user's images come from a labelled
 dataset (its validation and test splits where it has them), a table of URIs, or any folder of images.
@@ -22,7 +22,7 @@ from pipelines.fetch.source import Source
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import ORIENTATION_TAG, is_image_name
 from pipelines.inventory import tables
-from pipelines.messages import redact
+from pipelines.messages import InputError, redact
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
 from pipelines.storage import storage, uris
@@ -35,10 +35,6 @@ DATASET_TABLE = "labels.csv"
 DECODE_BATCH = 64
 
 
-class NoImages(ValueError):
-    """The place named by `--images` holds nothing to measure on."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """One encoded image."""
@@ -46,8 +42,8 @@ class Sample:
     image_id: str
     payload: bytes
     labels: tuple[str, ...] = ()
-    """As the dataset has them; none for an unlabelled or an awkward image."""
-    awkward: bool = False
+    """As the dataset has them; none for an unlabelled image or an edge case."""
+    edge_case: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -57,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one image of the user lies."""
+    """Where one image of the user is."""
 
     uri: str
     labels: tuple[str, ...] = ()
@@ -69,7 +65,7 @@ def draw(images_uri: str, *, count: int, seed: int) -> list[Sample]:
     """`count` of the images at a URI: the same ones for the same seed, however storage orders them."""
     places = find(images_uri)
     if not places:
-        raise NoImages(f"{redact(images_uri)} holds no image; give a folder, a table or a dataset")
+        raise InputError(f"{redact(images_uri)} holds no image; give a folder, a table or a dataset")
     ranked = sorted(places, key=lambda place: hashlib.sha256(f"{seed}:{place.uri}".encode()).digest())
     return _read(ranked[:count])
 
@@ -95,7 +91,7 @@ def _in_table(table_uri: str) -> list[Place]:
     schema = tables.schema_of([table_uri])
     column = next((name for name in ("uri", "file") if name in schema.names), None)
     if column is None:
-        raise NoImages(f"{redact(table_uri)} has neither a column uri nor file among {schema.names}")
+        raise InputError(f"{redact(table_uri)} has neither a column uri nor file among {schema.names}")
     folder, _ = uris.split(table_uri)
     names = [
         name for batch in tables.batches([table_uri], schema, [column]) for name in batch[column].to_pylist()
@@ -135,7 +131,7 @@ def _read(places: Sequence[Place]) -> list[Sample]:
     sources = [place.source or Source(place.uri) for place in places]
     for index, fetched in fetcher().fetch_many(sources):
         if fetched.payload is None:
-            raise NoImages(f"{redact(places[index].uri)} cannot be read: {fetched.status} {fetched.error}")
+            raise InputError(f"{redact(places[index].uri)} cannot be read: {fetched.status} {fetched.error}")
         payloads[index] = bytes(fetched.payload)
     return [Sample(place.uri, payloads[index], place.labels) for index, place in enumerate(places)]
 
@@ -152,7 +148,7 @@ def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None
 
 
 @cache
-def awkward(seed: int = 0) -> tuple[Sample, ...]:
+def edge_cases(seed: int = 0) -> tuple[Sample, ...]:
     """Pictures that have broken pipelines: tiny, huge, long, grey, CMYK, 16-bit, transparent, rotated."""
     picture = _picture(seed)
     grey, cmyk = picture.convert("L"), picture.convert("CMYK")
@@ -171,7 +167,7 @@ def awkward(seed: int = 0) -> tuple[Sample, ...]:
         **{f"rotated-{value}.jpg": _jpeg(picture, orientation=value) for value in (3, 6, 8)},
         **{f"mirrored-{value}.jpg": _jpeg(picture, orientation=value) for value in (2, 5)},
     }
-    return tuple(Sample(f"awkward/{name}", payload, awkward=True) for name, payload in made.items())
+    return tuple(Sample(f"edge_case/{name}", payload, edge_case=True) for name, payload in made.items())
 
 
 def _picture(seed: int) -> Image.Image:

@@ -1,11 +1,11 @@
 """How close a released model comes to the checkpoint, and the limits that it must keep.
 
-Pure functions of arrays: the scores of both sides over the same images become metrics, metrics and
+Pure functions of arrays: the outputs of both sides over the same images become metrics, metrics and
 limits become a verdict. Every limit is stated here, once, with its reason.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from export.reference import activation, top
 from pipelines.bundle.session import OnnxModel
 from pipelines.evaluation import metrics
-from pipelines.specs import Precision
+from pipelines.specs import ModelSpec, Precision
 
 TOP_K = 5
 
@@ -54,22 +54,20 @@ LIMITS: dict[Precision, Limits] = {
     # 11 bits of mantissa: 0.7e-3 to 2e-3 relative is measured on ViT-tiny to base; bfloat16 would be 1.2e-2.
     "fp16": Limits(None, 5e-3, 1e-2, 1e-6, 0.999, 0.99, 0.04, 0.002, 5e-3, 1e-2),
     # 8 bits: 3e-2 relative is a well-behaved ViT. What counts is labels, so no tie is excused. Static
-    # quantisation has no business with batch-mates; what it leaves in float32 has the noise of one addition,
+    # quantisation does not look at batch-mates; what it leaves in float32 has the noise of one addition,
     # 1.2e-7 of a probability (BEiT, DINOv2), where a dynamically quantised model changes by 1e-2.
     "int8": Limits(None, 0.25, None, 1e-6, 0.98, None, 0.0, 0.005, 0.01, 1e-6),
 }
 
 
 @dataclass(frozen=True)
-class Scores:
-    """One side's view of the same images."""
+class Outputs:
+    """What one side makes of the same images."""
 
-    class_ids: tuple[str, ...]
+    spec: ModelSpec
     pixels_nhwc: np.ndarray
     logits_nc: np.ndarray
     probabilities_nc: np.ndarray
-    temperature: float
-    multi_label: bool
 
 
 @dataclass(frozen=True)
@@ -84,15 +82,15 @@ class Failure:
         return f"{self.metric} is {self.value:.3g}; the limit is {self.limit:g}"
 
 
-def compare(reference: Scores, candidate: Scores, limits: Limits, targets_nc: np.ndarray) -> dict[str, Any]:
-    """Every number of the certificate that both sides' scores give."""
-    by_id = _aligned(candidate, reference.class_ids)
+def compare(reference: Outputs, candidate: Outputs, limits: Limits, targets_nc: np.ndarray) -> dict[str, Any]:
+    """Every number of the certificate that the outputs of both sides give."""
+    by_id = _align(candidate.spec.class_ids, reference.spec.class_ids)
     logits_nc, probabilities_nc = candidate.logits_nc[:, by_id], candidate.probabilities_nc[:, by_id]
     logit_change = np.abs(logits_nc.astype(np.float64) - reference.logits_nc)
     probability_change = np.abs(probabilities_nc.astype(np.float64) - reference.probabilities_nc)
-    k = min(TOP_K, len(reference.class_ids))
+    k = min(TOP_K, len(reference.spec.class_ids))
     return {
-        "labels_differ": int(sorted(candidate.class_ids) != sorted(reference.class_ids)),
+        "labels_differ": int(sorted(candidate.spec.class_ids) != sorted(reference.spec.class_ids)),
         "pixels_differ": pixels_differ(reference, candidate),
         "max_logit": float(logit_change.max()),
         "mean_logit": float(logit_change.mean()),
@@ -102,7 +100,9 @@ def compare(reference: Scores, candidate: Scores, limits: Limits, targets_nc: np
         "activation_error": activation_error(candidate),
         "top1": agreement(reference.logits_nc, logits_nc, 1, limits.tie_margin),
         "topk": {"k": k, **agreement(reference.logits_nc, logits_nc, k, limits.tie_margin)},
-        "labelled": labelled(reference.probabilities_nc, probabilities_nc, targets_nc, reference.multi_label),
+        "labelled": labelled(
+            reference.probabilities_nc, probabilities_nc, targets_nc, reference.spec.multi_label
+        ),
         "histograms": {
             "logit": histogram(logit_change.max(axis=1)),
             "probability": histogram(probability_change.max(axis=1)),
@@ -110,15 +110,15 @@ def compare(reference: Scores, candidate: Scores, limits: Limits, targets_nc: np
     }
 
 
-def _aligned(candidate: Scores, class_ids: Sequence[str]) -> np.ndarray:
+def _align(found_ids: Sequence[str], class_ids: Sequence[str]) -> np.ndarray:
     """Columns of the candidate in the reference's order of ids: a label is compared with itself."""
-    if sorted(candidate.class_ids) != sorted(class_ids):
+    if sorted(found_ids) != sorted(class_ids):
         return np.arange(len(class_ids))
-    column = {class_id: index for index, class_id in enumerate(candidate.class_ids)}
+    column = {class_id: index for index, class_id in enumerate(found_ids)}
     return np.array([column[class_id] for class_id in class_ids])
 
 
-def pixels_differ(reference: Scores, candidate: Scores) -> int:
+def pixels_differ(reference: Outputs, candidate: Outputs) -> int:
     """Images whose pixels are not the same bytes on both sides."""
     if reference.pixels_nhwc.shape != candidate.pixels_nhwc.shape:
         return len(reference.pixels_nhwc)
@@ -134,10 +134,11 @@ def relative(values_nc: np.ndarray, reference_nc: np.ndarray) -> float:
     return float(np.linalg.norm(centred - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
-def activation_error(scores: Scores) -> float:
+def activation_error(outputs: Outputs) -> float:
     """How far the probabilities are from what the side's own logits and temperature give in float64."""
-    expected_nc = activation(scores.logits_nc, temperature=scores.temperature, multi_label=scores.multi_label)
-    return float(np.abs(scores.probabilities_nc - expected_nc).max())
+    spec = outputs.spec
+    expected_nc = activation(outputs.logits_nc, temperature=spec.temperature, multi_label=spec.multi_label)
+    return float(np.abs(outputs.probabilities_nc - expected_nc).max())
 
 
 def agreement(reference_nc: np.ndarray, candidate_nc: np.ndarray, k: int, margin: float) -> dict[str, Any]:
@@ -246,8 +247,3 @@ def _labelled_failures(measured: dict[str, Any] | None, limits: Limits) -> list[
     if change > granted:
         found.append(Failure("calibration change", change, granted))
     return found
-
-
-def limits_json(limits: Limits) -> dict[str, float | None]:
-    """The limits as the certificate states them."""
-    return asdict(limits)

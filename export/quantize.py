@@ -20,27 +20,24 @@ from onnx import numpy_helper
 from scipy import optimize
 
 from export import convert
-from export.convert import Surroundings
 from export.parity import relative
 from export.reference import activation
 from pipelines.bundle.session import INPUT, OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.messages import InputError
+from pipelines.specs import ModelSpec
 
 CONTRIB_OPSET = 20
 """What the fusions of transformers match; above it they leave ONNX `Attention`, which has no cuDNN path."""
 PLAIN_ATTENTION = frozenset({"vit", "deit", "dinov2", "dinov2_with_registers", "vit_msn"})
 """Model types without mask or bias: those that the fusions turn into com.microsoft.Attention."""
 MIN_CALIBRATION_IMAGES = 32
-"""Below it a range is an accident of a few pictures; 500 and more are wished for."""
+"""Fewer give unreliable activation ranges; use 500 or more."""
 TUNING_IMAGES = 256
 """Calibration images that also judge which layers stay in float32; the certificate uses others."""
-WISHED_AGREEMENT = 0.985
-WISHED_RELATIVE = 0.1
+TARGET_AGREEMENT = 0.985
+TARGET_RELATIVE = 0.1
 """Stricter than the certificate's limits, so that a model made on these images passes on others."""
-
-
-class TooFewImages(ValueError):
-    """int8 ranges cannot be told from so few pictures."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Graph:
     notes: Mapping[str, Any]
 
 
-def half(network: Any, around: Surroundings, metadata: Mapping[str, str]) -> Graph:
+def half(network: Any, spec: ModelSpec, metadata: Mapping[str, str]) -> Graph:
     """fp16 weights and arithmetic, fused for the CUDA provider; normalisation and activation stay float32.
 
     Halving the network before the export leaves three casts; converting the float32 graph would silently
@@ -63,18 +60,18 @@ def half(network: Any, around: Surroundings, metadata: Mapping[str, str]) -> Gra
     halved = copy.deepcopy(network).half()
     if network.config.model_type in PLAIN_ATTENTION:
         # A mask, even one that hides nothing, would cost the fused and flash kernels of CUDA.
-        with convert.attending(halved, convert.torch_attention):
-            model = convert.trace(halved, around, opset=CONTRIB_OPSET)
+        with convert.use_attention(halved, convert.torch_attention):
+            model = convert.trace(halved, spec, opset=CONTRIB_OPSET)
     else:
-        with convert.attending(halved, convert.onnx_attention):
-            model = convert.trace(halved, around, opset=convert.OPSET)
+        with convert.use_attention(halved, convert.onnx_attention):
+            model = convert.trace(halved, spec, opset=convert.OPSET)
     with convert.quiet():
         fuse_for_onnxruntime(model, "cuda")
-    return Graph(convert.finish(model, metadata), around.temperature, {})
+    return Graph(convert.finish(model, metadata), spec.temperature, {})
 
 
 def quantised(
-    float_graph: bytes, pixels_nhwc: np.ndarray, around: Surroundings, metadata: Mapping[str, str]
+    float_graph: bytes, pixels_nhwc: np.ndarray, spec: ModelSpec, metadata: Mapping[str, str]
 ) -> Graph:
     """Static int8 weights and activations in the large products alone, with a temperature of its own.
 
@@ -83,10 +80,10 @@ def quantised(
     float32; if half of them do not suffice, the best found comes back and the certificate judges it.
 
     Raises:
-        TooFewImages: nothing to calibrate on.
+        InputError: too few images to calibrate on.
     """
     if len(pixels_nhwc) < MIN_CALIBRATION_IMAGES:
-        raise TooFewImages(
+        raise InputError(
             f"int8 has {len(pixels_nhwc)} images to calibrate on; it needs {MIN_CALIBRATION_IMAGES}: "
             "give more with --images, or leave int8 out of --precisions"
         )
@@ -94,7 +91,7 @@ def quantised(
     worst_first = _by_sensitivity(float_graph, pixels_nhwc[:8])
     # max takes them one at a time: a large model is not held once for every attempt.
     best = max(_attempts(float_graph, pixels_nhwc, expected_nc, worst_first), key=_Attempt.closeness)
-    temperature = matching_temperature(best.logits_nc, expected_nc, around)
+    temperature = matching_temperature(best.logits_nc, expected_nc, spec)
     notes = {
         "calibration_images": len(pixels_nhwc),
         "quantised_layers": len(worst_first) - best.left_out,
@@ -121,14 +118,14 @@ class _Attempt:
 def _attempts(
     float_graph: bytes, pixels_nhwc: np.ndarray, expected_nc: np.ndarray, worst_first: Sequence[str]
 ) -> Iterator[_Attempt]:
-    """With ever more layers in float32, until one is as close as is wished for or half of them are."""
+    """With ever more layers in float32, until one is close enough or half of them are."""
     for left_out in _growing(len(worst_first) // 2):
         proto = _quantise(float_graph, pixels_nhwc, worst_first[left_out:])
         found_nc = _logits(proto.SerializeToString(), pixels_nhwc[:TUNING_IMAGES])
         agreement = float((found_nc.argmax(axis=1) == expected_nc.argmax(axis=1)).mean())
         error = relative(found_nc, expected_nc)
         yield _Attempt(left_out, proto, found_nc, agreement, error)
-        if agreement >= WISHED_AGREEMENT and error <= WISHED_RELATIVE:
+        if agreement >= TARGET_AGREEMENT and error <= TARGET_RELATIVE:
             return
 
 
@@ -142,23 +139,21 @@ def _logits(graph: bytes, pixels_nhwc: np.ndarray) -> np.ndarray:
     return OnnxModel(graph, RuntimeSpec(threads=os.cpu_count() or 1)).run(pixels_nhwc)[0]
 
 
-def matching_temperature(found_nc: np.ndarray, expected_nc: np.ndarray, around: Surroundings) -> float:
+def matching_temperature(found_nc: np.ndarray, expected_nc: np.ndarray, spec: ModelSpec) -> float:
     """The temperature at which int8 is as confident as the calibrated float32 model (least cross entropy).
 
     Fitted against float32's probabilities and not against labels: these images may be training images,
     on which every model is too sure of itself.
     """
-    target_nc = activation(expected_nc, temperature=around.temperature, multi_label=around.multi_label)
+    target_nc = activation(expected_nc, temperature=spec.temperature, multi_label=spec.multi_label)
 
     def cross_entropy(log_temperature: float) -> float:
         temperature = float(np.exp(log_temperature))
-        p_nc = np.clip(
-            activation(found_nc, temperature=temperature, multi_label=around.multi_label), 1e-12, 1
-        )
-        misses = (1 - target_nc) * np.log(np.clip(1 - p_nc, 1e-12, 1)) if around.multi_label else 0
+        p_nc = np.clip(activation(found_nc, temperature=temperature, multi_label=spec.multi_label), 1e-12, 1)
+        misses = (1 - target_nc) * np.log(np.clip(1 - p_nc, 1e-12, 1)) if spec.multi_label else 0
         return float(-(target_nc * np.log(p_nc) + misses).sum())
 
-    bounds = tuple(np.log(around.temperature) + np.log([0.5, 2]))
+    bounds = tuple(np.log(spec.temperature) + np.log([0.5, 2]))
     return round(float(np.exp(optimize.minimize_scalar(cross_entropy, bounds=bounds, method="bounded").x)), 4)
 
 

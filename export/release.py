@@ -1,44 +1,44 @@
-"""The gate: a checkpoint becomes a bundle when every precision passes its parity, and otherwise nothing.
+"""A checkpoint becomes a bundle when every precision passes its parity, and otherwise nothing.
 
-`export` converts, measures from encoded bytes to the top k in classify's own session options, and writes
-the bundle with its certificates last. A refusal leaves a report beside the output, never a bundle. What is
-measured later, on other machines, is `certification.py`'s business.
+`export` converts, writes the bundle to a temporary folder, measures what is read back from there, and copies
+it to the output with the certificate of fp32 on cpu last. `certify` adds what another machine measured.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pyarrow as pa
 
-from export import card, certification, checkpoint, convert, images, quantize, report
-from export.certification import Documents
+from export import card, certificate, checkpoint, convert, images, quantize, report
+from export.certificate import Certificates, Reference
 from export.checkpoint import Checkpoint
-from export.convert import Surroundings
 from export.images import Sample
-from export.measurement import Candidate, measure
 from export.quantize import Graph
+from export.reference import torch_reference
 from export.settings import ParitySettings
-from pipelines.bundle import bundle
-from pipelines.bundle.bundle import Bundle, Manifest
-from pipelines.bundle.session import OnnxModel
+from pipelines.bundle import bundle, providers
+from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.manifest import MODEL_FILES, Manifest, record
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.machine import library_versions
-from pipelines.messages import redact
-from pipelines.specs import Precision
+from pipelines.messages import InputError, Refused, redact
+from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.storage import storage
 
 REFUSED_SUFFIX = "-refused"
-"""The report of a refusal lies in a folder of the output's name with this behind it."""
+"""The report of a refusal is written to a folder of the output's name with this appended."""
+RECOMMENDED_CALIBRATION_IMAGES = 500
+"""Fewer leave int8 ranges to chance: what NVIDIA's Model Optimizer asks for with vision transformers."""
 _WITHOUT_EFFECT = {"ray", "numpy", "pyarrow", "obstore"}
 """Libraries that no byte of a model depends on: another version must not change the bundle's `model_id`."""
+
 logger = logging.getLogger(__name__)
-
-
-class OutputExists(ValueError):
-    """Something lies where the bundle is to be written."""
 
 
 def export(
@@ -47,99 +47,115 @@ def export(
     output_uri: str,
     *,
     precisions: Sequence[Precision] = ("fp32",),
-    measuring: ParitySettings | None = None,
+    settings: ParitySettings | None = None,
 ) -> Bundle:
     """Write the bundle of a checkpoint and open it.
 
     Raises:
-        OutputExists, UnusableCheckpoint, NoImages, TooFewImages, NotConvertible: nothing was written.
-        ParityRefused: a precision is over its limits; the report lies at `output_uri` + `-refused`.
+        InputError: the output exists, or checkpoint or images cannot be used; nothing was written.
+        Refused: a precision is over its limits; the report is at `output_uri` + `-refused`.
     """
-    measuring = measuring or ParitySettings()
+    settings = settings or ParitySettings()
     if storage.open_storage(output_uri).list():
-        raise OutputExists(f"{redact(output_uri)} exists; name another output, or remove it first")
-    with checkpoint.opened(checkpoint_uri) as trained:
-        own, further = _drawn(images_uri, measuring, calibrating="int8" in precisions)
-        network = trained.network()
-        evidence = certification.evidence_of_checkpoint(trained, network, own, measuring.seed)
-        logger.info(
-            "comparing on %d images; %d do not decode", len(evidence.sample), len(evidence.undecodable)
-        )
-        graphs = dict(_graphs(trained, network, precisions, further))
-        files, manifest = contents(trained, graphs)
-    documents: Documents = {
-        ("cpu", name): measure(evidence, _candidate(files, manifest, name, measuring), name)
-        for name in graphs
-    }
-    certification.warn_of_calibration(documents)
-    labels = bundle.read_labels(files[bundle.LABELS_FILE])
-    _refuse_failed(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", documents, labels)
-    files[certification.page_path("cpu")] = report.render(documents, labels)
-    with _removed_on_failure(output_uri):
-        bundle.write_bundle(output_uri, files, manifest, documents)
+        raise InputError(f"{redact(output_uri)} exists; name another output, or remove it first")
+    with tempfile.TemporaryDirectory(prefix="iab-vision-bundle-") as folder:
+        with checkpoint.open_checkpoint(checkpoint_uri) as trained:
+            own, further = draw_images(images_uri, settings, calibrating="int8" in precisions)
+            network = trained.network()
+            reference = reference_of_checkpoint(trained, network, own, settings.seed)
+            graphs = dict(make_graphs(trained, network, precisions, further))
+            files, manifest = contents(trained, graphs)
+        bundle.write_bundle(folder, files, manifest, {})
+        draft = bundle.open_bundle(folder)
+        certificates = measure_all(reference, draft, [runtime_spec(settings, "cpu", name) for name in graphs])
+        _refuse_with_report(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", certificates, draft.labels)
+        certificate.add(draft, certificates)
+        with _removed_on_failure(output_uri):
+            bundle.copy_bundle(draft, output_uri)
     made = bundle.open_bundle(output_uri)
-    if certification.has_gpu(measuring.device_id):
-        certification.add_gpu(made, evidence, graphs, measuring)
+    if has_gpu(settings.device_id):
+        add_gpu(made, reference, graphs, settings)
         made = bundle.open_bundle(output_uri, verify=False)
     return made
 
 
-@contextmanager
-def _removed_on_failure(output_uri: str) -> Iterator[None]:
-    """Leave no half of a bundle behind: the folder was empty before, so all that is in it is ours."""
-    try:
-        yield
-    except BaseException:
-        folder = storage.open_storage(output_uri)
-        folder.delete(*[entry.path for entry in folder.list()])
-        raise
+def certify(
+    bundle_uri: str,
+    images_uri: str,
+    *,
+    provider: Provider,
+    precisions: Sequence[Precision],
+    settings: ParitySettings | None = None,
+    checkpoint_uri: str | None = None,
+) -> Certificates:
+    """Measure a bundle on a provider of this machine and write the certificates into it, passed or not.
+
+    Nothing is written before everything is measured.
+
+    Args:
+        checkpoint_uri: what to compare with; without it the bundle's own float32 model on CPU, certified.
+
+    Raises:
+        NotCertified: a file is missing, or no checkpoint is given and the float32 model has no certificate.
+        InputError: the reference would be the model itself, or is not the checkpoint of this bundle.
+        Refused: a precision failed; its certificate says so, and classify will not run it.
+    """
+    settings = settings or ParitySettings()
+    opened = bundle.open_bundle(bundle_uri)
+    runtimes = [runtime_spec(settings, provider, name) for name in precisions]
+    for runtime in runtimes:
+        opened.model_record(runtime.precision)
+    if checkpoint_uri is None:
+        reference = _reference_of_bundle(opened, images_uri, settings, runtimes)
+    else:
+        reference = _reference_of_run(opened, checkpoint_uri, images_uri, settings)
+    certificates = measure_all(reference, opened, runtimes)
+    certificate.add(opened, certificates)
+    refuse_failed(certificates, f"{redact(bundle_uri)}/{certificate.page_path(provider)}")
+    return certificates
 
 
-def _drawn(
-    images_uri: str, measuring: ParitySettings, *, calibrating: bool
+def draw_images(
+    images_uri: str, settings: ParitySettings, *, calibrating: bool
 ) -> tuple[list[Sample], list[Sample]]:
     """The images to compare, and further ones to calibrate on: all of them where too few are left."""
-    count = measuring.sample_images + (measuring.calibration_images if calibrating else 0)
-    drawn = images.draw(images_uri, count=count, seed=measuring.seed)
-    own, further = drawn[: measuring.sample_images], drawn[measuring.sample_images :]
+    count = settings.sample_images + (settings.calibration_images if calibrating else 0)
+    drawn = images.draw(images_uri, count=count, seed=settings.seed)
+    own, further = drawn[: settings.sample_images], drawn[settings.sample_images :]
     return own, further if len(further) >= quantize.MIN_CALIBRATION_IMAGES else drawn
 
 
-def _graphs(
+def make_graphs(
     trained: Checkpoint, network: Any, precisions: Sequence[Precision], further: Sequence[Sample]
 ) -> Iterator[tuple[Precision, Graph]]:
     """The ONNX graphs asked for; float32 is always one: int8 comes from it, certify compares with it."""
-    around = Surroundings(trained.image_spec, trained.temperature, trained.multi_label)
+    spec = trained.spec
 
     def metadata(name: Precision) -> dict[str, str]:
-        return convert.metadata_of(trained, temperature=trained.temperature, precision=name)
+        return convert.metadata_of(trained, precision=name)
 
-    portable = convert.convert(network, around, metadata("fp32"))
-    yield "fp32", Graph(portable, trained.temperature, {})
+    portable = convert.convert(network, spec, metadata("fp32"))
+    yield "fp32", Graph(portable, spec.temperature, {})
     if "fp16" in precisions:
-        yield "fp16", quantize.half(network, around, metadata("fp16"))
+        yield "fp16", quantize.half(network, spec, metadata("fp16"))
     if "int8" in precisions:
-        pixels = images.decode([one.payload for one in further], trained.image_spec)
+        pixels = images.decode([one.payload for one in further], spec.image_spec)
         readable_nhwc = np.array([one for one in pixels if one is not None])
         used = {one.fingerprint for one, found in zip(further, pixels, strict=True) if found is not None}
-        graph = quantize.quantised(portable, readable_nhwc, around, metadata("int8"))
+        graph = quantize.quantised(portable, readable_nhwc, spec, metadata("int8"))
         yield "int8", replace(graph, notes={**graph.notes, "calibrated_on": sorted(used)})
 
 
 def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[dict[str, bytes], Manifest]:
     """Every file of the bundle but the certificates, and the manifest that lists them."""
-    labels = labels_table(trained)
-    files = {bundle.MODEL_FILES[name]: graph.payload for name, graph in graphs.items()}
-    files[bundle.LABELS_FILE] = bundle.labels_bytes(labels)
+    files = {MODEL_FILES[name]: graph.payload for name, graph in graphs.items()}
+    files[bundle.LABELS_FILE] = bundle.labels_bytes(labels_table(trained))
     files[card.FILE] = card.render(trained, list(graphs))
     if trained.taxonomy_table is not None:
         files[bundle.TAXONOMY_FILE] = trained.taxonomy_table
     manifest = Manifest(
-        image_spec=trained.image_spec,
-        taxonomy=trained.taxonomy.name,
+        model=replace(trained.spec, taxonomy=trained.taxonomy.name),
         cattax=trained.taxonomy.cattax,
-        multi_label=trained.multi_label,
-        thresholds=trained.thresholds,
         temperatures={name: graph.temperature for name, graph in graphs.items()},
         opset=convert.OPSET,
         ir_version=convert.IR_VERSION,
@@ -150,14 +166,14 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
             "licence": trained.licence,
             "precisions": {name: dict(graph.notes) for name, graph in graphs.items()},
         },
-        files={name: bundle.record(payload) for name, payload in files.items()},
+        files={name: record(payload) for name, payload in files.items()},
     )
     return files, manifest
 
 
 def labels_table(trained: Checkpoint) -> pa.Table:
-    """The classes in graph order, with their place in the taxonomy."""
-    nodes = [trained.taxonomy.node(class_id) for class_id in trained.class_ids]
+    """The classes in graph order, with their position in the taxonomy."""
+    nodes = [trained.taxonomy.node(class_id) for class_id in trained.spec.class_ids]
     columns = {
         "class_index": range(len(nodes)),
         "id": [node.id for node in nodes],
@@ -169,24 +185,161 @@ def labels_table(trained: Checkpoint) -> pa.Table:
     return pa.table({name: list(values) for name, values in columns.items()}, schema=bundle.LABELS)
 
 
-def _candidate(
-    files: Mapping[str, bytes], manifest: Manifest, name: Precision, measuring: ParitySettings
-) -> Candidate:
-    """A precision as a reader of the bundle would run it: everything comes from the files to be written."""
-    class_ids = bundle.read_labels(files[bundle.LABELS_FILE])["id"].to_pylist()
-    spec = certification.runtime_spec(measuring, "cpu", name)
-    labels = certification.labels_of(manifest, class_ids, name)
-    model = OnnxModel(files[bundle.MODEL_FILES[name]], spec)
-    calibrated_on = certification.calibrated_on(manifest, name)
-    return Candidate(model, labels, manifest.image_spec, calibrated_on=calibrated_on)
+def runtime_spec(settings: ParitySettings, provider: Provider, precision: Precision) -> RuntimeSpec:
+    """Classify's own session options."""
+    return RuntimeSpec(
+        provider,
+        precision,
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+        device_id=settings.device_id,
+    )
 
 
-def _refuse_failed(report_uri: str, documents: Documents, labels: pa.Table) -> None:
-    """Keep the report of a bundle that is not made, and raise what says why; nothing when all passed."""
-    if all(document["passed"] for document in documents.values()):
+def measure_all(reference: Reference, opened: Bundle, runtimes: Iterable[RuntimeSpec]) -> Certificates:
+    """The certificates of some sessions, one model in memory at a time; doubtful int8 ones are warned of."""
+    found: Certificates = {}
+    for runtime in runtimes:
+        candidate = certificate.load_candidate(opened, runtime)
+        found[runtime.provider, runtime.precision] = certificate.measure(
+            reference, candidate, runtime.precision
+        )
+    _warn_of_calibration(found)
+    return found
+
+
+def reference_of_checkpoint(trained: Checkpoint, network: Any, own: Sequence[Sample], seed: int) -> Reference:
+    """The user's images and the edge cases as the checkpoint sees them in PyTorch."""
+    sample = [*own, *images.edge_cases(seed)]
+    return certificate.run_reference(
+        sample,
+        images.targets(sample, trained.spec.class_ids, trained.taxonomy),
+        network=torch_reference(network),
+        spec=trained.spec,
+        description=f"{trained.architecture} of {trained.source} in PyTorch, float32, eager, CPU",
+    )
+
+
+def _reference_of_run(
+    opened: Bundle, checkpoint_uri: str, images_uri: str, settings: ParitySettings
+) -> Reference:
+    with checkpoint.open_checkpoint(checkpoint_uri) as trained:
+        stated = opened.manifest.source.get("checkpoint_sha256")
+        if trained.sha256 != stated:
+            raise InputError(
+                f"{trained.source} has sha256 {trained.sha256}, but {redact(opened.uri)} was exported from "
+                f"sha256 {stated}; give that one with --checkpoint, or export this one"
+            )
+        own = images.draw(images_uri, count=settings.sample_images, seed=settings.seed)
+        return reference_of_checkpoint(trained, trained.network(), own, settings.seed)
+
+
+def _reference_of_bundle(
+    opened: Bundle, images_uri: str, settings: ParitySettings, runtimes: Sequence[RuntimeSpec]
+) -> Reference:
+    if any((runtime.provider, runtime.precision) == ("cpu", "fp32") for runtime in runtimes):
+        raise InputError(
+            "fp32 on cpu is what other precisions and providers are compared with; here it would be compared "
+            "with itself. Name the run that the bundle was exported from: --checkpoint RUN"
+        )
+    opened.certificate_for("cpu", "fp32")
+    candidate = certificate.load_candidate(opened, RuntimeSpec(threads=settings.threads))
+    own = images.draw(images_uri, count=settings.sample_images, seed=settings.seed)
+    sample = [*own, *images.edge_cases(settings.seed)]
+
+    def network(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
+        return candidate.model.run(np.ascontiguousarray(pixels_nhwc))[0]
+
+    return certificate.run_reference(
+        sample,
+        images.targets(sample, opened.spec.class_ids, opened.taxonomy()),
+        network=network,
+        spec=candidate.spec,
+        description=f"model.onnx of {opened.model_id} on cpu, certified against PyTorch",
+    )
+
+
+def has_gpu(device_id: int) -> bool:
+    """Whether a CUDA device answers, and the installed ONNX Runtime was built for one."""
+    if providers.EP_NAMES["cuda"] not in ort.get_available_providers():
+        return False
+    try:
+        providers.gpu_name(device_id)
+    except providers.ProviderUnavailable:
+        return False
+    return True
+
+
+def add_gpu(
+    opened: Bundle, reference: Reference, precisions: Iterable[Precision], settings: ParitySettings
+) -> None:
+    """Certify on cuda what runs there. The bundle stays usable on CPU even if this fails."""
+    for name in precisions:
+        if name == "int8":
+            continue
+        command = f"iab-vision certify {redact(opened.uri)} --images URI --provider cuda --precisions {name}"
+        try:
+            found = measure_all(reference, opened, [runtime_spec(settings, "cuda", name)])
+        except Exception as error:  # ORT, CUDA and cuDNN raise unrelated types; the bundle is good without
+            logger.warning("%s is not certified on cuda: %s. Later: %s", name, error, command)
+            continue
+        certificate.add(opened, found)
+        if not found["cuda", name]["passed"]:
+            logger.warning("%s. It will not run there", report.explain("cuda", name, found["cuda", name]))
+
+
+def refuse_failed(certificates: Certificates, report_uri: str) -> None:
+    """Raise Refused naming every broken limit, unless all passed."""
+    parts = [
+        report.explain(provider, name, document)
+        for (provider, name), document in certificates.items()
+        if not document["passed"]
+    ]
+    if parts:
+        raise Refused(f"{'. '.join(parts)}. See {report_uri}")
+
+
+def _refuse_with_report(report_uri: str, certificates: Certificates, labels: pa.Table) -> None:
+    """Keep the report of a bundle that is not made, and raise Refused; nothing when all passed."""
+    if all(document["passed"] for document in certificates.values()):
         return
     folder = storage.open_storage(report_uri)
-    for (provider, name), document in documents.items():
+    for (provider, name), document in certificates.items():
         folder.put(f"{provider}-{name}.json", report.as_json(document))
-    folder.put("report.html", report.render(documents, labels))
-    certification.refuse_failed(documents, f"{redact(report_uri)}/report.html")
+    folder.put("report.html", report.render(certificates, labels))
+    refuse_failed(certificates, f"{redact(report_uri)}/report.html")
+
+
+@contextmanager
+def _removed_on_failure(output_uri: str) -> Iterator[None]:
+    """Leave no half of a bundle: the folder was empty before, so everything in it is ours."""
+    try:
+        yield
+    except BaseException:
+        folder = storage.open_storage(output_uri)
+        folder.delete(*[entry.path for entry in folder.list()])
+        raise
+
+
+def _warn_of_calibration(certificates: Certificates) -> None:
+    """Warn where int8 rests on few images, or is measured on the images that it was calibrated on."""
+    for (provider, name), document in certificates.items():
+        calibration = document["calibration"]
+        if calibration is None:
+            continue
+        if calibration["images"] < RECOMMENDED_CALIBRATION_IMAGES:
+            logger.warning(
+                "%s was calibrated on %d images; use %d or more: export with more --images",
+                name,
+                calibration["images"],
+                RECOMMENDED_CALIBRATION_IMAGES,
+            )
+        if calibration["compared_too"]:
+            logger.warning(
+                "%s on %s is measured on %d images that it was calibrated on, of %d: its figures are biased "
+                "upward; give more --images, or others",
+                name,
+                provider,
+                calibration["compared_too"],
+                document["images"]["compared"],
+            )

@@ -9,12 +9,12 @@ import jinja2
 import pyarrow as pa
 
 from export.parity import TOP_K
-from pipelines.bundle.bundle import MODEL_FILES
+from pipelines.bundle.manifest import MODEL_FILES
 from pipelines.specs import Precision, Provider
 
 
 def render(documents: Mapping[tuple[Provider, Precision], Mapping[str, Any]], labels: pa.Table) -> bytes:
-    """The page over certificates, which can be made anew at any time; `labels` has the ids' names."""
+    """The page over certificates; `labels` has the names of the ids."""
     template = (resources.files("export") / "templates" / "certificate.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["g"] = number
@@ -27,6 +27,25 @@ def render(documents: Mapping[tuple[Provider, Precision], Mapping[str, Any]], la
         top_k=TOP_K,
     )
     return page.encode()
+
+
+def one_line(provider: str, name: str, document: Mapping[str, Any]) -> str:
+    """What a terminal shows of a measurement."""
+    metrics, verdict = document["metrics"], "passed" if document["passed"] else "REFUSED"
+    top1 = metrics["top1"]
+    return (
+        f"{name} on {provider}: {verdict} on {document['images']['compared']} images, max |Δ logit| "
+        f"{number(metrics['max_logit'])}, top 1 agrees on {top1['share']:.2%} ({top1['ties']} ties), "
+        f"{max(document['speed'].values()):g} images/s"
+    )
+
+
+def explain(provider: str, name: str, document: Mapping[str, Any]) -> str:
+    """Every limit that a measurement does not keep."""
+    broken = "; ".join(
+        f"{f['metric']} is {number(f['value'])}, limit {number(f['limit'])}" for f in document["failures"]
+    )
+    return f"{name} on {provider} is refused: {broken}"
 
 
 def number(value: float | str | None) -> str:

@@ -2,7 +2,8 @@
 
 import logging
 
-from pipelines.bundle.bundle import Bundle, NotCertified
+from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.manifest import NotCertified
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import Refused
 
@@ -10,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def require_certificate(bundle: Bundle, spec: RuntimeSpec, *, allow_uncertified: bool) -> bool:
-    """Whether a passing certificate covers the session; False only where the user allows that, loudly.
+    """Whether a passing certificate covers the session; False (and a warning) where that is allowed.
 
     Raises:
         Refused: the bundle lacks the file, or nothing covers it; the message has the command that helps.
@@ -24,6 +25,6 @@ def require_certificate(bundle: Bundle, spec: RuntimeSpec, *, allow_uncertified:
     except NotCertified as error:
         if not allow_uncertified:
             raise Refused(str(error)) from error
-        log.warning("RUNNING WITHOUT PROOF (--allow-uncertified): %s", error)
+        log.warning("running uncertified (--allow-uncertified): %s", error)
         return False
     return True

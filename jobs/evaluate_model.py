@@ -8,7 +8,6 @@ a minute on 2 cores. A bundle is measured as it is served (ONNX Runtime, its own
 trained (PyTorch, float32, CPU), with its learning curves and attention maps.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,7 +40,7 @@ def run(config: EvaluateConfig) -> int:
     with open_model(config) as model:
         with checking_input():
             recorded = recorded_splits(config)
-            data = load_dataset(data_settings(config, model.taxonomy_reference), config.output)
+            data = load_dataset(data_settings(config, model.spec.taxonomy), config.output)
         found = evaluate_model(
             model,
             data,
@@ -122,7 +121,7 @@ def open_model(config: EvaluateConfig) -> Iterator["EvaluatedModel"]:
     uri = config.checkpoint or ""
     with ExitStack() as stack:
         with checking_input():
-            found = stack.enter_context(checkpoints.opened(uri))
+            found = stack.enter_context(checkpoints.open_checkpoint(uri))
         yield checkpoint_model(found, uri)
 
 
@@ -153,20 +152,9 @@ def checkpoint_model(found: "Checkpoint", uri: str) -> "EvaluatedModel":
     network = found.network("sdpa")
     return EvaluatedModel(
         name=f"{found.source} ({found.architecture})",
-        class_ids=found.class_ids,
+        spec=found.spec,
         taxonomy=found.taxonomy,
-        taxonomy_reference=taxonomy_reference(found),
-        image_spec=found.image_spec,
-        thresholds=found.thresholds,
-        multi_label=found.multi_label,
-        predict=TorchModel(network, found.image_spec, found.multi_label, found.temperature),
+        predict=TorchModel(network, found.spec),
         network=network,
         history=runs.history(run_folder(uri)),
     )
-
-
-def taxonomy_reference(found: "Checkpoint") -> str:
-    """A built-in name, `labels`, or where training found the user's own table."""
-    if found.taxonomy_table is None:
-        return str(found.taxonomy.name)
-    return str(json.loads((found.folder / "iab_vision.json").read_text())["taxonomy"])

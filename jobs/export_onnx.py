@@ -4,29 +4,25 @@
 
 Two cores: ViT-tiny at 64 pixels with int8 in under a minute, ViT-base at 224 in float32 under three.
 Prints one line per precision and the bundle's model id. Exit code 3, and no bundle, when a precision
-differs too much from the checkpoint; the report then lies at OUTPUT-refused.
+differs too much from the checkpoint; the report is then at OUTPUT-refused.
 """
 
 from jobs.config import ExportConfig
 from jobs.errors import checking_input
-from pipelines.messages import Refused
 
 
 def run(config: ExportConfig) -> int:
-    from export import certification, release
+    from export import release, report
 
     with checking_input():
-        try:
-            bundle = release.export(
-                config.checkpoint,
-                config.images,
-                config.output,
-                precisions=config.precisions,
-                measuring=config.parity,
-            )
-        except certification.ParityRefused as error:
-            raise Refused(str(error)) from error
+        bundle = release.export(
+            config.checkpoint,
+            config.images,
+            config.output,
+            precisions=config.precisions,
+            settings=config.parity,
+        )
     for certificate in bundle.certificates:
-        print(certification.one_line(certificate.provider, certificate.precision, certificate.content))
+        print(report.one_line(certificate.provider, certificate.precision, certificate.content))
     print(f"bundle {config.output}, model {bundle.model_id}")
     return 0

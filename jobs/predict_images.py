@@ -51,15 +51,15 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
             fetcher,
             [Source(uri) for uri in config.images],
             item_ids=range(len(config.images)),
-            spec=bundle.image_spec,
-            decode=decode_here(bundle.image_spec),
+            spec=bundle.spec.image_spec,
+            decode=decode_here(bundle.spec.image_spec),
         )
     finally:
         fetcher.close()
     scored = predictor.score(loaded).to_pylist()
     model = {
-        "cattax": bundle.cattax,
-        "taxonomy": bundle.taxonomy_name,
+        "cattax": bundle.manifest.cattax,
+        "taxonomy": bundle.spec.taxonomy,
         "model_id": bundle.model_id,
         "certified": certified,
     }

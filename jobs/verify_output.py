@@ -5,16 +5,15 @@ Exit code 0 when every check passes, 1 when one fails, 2 when the path is neithe
 
 from jobs.config import VerifyConfig
 from jobs.errors import checking_input
-from pipelines.messages import InputError
 
 
 def run(config: VerifyConfig) -> int:
-    from pipelines.bundle import bundle
+    from pipelines.bundle.manifest import MANIFEST_FILE
     from pipelines.storage import storage
 
     with checking_input():
         folder = storage.open_storage(config.path)
-        is_bundle = folder.exists(bundle.MANIFEST_FILE)
+        is_bundle = folder.exists(MANIFEST_FILE)
     checks = bundle_checks(config.path) if is_bundle else predictions_checks(config.path)
     print_checks(checks)
     return 0 if all(passed for _, passed, _ in checks) else 1
@@ -26,19 +25,18 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
     The one of fp32 on cpu is written last and must be there: without it the bundle is only half exported.
     """
     from pipelines.bundle import bundle as bundles
+    from pipelines.bundle import manifest
 
     try:
         bundle = bundles.open_bundle(uri)
-    except bundles.NotABundle as error:
-        raise InputError(str(error)) from error
-    except ValueError as error:  # damaged: that is what was asked
+    except manifest.BundleDamaged as error:  # that is what was asked
         return [("hashes", False, str(error))]
     checks = [("hashes", True, f"{len(bundle.manifest.files)} files as the manifest says")]
     for provider, precision in {("cpu", "fp32"), *((c.provider, c.precision) for c in bundle.certificates)}:
-        name = f"{bundles.CERTIFICATES}/{provider}-{precision}.json"
+        name = f"{manifest.CERTIFICATES}/{provider}-{precision}.json"
         try:
             bundle.certificate_for(provider, precision)
-        except bundles.NotCertified as error:
+        except manifest.NotCertified as error:
             checks.append((name, False, str(error)))
         else:
             checks.append((name, True, "passed, for these files"))

@@ -2,8 +2,7 @@
 
 Reads, verifies and writes `manifest.json`, the ONNX files, `labels.parquet` and `certificates/`
 (layout: README). Nothing is parsed before its hash agrees with the manifest, nothing is
-unpickled, and every byte handed out was hashed in memory first. It deliberately runs no model:
-`runtime.py` does.
+unpickled, and every byte handed out was hashed in memory first. It runs no model.
 """
 
 import hashlib
@@ -24,23 +23,15 @@ from pipelines.bundle.manifest import (
     Manifest,
     NotABundle,
     NotCertified,
-    record,
     sealed,
 )  # fmt: skip
 from pipelines.bundle.onnx_check import check_graph
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import redact
-from pipelines.specs import ImageSpec, Precision, Provider
+from pipelines.specs import ModelSpec, Precision, Provider
 from pipelines.storage import storage
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import Taxonomy
-
-__all__ = [
-    "CERTIFICATES", "FLAT", "LABELS", "LABELS_FILE", "MANIFEST_FILE", "MODEL_FILES", "TAXONOMY_FILE",
-    "Bundle",
-    "BundleDamaged", "Certificate", "FileRecord", "Manifest", "NotABundle", "NotCertified", "add_certificate",
-    "labels_bytes", "open_bundle", "read_labels", "record", "write_bundle",
-]  # fmt: skip
 
 LABELS_FILE = "labels.parquet"
 TAXONOMY_FILE = "taxonomy.csv"
@@ -78,40 +69,20 @@ class Bundle:
         return self.manifest.model_id
 
     @property
-    def image_spec(self) -> ImageSpec:
-        return self.manifest.image_spec
-
-    @property
-    def taxonomy_name(self) -> str:
-        return self.manifest.taxonomy
-
-    @property
-    def cattax(self) -> int:
-        return self.manifest.cattax
-
-    @property
-    def thresholds(self) -> Mapping[str, float]:
-        return self.manifest.thresholds
-
-    @property
-    def multi_label(self) -> bool:
-        return self.manifest.multi_label
-
-    @property
-    def class_ids(self) -> list[str]:
-        """Class ids in the order of the graph's outputs."""
-        return list(self.labels["id"].to_pylist())
+    def spec(self) -> ModelSpec:
+        """What the model takes and what its outputs mean."""
+        return self.manifest.model
 
     def taxonomy(self) -> Taxonomy:
         """The taxonomy that the classes belong to, as it was when the bundle was made."""
-        if self.taxonomy_name == FLAT:
-            return taxonomy.flat(self.class_ids)
+        if self.spec.taxonomy == FLAT:
+            return taxonomy.flat(self.spec.class_ids)
         record = self.manifest.files.get(TAXONOMY_FILE)
         if record is None:
-            return taxonomy.load(self.taxonomy_name)
+            return taxonomy.load(self.spec.taxonomy)
         payload = _read_verified(storage.open_storage(self.uri), TAXONOMY_FILE, record)
         version = hashlib.sha256(payload).hexdigest()[:12]
-        return Taxonomy(self.taxonomy_name, version, self.cattax, taxonomy.parse(payload.decode()))
+        return Taxonomy(self.spec.taxonomy, version, self.manifest.cattax, taxonomy.parse(payload.decode()))
 
     def model_bytes(self, precision: Precision) -> bytes:
         """The verified bytes of the ONNX file of a precision."""
@@ -193,6 +164,8 @@ def open_bundle(uri: str, *, verify: bool = True) -> Bundle:
         for name in manifest.files.keys() - {LABELS_FILE}:
             _verify(folder, name, manifest.files[name])
     labels = read_labels(_read_verified(folder, LABELS_FILE, manifest.files[LABELS_FILE]))
+    if tuple(labels["id"].to_pylist()) != manifest.model.class_ids:
+        raise BundleDamaged(f"{LABELS_FILE} holds other classes, or another order, than {MANIFEST_FILE}")
     return Bundle(
         uri, manifest, hashlib.sha256(payload).hexdigest(), labels, tuple(_read_certificates(folder))
     )
@@ -215,10 +188,21 @@ def write_bundle(
         add_certificate(uri, manifest, provider, precision, content)
 
 
+def copy_bundle(bundle: Bundle, uri: str) -> None:
+    """Copy a bundle to another folder, its files verified again; the certificate of fp32 on cpu is last."""
+    source, target = storage.open_storage(bundle.uri), storage.open_storage(uri)
+    for name, expected in bundle.manifest.files.items():
+        target.put(name, _read_verified(source, name, expected))
+    last = f"{CERTIFICATES}/cpu-fp32.json"
+    paths = sorted((entry.path for entry in source.list(CERTIFICATES)), key=lambda path: path == last)
+    for path in (MANIFEST_FILE, *paths):
+        target.put(path, source.read(path))
+
+
 def add_certificate(
     uri: str, manifest: Manifest, provider: Provider, precision: Precision, content: Mapping[str, Any]
 ) -> None:
-    """Write or replace one certificate, bound to the manifest and the model file that it speaks of."""
+    """Write or replace one certificate, bound to the hashes of the manifest and of the model file."""
     document = {
         **content,
         "provider": provider,

@@ -3,7 +3,6 @@
 Whole batches at a time, numpy in and Arrow out. It runs no model and reads no file.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import schema
+from pipelines.specs import ModelSpec
 from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
 
 DEFAULT_THRESHOLD = 0.5
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Labeller:
-    """What turns one model's probabilities into label columns; `labeller` builds it."""
+    """What turns one model's probabilities into label columns; `build_labeller` makes it."""
 
     class_ids: pa.Array
     rollup: Rollup
@@ -53,29 +53,18 @@ class Labeller:
         )
 
 
-def labeller(
-    class_ids: list[str],
-    taxonomy: Taxonomy,
-    *,
-    thresholds: Mapping[str, float],
-    top_k: int,
-    multi_label: bool = False,
-) -> Labeller:
-    """The labeller of a model with these classes.
-
-    Args:
-        class_ids: taxonomy ids in the graph's class order.
-        thresholds: score from which an id, class or ancestor, enters `cat`; `DEFAULT_THRESHOLD` elsewhere.
-    """
+def build_labeller(spec: ModelSpec, taxonomy: Taxonomy, *, top_k: int) -> Labeller:
+    """The labeller of a model; an id without a threshold enters `cat` from `DEFAULT_THRESHOLD`."""
+    class_ids = list(spec.class_ids)
     rollup = taxonomy.rollup(class_ids)
     roots = {taxonomy.tier1(class_id) for class_id in class_ids}
     return Labeller(
         class_ids=pa.array(class_ids, pa.string()),
         rollup=rollup,
         tier1_positions=np.array([i for i, id_ in enumerate(rollup.ids) if id_ in roots], np.int64),
-        thresholds=np.array([thresholds.get(id_, DEFAULT_THRESHOLD) for id_ in rollup.ids], np.float32),
+        thresholds=np.array([spec.thresholds.get(id_, DEFAULT_THRESHOLD) for id_ in rollup.ids], np.float32),
         top_k=min(top_k, len(class_ids)),
-        multi_label=multi_label,
+        multi_label=spec.multi_label,
     )
 
 

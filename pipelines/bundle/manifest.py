@@ -1,6 +1,6 @@
-"""What a bundle says of itself: `manifest.json`, the certificates, and the errors of a bundle that lies.
+"""What a bundle says of itself: `manifest.json`, the certificates, and the errors of a damaged bundle.
 
-Parses and checks documents; it opens no folder (`bundle.py` does) and runs no model (`runtime.py` does).
+Parses and checks documents; it opens no folder and runs no model.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from pipelines.bundle.settings import RuntimeSpec
-from pipelines.specs import ImageSpec, Precision, Provider
+from pipelines.messages import InputError
+from pipelines.specs import ModelSpec, Precision, Provider
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 CERTIFICATES = "certificates"
 MODEL_FILES: dict[Precision, str] = {
@@ -26,15 +27,15 @@ MAX_FILE_BYTES = (2 << 30) - 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class NotABundle(ValueError):
+class NotABundle(InputError):
     """The folder holds no bundle, or one of a format that this version cannot read."""
 
 
-class BundleDamaged(ValueError):
+class BundleDamaged(InputError):
     """A file of the bundle is missing, truncated or altered."""
 
 
-class NotCertified(ValueError):
+class NotCertified(InputError):
     """No passing certificate covers the provider and precision asked for."""
 
 
@@ -56,16 +57,10 @@ class FileRecord:
 class Manifest:
     """Everything about the model that its users need; its content determines `model_id`."""
 
-    image_spec: ImageSpec
-    """How bytes become the pixels that the graph takes."""
-    taxonomy: str
-    """Name of the taxonomy that the class ids belong to."""
+    model: ModelSpec
+    """What the model takes and what its outputs mean; its taxonomy is named, never a path."""
     cattax: int
     """The taxonomy's AdCOM number."""
-    multi_label: bool
-    """Whether the probabilities are independent (sigmoid) rather than a distribution (softmax)."""
-    thresholds: Mapping[str, float]
-    """Least probability, by class id, at which an image is given the class in `cat`."""
     temperatures: Mapping[str, float]
     """By precision: what the logits are divided by inside the graph."""
     opset: int
@@ -87,7 +82,7 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model_id"}
-        content["image_spec"] = asdict(self.image_spec)
+        content["model"] = asdict(self.model)
         content["files"] = {name: asdict(record) for name, record in self.files.items()}
         return content
 
@@ -103,13 +98,12 @@ class Manifest:
         version = document.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise NotABundle(
-                f"{MANIFEST_FILE} has format_version {version!r}; this iab-vision reads {FORMAT_VERSION}"
+                f"{MANIFEST_FILE} has format_version {version!r}; this iab-vision reads {FORMAT_VERSION}. "
+                "Make the bundle again: iab-vision export --checkpoint RUN --images URI --output BUNDLE"
             )
         stated_id = document.pop("model_id", None)
         try:
-            spec = document.pop("image_spec")
-            colours = {"mean": tuple(spec["mean"]), "std": tuple(spec["std"])}
-            document["image_spec"] = ImageSpec(**{**spec, **colours})
+            document["model"] = ModelSpec(**document["model"])
             document["files"] = {name: FileRecord(**record) for name, record in document["files"].items()}
             manifest = cls(**document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -125,7 +119,7 @@ class Manifest:
         for name, record in self.files.items():
             if not _PLAIN_NAME.fullmatch(name):
                 raise BundleDamaged(
-                    f"{MANIFEST_FILE} lists {name!r}; a bundle's files lie directly in its folder"
+                    f"{MANIFEST_FILE} lists {name!r}; a bundle's files must be directly in its folder"
                 )
             if not 0 <= record.bytes <= MAX_FILE_BYTES:
                 raise BundleDamaged(
@@ -135,7 +129,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Certificate:
-    """One parity measurement of one file on one provider (`export/measurement.py` makes them)."""
+    """One parity measurement of one file on one provider (`iab-vision export` and `certify` make them)."""
 
     provider: Provider
     precision: Precision
@@ -189,7 +183,7 @@ class Certificate:
                 f"{path} contradicts itself: passed is {certificate.passed!r}, failures are {failures!r}"
             )
         if certificate.name != path:
-            raise BundleDamaged(f"{path} speaks of {certificate.provider}-{certificate.precision}")
+            raise BundleDamaged(f"{path} is of {certificate.provider}-{certificate.precision}")
         return certificate
 
 

@@ -1,7 +1,7 @@
 """What an ONNX file of a bundle may hold: its own weights, and operators whose code is known.
 
-ONNX Runtime opens whatever paths a graph names, so this is checked before it sees the bytes. Whether the
-file is the released one is the hash's business (`bundle.py`).
+ONNX Runtime opens whatever paths a graph names, so this is checked before it sees the bytes. Integrity is
+checked by hash.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from pipelines import schema
 from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
-from pipelines.bundle.labelling import Floats, Labeller, labeller
+from pipelines.bundle.labelling import Floats, Labeller, build_labeller
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.images.pixels import pixels_of
@@ -67,11 +67,5 @@ def spread(head: pa.Table, labels: pa.Table | None, ok: npt.NDArray[np.bool_]) -
 
 def open_predictor(bundle: Bundle, spec: RuntimeSpec, top_k: int) -> Predictor:
     """The predictor of an opened bundle; whether it is certified is for the caller to have checked."""
-    labels = labeller(
-        bundle.class_ids,
-        bundle.taxonomy(),
-        thresholds=bundle.thresholds,
-        top_k=top_k,
-        multi_label=bundle.multi_label,
-    )
-    return Predictor(session.load(bundle, spec), labels, bundle.image_spec)
+    labels = build_labeller(bundle.spec, bundle.taxonomy(), top_k=top_k)
+    return Predictor(session.load(bundle, spec), labels, bundle.spec.image_spec)

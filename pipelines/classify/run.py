@@ -166,7 +166,7 @@ def write_report(run: Run) -> None:
     sessions = run.ledger.state.sessions
     about = {
         "model_id": run.bundle.model_id,
-        "taxonomy": run.bundle.taxonomy_name,
+        "taxonomy": run.bundle.spec.taxonomy,
         "providers": sorted({each["provider"] for each in sessions}),
         "precision": run.settings.runtime.precision,
         "certified": all(each["certified"] for each in sessions),
@@ -190,13 +190,13 @@ def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table
         state_uri=run.state.uri,
         generation=run.ledger.state.generation,
         model_id=bundle.model_id,
-        taxonomy=bundle.taxonomy_name,
-        cattax=bundle.cattax,
+        taxonomy=bundle.spec.taxonomy,
+        cattax=bundle.manifest.cattax,
         final=final,
     )
     return engine.run_dataflow(
         work_list(run.ledger.done.missing(), pools.items_per_batch),
-        Source(run.state.uri, bundle.image_spec, settings.decode, fetch),
+        Source(run.state.uri, bundle.spec.image_spec, settings.decode, fetch),
         Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
         target,
         pools,

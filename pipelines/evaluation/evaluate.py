@@ -38,20 +38,24 @@ def evaluate_model(
         JobFailed: no image can be decoded.
     """
     data = data.divided_as(recorded or {})
-    eval_set = build_eval_set(data, split, model.class_ids, model.taxonomy, multi_label=model.multi_label)
+    eval_set = build_eval_set(
+        data, split, model.spec.class_ids, model.taxonomy, multi_label=model.spec.multi_label
+    )
     leakage = find_leakage(data, split, recorded)
     _warn(eval_set, leakage)
-    predictions = predict_on_threads(eval_set.images, model.predict, model.image_spec, threads=threads)
-    result = score(eval_set, model.class_ids, predictions)
+    predictions = predict_on_threads(eval_set.images, model.predict, model.spec.image_spec, threads=threads)
+    result = score(eval_set, model.spec.class_ids, predictions)
     for image in result.unreadable[:LISTED]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
     found = evaluate(
         result.scored,
         model.taxonomy,
-        thresholds=model.thresholds,
+        thresholds=model.spec.thresholds,
         about=_about(model, data, split, leakage, result),
     )
-    shown = gallery(result.scored, model.taxonomy, result.images, model.image_spec, network=model.network)
+    shown = gallery(
+        result.scored, model.taxonomy, result.images, model.spec.image_spec, network=model.network
+    )
     counts = {} if split == ALL else data.images_per_class(data.rows_by_split())
     write_report(found, output, replace(shown, history=model.history, class_counts=counts))
     return found

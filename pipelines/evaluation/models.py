@@ -5,7 +5,7 @@ in float32.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pipelines.evaluation import metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.evaluation.score import Predict
 from pipelines.messages import redact
-from pipelines.specs import ImageSpec
+from pipelines.specs import ModelSpec
 from pipelines.storage.uris import join
 from pipelines.taxonomy.taxonomy import Taxonomy
 
@@ -30,13 +30,8 @@ class EvaluatedModel:
     """The model that is evaluated, whatever it is stored as."""
 
     name: str
-    class_ids: Sequence[str]
+    spec: ModelSpec
     taxonomy: Taxonomy
-    taxonomy_reference: str
-    """What `taxonomy.load` finds it by; `labels` for flat ones."""
-    image_spec: ImageSpec
-    thresholds: Mapping[str, float]
-    multi_label: bool
     predict: Predict
     certificate: str = "none needed: the checkpoint itself"
     """What the report says of its certificate."""
@@ -51,18 +46,16 @@ class TorchModel:
     """A transformers image classifier as `Predict`, on the device where it is."""
 
     network: Any
-    image_spec: ImageSpec
-    multi_label: bool
-    temperature: float = 1.0
+    spec: ModelSpec
 
     def __call__(self, pixels_nhwc: Array) -> tuple[Array, Array]:
         """Logits and probabilities, float32 [n, classes]."""
         with torch.inference_mode():
             pixels = torch.from_numpy(np.array(pixels_nhwc)).to(self.network.device)
-            inputs_nchw = normalize(pixels, self.image_spec)
+            inputs_nchw = normalize(pixels, self.spec.image_spec)
             logits_nc = self.network(pixel_values=inputs_nchw).logits.cpu().numpy()
         scores_nc = metrics.probabilities(
-            logits_nc, temperature=self.temperature, multi_label=self.multi_label
+            logits_nc, temperature=self.spec.temperature, multi_label=self.spec.multi_label
         )
         return logits_nc, scores_nc
 
@@ -72,12 +65,10 @@ def load_bundle_model(uri: str, bundle: Bundle, spec: RuntimeSpec, *, certificat
     has_own_table = bundles.TAXONOMY_FILE in bundle.manifest.files
     return EvaluatedModel(
         name=f"{redact(uri)} ({bundle.model_id}, {spec.precision} on {spec.provider})",
-        class_ids=bundle.class_ids,
+        spec=replace(bundle.spec, taxonomy=join(uri, bundles.TAXONOMY_FILE))
+        if has_own_table
+        else bundle.spec,
         taxonomy=bundle.taxonomy(),
-        taxonomy_reference=join(uri, bundles.TAXONOMY_FILE) if has_own_table else bundle.taxonomy_name,
-        image_spec=bundle.image_spec,
-        thresholds=bundle.thresholds,
-        multi_label=bundle.multi_label,
         predict=session.load(bundle, spec).run,
         certificate=certificate,
     )

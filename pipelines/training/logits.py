@@ -24,7 +24,7 @@ class Predictor:
 
     def __init__(self, files: Mapping[str, bytes], model_spec: ModelSpec, device: str) -> None:
         self.spec = model_spec.image_spec
-        self.predict = TorchModel(load_network(files).to(device), self.spec, model_spec.multi_label)
+        self.predict = TorchModel(load_network(files).to(device), model_spec)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return predict_batch(batch, self.predict, self.spec)

@@ -4,6 +4,7 @@ Every size differs from every other, so that a transposition cannot pass unnotic
 network a head that really separates the classes: a random one leaves every image a near-tie.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pipelines.bundle import bundle
-from pipelines.bundle.bundle import Manifest
-from pipelines.specs import ImageSpec
+from pipelines.bundle.manifest import Manifest, record
+from pipelines.specs import ImageSpec, ModelSpec
 
 CLASS_IDS = ("483", "1", "v9i3On", "425", "552")
 SPEC = ImageSpec(height=40, width=56, mean=(0.5, 0.45, 0.4), std=(0.25, 0.2, 0.3))
@@ -62,7 +63,7 @@ def checkpoint(folder: Path, *, multi_label: bool = False, network=None, spec: I
     ours = {
         "taxonomy": "3.1",
         "class_ids": CLASS_IDS,
-        "image_spec": {**vars(spec)},
+        "image_spec": dataclasses.asdict(spec),
         "temperature": TEMPERATURE,
         "thresholds": {"483": 0.6},
         "multi_label": multi_label,
@@ -153,17 +154,14 @@ def small_bundle(uri: str | Path, *, certificates=None) -> Manifest:
     )
     files = {"model.onnx": small_graph(), "labels.parquet": bundle.labels_bytes(labels)}
     manifest = Manifest(
-        image_spec=ImageSpec(height=4, width=6),
-        taxonomy="iab-content-3.1",
+        model=ModelSpec(CLASS_IDS, "iab-content-3.1", ImageSpec(height=4, width=6), thresholds={"483": 0.5}),
         cattax=9,
-        multi_label=False,
-        thresholds={"483": 0.5},
         temperatures={"fp32": 1.0},
         opset=23,
         ir_version=10,
         versions={},
         source={"architecture": "small"},
-        files={name: bundle.record(payload) for name, payload in files.items()},
+        files={name: record(payload) for name, payload in files.items()},
     )
     passed = {("cpu", "fp32"): PASSED}
     bundle.write_bundle(str(uri), files, manifest, passed if certificates is None else certificates)

@@ -1,5 +1,6 @@
 """A bundle opens only when it is whole, and runs only where a certificate covers it."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,8 +11,17 @@ from onnx import helper
 
 from jobs.cli import main
 from pipelines.bundle import bundle, manifest
-from pipelines.bundle.bundle import BundleDamaged, NotABundle, NotCertified, open_bundle
+from pipelines.bundle.bundle import open_bundle
+from pipelines.bundle.manifest import (
+    BundleDamaged,
+    FileRecord,
+    Manifest,
+    NotABundle,
+    NotCertified,
+    record,
+)
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.storage.local import LocalStorage
 from tests.builders.models import CLASS_IDS, PASSED, small_bundle
 
@@ -33,18 +43,16 @@ def rewrite_manifest(folder: Path, change) -> None:
 
 def test_opened_bundle_tells_everything_about_its_model(folder):
     opened = open_bundle(str(folder))
-    assert opened.class_ids == list(CLASS_IDS)
-    assert (opened.taxonomy_name, opened.cattax, opened.multi_label) == ("iab-content-3.1", 9, False)
-    assert (opened.image_spec.height, opened.image_spec.width) == (4, 6)
-    assert opened.thresholds == {"483": 0.5}
+    spec = ModelSpec(CLASS_IDS, "iab-content-3.1", ImageSpec(height=4, width=6), thresholds={"483": 0.5})
+    assert (opened.spec, opened.manifest.cattax) == (spec, 9)
     assert opened.certificate_for("cpu", "fp32").passed
 
 
 def replace_model(folder: Path, payload: bytes) -> None:
     """A bundle with another model, its manifest made to agree."""
-    manifest = bundle.Manifest.from_json((folder / "manifest.json").read_bytes())
-    files = {**manifest.files, "model.onnx": bundle.record(payload)}
-    (folder / "manifest.json").write_bytes(bundle.Manifest(**{**_fields(manifest), "files": files}).to_json())
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
+    files = {**manifest.files, "model.onnx": record(payload)}
+    (folder / "manifest.json").write_bytes(Manifest(**{**_fields(manifest), "files": files}).to_json())
     (folder / "model.onnx").write_bytes(payload)
 
 
@@ -83,7 +91,7 @@ def test_model_altered_after_opening_is_not_handed_out(folder):
 
 
 def test_edited_manifest_no_longer_has_its_model_id(folder):
-    rewrite_manifest(folder, lambda document: document["thresholds"].update({"483": 0.01}))
+    rewrite_manifest(folder, lambda document: document["model"]["thresholds"].update({"483": 0.01}))
     with pytest.raises(BundleDamaged, match=r"manifest.json was altered"):
         open_bundle(str(folder))
 
@@ -91,18 +99,18 @@ def test_edited_manifest_no_longer_has_its_model_id(folder):
 @pytest.mark.parametrize("name", ["../outside.onnx", "/etc/passwd", "sub/model.onnx", ".hidden", "a\\b"])
 def test_manifest_that_points_outside_its_folder_is_refused(folder, name):
     """Even when its model_id was made to agree."""
-    manifest = bundle.Manifest.from_json((folder / "manifest.json").read_bytes())
-    wandering = {**manifest.files, name: bundle.record(b"")}
-    altered = bundle.Manifest(**{**_fields(manifest), "files": wandering})
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
+    wandering = {**manifest.files, name: record(b"")}
+    altered = Manifest(**{**_fields(manifest), "files": wandering})
     (folder / "manifest.json").write_bytes(altered.to_json())
-    with pytest.raises(BundleDamaged, match="lie directly in its folder"):
+    with pytest.raises(BundleDamaged, match="must be directly in its folder"):
         open_bundle(str(folder))
 
 
 def test_file_larger_than_any_model_is_refused_before_it_is_read(folder):
-    manifest = bundle.Manifest.from_json((folder / "manifest.json").read_bytes())
-    huge = {**manifest.files, "model.onnx": bundle.FileRecord("0" * 64, 1 << 40)}
-    altered = bundle.Manifest(**{**_fields(manifest), "files": huge})
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
+    huge = {**manifest.files, "model.onnx": FileRecord("0" * 64, 1 << 40)}
+    altered = Manifest(**{**_fields(manifest), "files": huge})
     (folder / "manifest.json").write_bytes(altered.to_json())
     with pytest.raises(BundleDamaged, match="the limit is 2147483647"):
         open_bundle(str(folder))
@@ -233,7 +241,7 @@ def test_huge_manifest_is_refused_before_it_is_parsed(folder):
         open_bundle(str(folder))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format_version": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format_version": 2}'])
 def test_manifest_that_is_not_one_is_a_clear_error(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(BundleDamaged, match=r"manifest\.json"):
@@ -242,8 +250,45 @@ def test_manifest_that_is_not_one_is_a_clear_error(folder, text):
 
 def test_other_format_version_says_which_is_read(folder):
     rewrite_manifest(folder, lambda document: document.update(format_version=99))
-    with pytest.raises(NotABundle, match=r"format_version 99; this iab-vision reads 1"):
+    with pytest.raises(NotABundle, match=r"format_version 99; this iab-vision reads 2"):
         open_bundle(str(folder))
+
+
+FIRST_FORMAT = """{
+  "cattax": 9, "files": {}, "format_version": 1,
+  "image_spec": {"fit": "stretch", "height": 4, "mean": [0.5, 0.5, 0.5], "resample": "bilinear",
+  "std": [0.5, 0.5, 0.5], "width": 6},
+  "ir_version": 10, "model_id": "0123456789abcdef",
+  "multi_label": false, "opset": 23, "source": {}, "taxonomy": "iab-content-3.1",
+  "temperatures": {"fp32": 1.0},
+  "thresholds": {"483": 0.5}, "versions": {}
+}"""
+
+
+def test_bundle_of_the_first_format_names_its_version_and_the_command_that_makes_it_again(folder):
+    (folder / "manifest.json").write_text(FIRST_FORMAT)
+    with pytest.raises(NotABundle, match=r"format_version 1; .* reads 2.*export --checkpoint RUN"):
+        open_bundle(str(folder))
+
+
+def test_labels_that_are_not_the_models_classes_are_damage(folder):
+    made = Manifest.from_json((folder / "manifest.json").read_bytes())
+    model = dataclasses.replace(made.model, class_ids=CLASS_IDS[::-1])
+    (folder / "manifest.json").write_bytes(Manifest(**{**_fields(made), "model": model}).to_json())
+    with pytest.raises(BundleDamaged, match=r"labels\.parquet holds other classes, or another order"):
+        open_bundle(str(folder))
+
+
+def test_copied_bundle_is_the_same_and_its_mark_of_completeness_comes_last(folder, tmp_path, monkeypatch):
+    put, written = LocalStorage.put, []
+    monkeypatch.setattr(
+        LocalStorage, "put", lambda self, path, payload: written.append(path) or put(self, path, payload)
+    )
+    opened = open_bundle(str(folder))
+    bundle.copy_bundle(opened, str(tmp_path / "copy"))
+    assert written[-1] == "certificates/cpu-fp32.json"
+    copied = open_bundle(str(tmp_path / "copy"))
+    assert (copied.manifest, copied.certificates) == (opened.manifest, opened.certificates)
 
 
 def test_folder_without_manifest_is_not_a_bundle(tmp_path):
@@ -382,5 +427,5 @@ def test_bundle_opens_from_memory_as_from_disk():
     assert len(opened.model_bytes("fp32")) == opened.manifest.files["model.onnx"].bytes
 
 
-def _fields(manifest: bundle.Manifest) -> dict:
+def _fields(manifest: Manifest) -> dict:
     return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if name != "model_id"}

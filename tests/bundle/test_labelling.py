@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 
 from pipelines import schema
-from pipelines.bundle.labelling import labeller
+from pipelines.bundle.labelling import build_labeller
+from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.taxonomy import taxonomy
 
-CLASSES = ["483", "530", "avbNf2", "1"]  # Sports, Sports > Sailing, Sensitive Topics > Arms, Automotive
+CLASSES = ("483", "530", "avbNf2", "1")  # Sports, Sports > Sailing, Sensitive Topics > Arms, Automotive
 
 
 def label(probabilities: list[list[float]], **settings: object) -> dict[str, list[object]]:
-    options = {"thresholds": {}, "top_k": 2, **settings}
-    labels = labeller(CLASSES, taxonomy.load("3.1"), **options)  # type: ignore[arg-type]
+    options = {"thresholds": {}, **settings}
+    top_k = options.pop("top_k", 2)
+    spec = ModelSpec(CLASSES, "3.1", ImageSpec(), **options)  # type: ignore[arg-type]
+    labels = build_labeller(spec, taxonomy.load("3.1"), top_k=top_k)  # type: ignore[arg-type]
     return labels.label(np.array(probabilities, np.float32)).to_pydict()
 
 
@@ -40,7 +43,7 @@ def test_more_labels_than_classes_are_not_invented() -> None:
 
 
 def test_columns_have_the_types_of_the_published_schema() -> None:
-    labels = labeller(CLASSES, taxonomy.load("3.1"), thresholds={}, top_k=3)
+    labels = build_labeller(ModelSpec(CLASSES, "3.1", ImageSpec()), taxonomy.load("3.1"), top_k=3)
     table = labels.label(np.full((5, 4), 0.25, np.float32))
     for field in table.schema:
         assert field.type == schema.SCORED.field(field.name).type, field.name

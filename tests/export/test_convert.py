@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from export import convert
-from export.checkpoint import opened, read
-from export.convert import Surroundings
+from export.checkpoint import open_checkpoint, read_checkpoint
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import InputError
+from pipelines.specs import ModelSpec
 from tests.builders.models import CLASS_IDS, SPEC, TEMPERATURE, checkpoint
 
 
@@ -31,11 +31,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def graph(trained) -> bytes:
-    with opened(str(trained)) as found:
-        metadata = convert.metadata_of(found, temperature=found.temperature, precision="fp32")
-        return convert.convert(
-            found.network(), Surroundings(found.image_spec, found.temperature, found.multi_label), metadata
-        )
+    with open_checkpoint(str(trained)) as found:
+        metadata = convert.metadata_of(found, precision="fp32")
+        return convert.convert(found.network(), found.spec, metadata)
 
 
 def test_same_checkpoint_gives_same_bytes_from_any_folder_and_process(trained, graph, tmp_path):
@@ -45,11 +43,10 @@ def test_same_checkpoint_gives_same_bytes_from_any_folder_and_process(trained, g
     script = """
 import hashlib, sys
 from export import convert
-from export.checkpoint import opened
-with opened(sys.argv[1]) as found:
-    around = convert.Surroundings(found.image_spec, found.temperature, found.multi_label)
-    metadata = convert.metadata_of(found, temperature=found.temperature, precision="fp32")
-    print(hashlib.sha256(convert.convert(found.network(), around, metadata)).hexdigest())
+from export.checkpoint import open_checkpoint
+with open_checkpoint(sys.argv[1]) as found:
+    metadata = convert.metadata_of(found, precision="fp32")
+    print(hashlib.sha256(convert.convert(found.network(), found.spec, metadata)).hexdigest())
 """
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
@@ -76,7 +73,7 @@ def test_graph_has_one_attention_per_block_and_nothing_stray_around_it(graph):
 
 def test_any_batch_gives_what_torch_gives(trained, graph):
     pixels_nhwc = np.random.default_rng(0).integers(0, 256, (9, SPEC.height, SPEC.width, 3), dtype=np.uint8)
-    with opened(str(trained)) as found, torch.inference_mode():
+    with open_checkpoint(str(trained)) as found, torch.inference_mode():
         mean, std = torch.tensor(SPEC.mean), torch.tensor(SPEC.std)
         values = ((torch.from_numpy(pixels_nhwc).float() / 255 - mean) / std).permute(0, 3, 1, 2)
         expected = found.network()(pixel_values=values).logits
@@ -91,11 +88,11 @@ def test_file_explains_itself_to_any_runtime(trained, graph):
     assert json.loads(said["iab_vision.image_spec"])["height"] == SPEC.height
     assert (said["iab_vision.taxonomy"], said["iab_vision.cattax"]) == ("iab-content-3.1", "9")
     assert float(said["iab_vision.temperature"]) == TEMPERATURE
-    assert said["iab_vision.checkpoint_sha256"] == read(trained, "").sha256
+    assert said["iab_vision.checkpoint_sha256"] == read_checkpoint(trained, "").sha256
 
 
 def test_run_folder_and_its_best_are_the_same_checkpoint(trained):
-    with opened(str(trained.parent)) as run, opened(trained.as_uri()) as best:
+    with open_checkpoint(str(trained.parent)) as run, open_checkpoint(trained.as_uri()) as best:
         assert run.sha256 == best.sha256
 
 
@@ -107,8 +104,8 @@ def test_checkpoint_is_fetched_from_remote_storage(trained):
         memory.pipe_file(f"/checkpoints/one/best/{path.name}", path.read_bytes())
     memory.pipe_file("/checkpoints/one/best/step-100/model.safetensors", b"an earlier checkpoint")
     memory.pipe_file("/checkpoints/one/best/adapter/extra.safetensors", b"not of this network")
-    with opened("memory://checkpoints/one") as remote:
-        assert remote.sha256 == read(trained, "").sha256
+    with open_checkpoint("memory://checkpoints/one") as remote:
+        assert remote.sha256 == read_checkpoint(trained, "").sha256
         assert remote.network().config.num_labels == len(CLASS_IDS)
 
 
@@ -125,7 +122,7 @@ def test_pickled_weights_are_refused(trained, tmp_path):
     torch.save(load_file(trained / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no \*\.safetensors; pickled weights are not read"):
-        read(tmp_path / "pickled", "pickled")
+        read_checkpoint(tmp_path / "pickled", "pickled")
 
 
 def test_class_that_the_taxonomy_lacks_is_refused(trained, tmp_path):
@@ -134,18 +131,18 @@ def test_class_that_the_taxonomy_lacks_is_refused(trained, tmp_path):
     document = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**document, "class_ids": list(labels.values())}))
     with pytest.raises(InputError, match=r"'V9I3ON' .* not an id of iab-content-3\.1"):
-        read(folder, "c")
+        read_checkpoint(folder, "c")
 
 
 def test_class_order_that_contradicts_the_config_is_refused(trained, tmp_path):
     folder = rewritten(trained, tmp_path / "c", "iab_vision.json", class_ids=list(reversed(CLASS_IDS)))
     with pytest.raises(InputError, match="differ from id2label"):
-        read(folder, "c")
+        read_checkpoint(folder, "c")
 
 
 def test_folder_without_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"holds no config\.json"):
-        read(tmp_path, str(tmp_path))
+        read_checkpoint(tmp_path, str(tmp_path))
 
 
 def test_foreign_checkpoint_keeps_its_own_labels_and_preprocessing(trained, tmp_path):
@@ -157,9 +154,9 @@ def test_foreign_checkpoint_keeps_its_own_labels_and_preprocessing(trained, tmp_
     (folder / "config.json").write_text(json.dumps({**config, "id2label": names}))
     processor = {"size": {"height": 40, "width": 56}, "resample": 3, "image_mean": [0.1, 0.2, 0.3]}
     (folder / "preprocessor_config.json").write_text(json.dumps({**processor, "image_std": [0.4, 0.5, 0.6]}))
-    found = read(folder, "foreign")
-    assert (found.class_ids, found.taxonomy.name, found.temperature) == (tuple(names.values()), "labels", 1.0)
-    assert (found.image_spec.resample, found.image_spec.mean) == ("bicubic", (0.1, 0.2, 0.3))
+    found = read_checkpoint(folder, "foreign")
+    assert (found.spec.class_ids, found.taxonomy.name) == (tuple(names.values()), "labels")
+    assert (found.spec.image_spec.resample, found.spec.image_spec.mean) == ("bicubic", (0.1, 0.2, 0.3))
 
 
 def test_preprocessing_that_cannot_be_kept_is_refused(trained, tmp_path):
@@ -170,17 +167,15 @@ def test_preprocessing_that_cannot_be_kept_is_refused(trained, tmp_path):
     processor = {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     with pytest.raises(InputError, match=r"a size of .*256.* of which \(224, 224\) is cut.*iab_vision\.json"):
-        read(folder, "foreign")
+        read_checkpoint(folder, "foreign")
 
 
 def test_model_beyond_one_onnx_file_is_refused_before_it_is_traced():
     """Weights in a second file could be swapped or point elsewhere; nothing below ViT-g needs them."""
     with torch.device("meta"):
         huge = torch.nn.Linear(1 << 15, 1 << 15)
-    with pytest.raises(
-        convert.NotConvertible, match=r"Linear has 4295098368 bytes of weights; one ONNX file"
-    ):
-        convert.convert(huge, Surroundings(SPEC, 1.0, False), {})
+    with pytest.raises(InputError, match=r"Linear has 4295098368 bytes of weights; one ONNX file"):
+        convert.convert(huge, ModelSpec((), "labels", SPEC), {})
 
 
 def test_operation_that_onnx_cannot_express_is_a_clear_error():
@@ -197,5 +192,5 @@ def test_operation_that_onnx_cannot_express_is_a_clear_error():
                 logits=torch.linalg.eigvals(pooled.T @ pooled).real.expand(pixel_values.shape[0], 4)
             )
 
-    with pytest.raises(convert.NotConvertible, match=r"torch\.onnx cannot convert Odd"):
-        convert.convert(Odd(), Surroundings(SPEC, 1.0, False), {})
+    with pytest.raises(InputError, match=r"torch\.onnx cannot convert Odd"):
+        convert.convert(Odd(), ModelSpec((), "labels", SPEC), {})

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from export import convert, images, measurement, parity, release
-from export.checkpoint import opened
-from export.measurement import Candidate
+from export import certificate, convert, images, parity, release
+from export.certificate import Candidate
+from export.checkpoint import open_checkpoint
 from export.parity import LIMITS, Limits
 from jobs.cli import main
 from pipelines.bundle.bundle import open_bundle
+from pipelines.specs import ImageSpec, ModelSpec
 from tests.builders.models import CLASS_IDS, checkpoint, dataset
 
 
@@ -34,7 +35,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_speed_measured(monkeypatch) -> None:
-    monkeypatch.setattr(measurement, "SPEED_S", 0.0)
+    monkeypatch.setattr(certificate, "SPEED_S", 0.0)
 
 
 def export(trained: Path, pictures: Path, output: Path) -> int:
@@ -46,7 +47,7 @@ def test_faithful_export_passes_with_accuracy_and_agreement_stated(trained, pict
     certificate = open_bundle(str(tmp_path / "bundle")).certificate_for("cpu", "fp32").content
     metrics = certificate["metrics"]
     assert certificate["images"]["own"] == 25
-    assert certificate["images"]["awkward"] == len(images.awkward())
+    assert certificate["images"]["edge_cases"] == len(images.edge_cases())
     assert metrics["max_logit"] <= 1e-3
     assert metrics["top1"]["different"] == metrics["topk"]["different"] == 0
     assert metrics["labelled"]["accuracy"]["reference"] == metrics["labelled"]["accuracy"]["candidate"] > 0.8
@@ -57,17 +58,16 @@ def test_faithful_export_passes_with_accuracy_and_agreement_stated(trained, pict
 @pytest.fixture(scope="module")
 def faithful_graph(trained) -> bytes:
     """For faults outside the graph: it need not be traced again for each."""
-    with opened(str(trained)) as found:
-        around = convert.Surroundings(found.image_spec, found.temperature, found.multi_label)
-        return convert.convert(found.network(), around, {})
+    with open_checkpoint(str(trained)) as found:
+        return convert.convert(found.network(), found.spec, {})
 
 
 def wrapped_network(monkeypatch, change) -> None:
     """Have the converter see a changed copy of the network; the reference keeps the true one."""
     faithful = convert.convert
 
-    def faulty(network, around, metadata):
-        return faithful(*change(network, around), metadata)
+    def faulty(network, spec, metadata):
+        return faithful(*change(network, spec), metadata)
 
     monkeypatch.setattr(convert, "convert", faulty)
 
@@ -76,13 +76,13 @@ def perturbed_weights(monkeypatch) -> None:
     """One layer's weights are off by 1 %."""
     import copy
 
-    def change(network, around):
+    def change(network, spec):
         network = copy.deepcopy(network)
         weight = network.vit.layers[1].mlp.fc1.weight
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             weight.mul_(1 + 0.01 * torch.randn(weight.shape, generator=generator))
-        return network, around
+        return network, spec
 
     wrapped_network(monkeypatch, change)
 
@@ -91,39 +91,44 @@ def broken_weight(monkeypatch) -> None:
     """One weight is NaN, as after a diverged training or an overflow in fp16."""
     import copy
 
-    def change(network, around):
+    def change(network, spec):
         network = copy.deepcopy(network)
         with torch.no_grad():
             network.classifier.weight[2, 5] = float("nan")
-        return network, around
+        return network, spec
 
     wrapped_network(monkeypatch, change)
 
 
+def planted_spec(monkeypatch, change) -> None:
+    """Have the bundle state another spec than its checkpoint's."""
+    faithful = release.contents
+
+    def faulty(checkpoint, graphs):
+        return faithful(dataclasses.replace(checkpoint, spec=change(checkpoint.spec)), graphs)
+
+    monkeypatch.setattr(release, "contents", faulty)
+
+
 def permuted_labels(monkeypatch) -> None:
-    """labels.parquet lists the classes in another order than the network's outputs."""
-    faithful = release.labels_table
-
-    def faulty(checkpoint):
-        order = (1, 2, 3, 4, 0)
-        return faithful(
-            dataclasses.replace(checkpoint, class_ids=tuple(checkpoint.class_ids[index] for index in order))
-        )
-
-    monkeypatch.setattr(release, "labels_table", faulty)
+    """The bundle lists the classes in another order than the network's outputs."""
+    planted_spec(
+        monkeypatch,
+        lambda spec: dataclasses.replace(spec, class_ids=(*spec.class_ids[1:], spec.class_ids[0])),
+    )
 
 
 def permuted_outputs(monkeypatch) -> None:
     """The graph's outputs are in another order than the checkpoint's."""
     import copy
 
-    def change(network, around):
+    def change(network, spec):
         network = copy.deepcopy(network)
         order = torch.tensor([1, 2, 3, 4, 0])
         with torch.no_grad():
             network.classifier.weight.copy_(network.classifier.weight[order])
             network.classifier.bias.copy_(network.classifier.bias[order])
-        return network, around
+        return network, spec
 
     wrapped_network(monkeypatch, change)
 
@@ -131,9 +136,9 @@ def permuted_outputs(monkeypatch) -> None:
 def swapped_mean_and_std(monkeypatch) -> None:
     """Normalisation takes one for the other."""
 
-    def change(network, around):
-        spec = dataclasses.replace(around.image_spec, mean=around.image_spec.std, std=around.image_spec.mean)
-        return network, dataclasses.replace(around, image_spec=spec)
+    def change(network, spec):
+        image = spec.image_spec
+        return network, other_image_spec(spec, mean=image.std, std=image.mean)
 
     wrapped_network(monkeypatch, change)
 
@@ -141,9 +146,8 @@ def swapped_mean_and_std(monkeypatch) -> None:
 def lost_normalisation(monkeypatch) -> None:
     """Pixels reach the network in [0, 1]."""
 
-    def change(network, around):
-        spec = dataclasses.replace(around.image_spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        return network, dataclasses.replace(around, image_spec=spec)
+    def change(network, spec):
+        return network, other_image_spec(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
     wrapped_network(monkeypatch, change)
 
@@ -160,9 +164,7 @@ def bgr(monkeypatch) -> None:
 
 def lost_temperature(monkeypatch) -> None:
     """Probabilities are the plain softmax."""
-    wrapped_network(
-        monkeypatch, lambda network, around: (network, dataclasses.replace(around, temperature=1.0))
-    )
+    wrapped_network(monkeypatch, lambda network, spec: (network, dataclasses.replace(spec, temperature=1.0)))
 
 
 def softmax_twice(monkeypatch) -> None:
@@ -176,30 +178,20 @@ def softmax_twice(monkeypatch) -> None:
 
 
 def sigmoid_for_softmax(monkeypatch) -> None:
-    wrapped_network(
-        monkeypatch, lambda network, around: (network, dataclasses.replace(around, multi_label=True))
-    )
+    wrapped_network(monkeypatch, lambda network, spec: (network, dataclasses.replace(spec, multi_label=True)))
+
+
+def other_image_spec(spec, **changes):
+    return dataclasses.replace(spec, image_spec=dataclasses.replace(spec.image_spec, **changes))
 
 
 def other_resize(monkeypatch) -> None:
     """The bundle states another filter than the checkpoint was trained with."""
-    faithful = release.contents
-
-    def faulty(checkpoint, graphs):
-        spec = dataclasses.replace(checkpoint.image_spec, resample="bicubic")
-        return faithful(dataclasses.replace(checkpoint, image_spec=spec), graphs)
-
-    monkeypatch.setattr(release, "contents", faulty)
+    planted_spec(monkeypatch, lambda spec: other_image_spec(spec, resample="bicubic"))
 
 
 def cropped_instead_of_stretched(monkeypatch) -> None:
-    faithful = release.contents
-
-    def faulty(checkpoint, graphs):
-        spec = dataclasses.replace(checkpoint.image_spec, fit="crop")
-        return faithful(dataclasses.replace(checkpoint, image_spec=spec), graphs)
-
-    monkeypatch.setattr(release, "contents", faulty)
+    planted_spec(monkeypatch, lambda spec: other_image_spec(spec, fit="crop"))
 
 
 def ignored_exif(monkeypatch) -> None:
@@ -211,12 +203,12 @@ def ignored_exif(monkeypatch) -> None:
     def without_exif(payload: bytes) -> bytes:
         return payload.replace(b"Exif\0\0", b"Nope\0\0")
 
-    faithful = release._candidate
+    faithful = certificate.load_candidate
 
     def faulty(*arguments) -> Candidate:
         return dataclasses.replace(faithful(*arguments), decode=upside_down)
 
-    monkeypatch.setattr(release, "_candidate", faulty)
+    monkeypatch.setattr(certificate, "load_candidate", faulty)
 
 
 FAULTS = [
@@ -286,8 +278,8 @@ def test_relative_difference_ignores_a_constant_and_means_the_same_for_small_log
 
 def test_nan_never_passes():
     """A comparison with NaN is false, so each limit asks for "not within" and not for "beyond"."""
-    reference = _scores(np.zeros((2, 3), np.float32))
-    candidate = _scores(np.full((2, 3), np.nan, np.float32))
+    reference = _outputs(np.zeros((2, 3), np.float32))
+    candidate = _outputs(np.full((2, 3), np.nan, np.float32))
     measured = parity.compare(reference, candidate, LIMITS["fp32"], np.full((2, 3), -1))
     assert parity.failures(measured, {"max_change": 0.0}, LIMITS["fp32"])
     assert parity.failures(measured, {"max_change": float("nan")}, LIMITS["int8"])
@@ -324,15 +316,17 @@ def _labelled_failures(
     return [str(failure) for failure in parity._labelled_failures(measured, limits)]
 
 
-def _scores(logits_nc: np.ndarray) -> parity.Scores:
+def _outputs(logits_nc: np.ndarray) -> parity.Outputs:
     from export.reference import activation
 
     probabilities_nc = activation(logits_nc, temperature=1, multi_label=False)
     pixels_nhwc = np.zeros((len(logits_nc), 2, 2, 3), np.uint8)
-    return parity.Scores(CLASS_IDS[:3], pixels_nhwc, logits_nc, probabilities_nc, 1.0, False)
+    return parity.Outputs(
+        ModelSpec(CLASS_IDS[:3], "labels", ImageSpec()), pixels_nhwc, logits_nc, probabilities_nc
+    )
 
 
-def test_awkward_pictures_all_decode_and_cover_what_breaks_pipelines():
-    modes = {Image.open(io.BytesIO(sample.payload)).mode for sample in images.awkward()}
+def test_edge_cases_all_decode_and_cover_what_breaks_pipelines():
+    modes = {Image.open(io.BytesIO(sample.payload)).mode for sample in images.edge_cases()}
     assert {"RGB", "L", "CMYK", "P", "RGBA", "1"} <= modes
-    assert all(sample.awkward for sample in images.awkward())
+    assert all(sample.edge_case for sample in images.edge_cases())

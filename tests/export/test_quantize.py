@@ -1,31 +1,33 @@
 """fp16 and int8 stay close to float32, keep what must stay float32, and do not depend on batch-mates."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 
 from export import convert, images, parity, quantize
-from export.checkpoint import opened
-from export.convert import Surroundings
+from export.checkpoint import open_checkpoint
 from export.reference import activation
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.messages import InputError
+from pipelines.specs import ModelSpec
 from tests.builders.models import SPEC, checkpoint, dataset
 
-AROUND = Surroundings(SPEC, 1.3, multi_label=False)
+MODEL_SPEC = ModelSpec((), "labels", SPEC, temperature=1.3)
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    with opened(str(checkpoint(tmp_path_factory.mktemp("run") / "best"))) as found:
+    with open_checkpoint(str(checkpoint(tmp_path_factory.mktemp("run") / "best"))) as found:
         return found.network()
 
 
 @pytest.fixture(scope="module")
 def graph(network) -> bytes:
-    return convert.convert(network, AROUND, {"iab_vision.precision": "fp32"})
+    return convert.convert(network, MODEL_SPEC, {"iab_vision.precision": "fp32"})
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def expected_nc(graph, pixels_nhwc) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def int8(graph, pixels_nhwc) -> quantize.Graph:
-    return quantize.quantised(graph, pixels_nhwc, AROUND, {"iab_vision.precision": "int8"})
+    return quantize.quantised(graph, pixels_nhwc, MODEL_SPEC, {"iab_vision.precision": "int8"})
 
 
 def operators(payload: bytes) -> Counter[str]:
@@ -49,7 +51,7 @@ def operators(payload: bytes) -> Counter[str]:
 
 
 def test_half_precision_keeps_normalisation_and_activation_in_float32(network, pixels_nhwc, expected_nc):
-    half = quantize.half(network, AROUND, {})
+    half = quantize.half(network, MODEL_SPEC, {})
     logits_nc, probabilities_nc = OnnxModel(half.payload, RuntimeSpec()).run(pixels_nhwc)
     assert parity.relative(logits_nc, expected_nc) < 5e-3
     own = activation(logits_nc, temperature=1.3, multi_label=False)
@@ -61,7 +63,7 @@ def test_half_precision_keeps_normalisation_and_activation_in_float32(network, p
 
 def test_half_precision_is_fused_for_cuda(network):
     """Fused nodes are the reason for a file of its own: Attention there has a cuDNN path, without a mask."""
-    payload = quantize.half(network, AROUND, {}).payload
+    payload = quantize.half(network, MODEL_SPEC, {}).payload
     count = operators(payload)
     assert count["Attention"] == 2
     assert count["SkipLayerNormalization"] >= 3
@@ -99,7 +101,7 @@ def test_int8_of_an_image_does_not_depend_on_its_batch_mates(int8, pixels_nhwc):
 
 
 def test_int8_is_the_same_file_each_time(graph, int8, pixels_nhwc):
-    again = quantize.quantised(graph, pixels_nhwc, AROUND, {"iab_vision.precision": "int8"})
+    again = quantize.quantised(graph, pixels_nhwc, MODEL_SPEC, {"iab_vision.precision": "int8"})
     assert again.payload == int8.payload
 
 
@@ -115,8 +117,8 @@ def test_int8_divides_by_its_own_temperature(int8, pixels_nhwc):
 @pytest.mark.parametrize("scale", [0.8, 1.25])
 def test_temperature_makes_a_scaled_model_as_confident_as_the_original(scale, multi_label):
     logits_nc = np.random.default_rng(0).normal(0, 3, (300, 6))
-    around = Surroundings(SPEC, 1.3, multi_label)
-    assert quantize.matching_temperature(logits_nc * scale, logits_nc, around) == pytest.approx(
+    spec = replace(MODEL_SPEC, multi_label=multi_label)
+    assert quantize.matching_temperature(logits_nc * scale, logits_nc, spec) == pytest.approx(
         1.3 * scale, rel=0.01
     )
 
@@ -127,23 +129,23 @@ def test_layer_that_quantises_badly_is_left_in_float32(tmp_path, pixels_nhwc):
 
     import torch
 
-    with opened(str(checkpoint(tmp_path / "best"))) as found:
+    with open_checkpoint(str(checkpoint(tmp_path / "best"))) as found:
         network = copy.deepcopy(found.network())
     norm, first = network.vit.layers[0].layernorm_after, network.vit.layers[0].mlp.fc1
     with torch.no_grad():
         norm.weight[7] *= 3000
         norm.bias[7] *= 3000
         first.weight[:, 7] /= 3000
-    graph = convert.convert(network, AROUND, {})
-    found = quantize.quantised(graph, pixels_nhwc, AROUND, {})
+    graph = convert.convert(network, MODEL_SPEC, {})
+    found = quantize.quantised(graph, pixels_nhwc, MODEL_SPEC, {})
     assert 0 < len(found.notes["float_layers"]) <= 6
     expected_nc = OnnxModel(graph, RuntimeSpec()).run(pixels_nhwc)[0]
     assert parity.relative(OnnxModel(found.payload, RuntimeSpec()).run(pixels_nhwc)[0], expected_nc) < 0.1
 
 
 def test_too_few_images_to_calibrate_on_say_how_many_are_needed(graph, pixels_nhwc):
-    with pytest.raises(quantize.TooFewImages, match=r"int8 has 10 images .* it needs 32.*--precisions"):
-        quantize.quantised(graph, pixels_nhwc[:10], AROUND, {})
+    with pytest.raises(InputError, match=r"int8 has 10 images .* it needs 32.*--precisions"):
+        quantize.quantised(graph, pixels_nhwc[:10], MODEL_SPEC, {})
 
 
 def test_growing_sizes_end_at_the_most():
@@ -155,7 +157,7 @@ def test_growing_sizes_end_at_the_most():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 def test_gpu_stays_within_the_limits_of_its_precision(network, graph, pixels_nhwc, expected_nc, name):
-    payload = quantize.half(network, AROUND, {}).payload if name == "fp16" else graph
+    payload = quantize.half(network, MODEL_SPEC, {}).payload if name == "fp16" else graph
     model = OnnxModel(payload, RuntimeSpec("cuda", name, batch_size=32))
     logits_nc, _ = model.run(pixels_nhwc)
     assert parity.relative(logits_nc, expected_nc) <= parity.LIMITS[name].max_relative_logit

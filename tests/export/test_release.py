@@ -10,15 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from export import card, certification, checkpoint, measurement, release
+from export import card, certificate, checkpoint, release
 from export import images as samples
-from export.images import NoImages
 from export.settings import ParitySettings
 from jobs.cli import main
 from pipelines.bundle import bundle, session
-from pipelines.bundle.bundle import NotCertified, open_bundle
+from pipelines.bundle.bundle import open_bundle
+from pipelines.bundle.manifest import MODEL_FILES, Manifest, NotCertified, record
 from pipelines.bundle.session import load
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.messages import InputError
+from pipelines.storage.local import LocalStorage
 from tests.builders import models
 from tests.builders.models import CLASS_IDS, SPEC
 
@@ -53,7 +55,7 @@ def exported(trained, pictures, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_speed_measured(monkeypatch) -> None:
-    monkeypatch.setattr(measurement, "SPEED_S", 0.0)
+    monkeypatch.setattr(certificate, "SPEED_S", 0.0)
 
 
 @pytest.fixture
@@ -64,14 +66,14 @@ def copied(exported, tmp_path) -> Path:
 def test_bundle_holds_what_readers_are_promised(exported):
     names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     assert names == {
-        *bundle.MODEL_FILES.values(),
+        *MODEL_FILES.values(),
         *("labels.parquet", "manifest.json", "README.md", "certificates/cpu.html"),
         *(f"certificates/cpu-{name}.json" for name in ("fp32", "fp16", "int8")),
     }
     opened = open_bundle(str(exported))
-    assert opened.manifest.files.keys() == {*bundle.MODEL_FILES.values(), "labels.parquet", "README.md"}
-    assert opened.class_ids == list(CLASS_IDS)
-    assert opened.thresholds == {"483": 0.6}
+    assert opened.manifest.files.keys() == {*MODEL_FILES.values(), "labels.parquet", "README.md"}
+    assert opened.spec.class_ids == CLASS_IDS
+    assert opened.spec.thresholds == {"483": 0.6}
     assert opened.manifest.temperatures["fp32"] == models.TEMPERATURE
 
 
@@ -79,7 +81,7 @@ def test_every_precision_in_the_bundle_runs_as_certified(exported, pictures):
     opened = open_bundle(str(exported))
     drawn = samples.draw(str(pictures), count=10, seed=3)
     pixels_nhwc = np.stack(samples.decode([one.payload for one in drawn], SPEC))
-    for name in bundle.MODEL_FILES:
+    for name in MODEL_FILES:
         assert opened.certificate_for("cpu", name).passed
         _, probabilities_nc = load(opened, RuntimeSpec(precision=name)).run(pixels_nhwc)
         named = [CLASS_IDS[index] for index in probabilities_nc.argmax(axis=1)]
@@ -97,13 +99,13 @@ def test_labels_table_gives_each_class_its_place_in_the_taxonomy(exported):
 
 def test_same_export_elsewhere_has_the_same_model_id(exported, trained, pictures, tmp_path):
     elsewhere = Path(shutil.copytree(trained, tmp_path / "moved"))
-    measuring = ParitySettings(sample_images=20, calibration_images=40)
+    settings = ParitySettings(sample_images=20, calibration_images=40)
     again = release.export(
         str(elsewhere),
         str(pictures),
         str(tmp_path / "b"),
         precisions=("fp32", "fp16", "int8"),
-        measuring=measuring,
+        settings=settings,
     )
     assert again.model_id == open_bundle(str(exported)).model_id
 
@@ -145,19 +147,21 @@ def test_images_that_are_not_there_are_wrong_input(trained, tmp_path, capsys):
 def test_export_that_fails_while_writing_can_simply_be_repeated(trained, pictures, tmp_path, monkeypatch):
     """Nothing is left in the way; and where even that fails, certificates come last, so nothing runs."""
 
-    def disk_full(*_):
-        raise OSError(28, "No space left on device")
+    put = LocalStorage.put
 
-    monkeypatch.setattr(bundle, "add_certificate", disk_full)
+    def disk_full(self, path, payload):
+        if self.uri.endswith("/b") and path.startswith("certificates/"):
+            raise OSError(28, "No space left on device")
+        put(self, path, payload)
+
+    monkeypatch.setattr(LocalStorage, "put", disk_full)
     with pytest.raises(OSError, match="No space left"):
         release.export(
-            str(trained), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5)
+            str(trained), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5)
         )
     assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
     monkeypatch.undo()
-    release.export(
-        str(trained), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5)
-    )
+    release.export(str(trained), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5))
 
 
 def test_certify_adds_this_machines_certificate_and_keeps_the_model(copied, pictures, capsys):
@@ -221,8 +225,8 @@ def test_combination_that_cannot_run_is_refused_before_anything_is_measured(copi
 
 @pytest.mark.parametrize(("compared", "calibrated"), [(20, 40), (27, 33), (40, 60), (60, 60)])
 def test_images_that_are_compared_calibrate_too_where_too_few_are_left(pictures, compared, calibrated):
-    measuring = ParitySettings(sample_images=compared, calibration_images=60)
-    own, further = release._drawn(str(pictures), measuring, calibrating=True)
+    settings = ParitySettings(sample_images=compared, calibration_images=60)
+    own, further = release.draw_images(str(pictures), settings, calibrating=True)
     assert (len(own), len(further)) == (compared, calibrated)
     alone = {one.fingerprint for one in own}.isdisjoint(one.fingerprint for one in further)
     assert alone == (calibrated < 60)
@@ -237,14 +241,14 @@ def test_int8_certificate_says_what_it_was_calibrated_on(exported, copied, pictu
     assert main([*command, "--parity.sample-images", "60"]) == 0
     certificate = open_bundle(str(copied)).certificate_for("cpu", "int8")
     assert certificate.content["calibration"] == {"images": 40, "compared_too": 40}
-    assert "judged on 40 images that it was calibrated on, of 76" in caplog.text
-    assert "int8 was calibrated on 40 images; 500 and more are wished for" in caplog.text
+    assert "measured on 40 images that it was calibrated on, of 76" in caplog.text
+    assert "int8 was calibrated on 40 images; use 500 or more" in caplog.text
 
 
-def evidence_of(trained: Path, pictures: Path) -> measurement.Evidence:
+def reference_of(trained: Path, pictures: Path) -> certificate.Reference:
     own = samples.draw(str(pictures), count=5, seed=0)
-    with checkpoint.opened(str(trained)) as found:
-        return certification.evidence_of_checkpoint(found, found.network(), own, 0)
+    with checkpoint.open_checkpoint(str(trained)) as found:
+        return release.reference_of_checkpoint(found, found.network(), own, 0)
 
 
 def test_gpu_certificates_join_those_of_the_cpu(copied, trained, pictures, monkeypatch, caplog):
@@ -258,26 +262,30 @@ def test_gpu_certificates_join_those_of_the_cpu(copied, trained, pictures, monke
         return faithful(opened, RuntimeSpec(batch_size=spec.batch_size))
 
     monkeypatch.setattr(session, "load", stand_in)
-    opened, evidence = open_bundle(str(copied)), evidence_of(trained, pictures)
-    certification.add_gpu(opened, evidence, ("fp32", "fp16", "int8"), ParitySettings(batch_size=8))
+    opened, reference = open_bundle(str(copied)), reference_of(trained, pictures)
+    release.add_gpu(opened, reference, ("fp32", "fp16", "int8"), ParitySettings(batch_size=8))
     after = open_bundle(str(copied))
     names = [f"{certificate.provider}-{certificate.precision}" for certificate in after.certificates]
     assert names == ["cpu-fp16", "cpu-fp32", "cpu-int8", "cuda-fp32"]
     assert "in PyTorch" in after.certificate_for("cuda", "fp32").content["reference"]
     assert (copied / "certificates" / "cuda.html").exists()
-    assert "NO CERTIFICATE for fp16 on cuda: CUDA failure 35. Later: iab-vision certify" in caplog.text
+    assert "fp16 is not certified on cuda: CUDA failure 35. Later: iab-vision certify" in caplog.text
 
 
 def test_export_on_a_gpu_that_fails_keeps_the_bundle(trained, pictures, tmp_path, monkeypatch, caplog):
-    def broken(opened, spec):
-        raise RuntimeError("CUDA failure 700")
+    faithful = session.load
 
-    monkeypatch.setattr(certification, "has_gpu", lambda device_id: True)
+    def broken(opened, spec):
+        if spec.provider == "cuda":
+            raise RuntimeError("CUDA failure 700")
+        return faithful(opened, spec)
+
+    monkeypatch.setattr(release, "has_gpu", lambda device_id: True)
     monkeypatch.setattr(session, "load", broken)
     command = ["export", "--checkpoint", str(trained), "--images", str(pictures)]
     assert main([*command, "--output", str(tmp_path / "b"), "--parity.sample-images", "5"]) == 0
     assert open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32").passed
-    assert "NO CERTIFICATE for fp32 on cuda: CUDA failure 700" in caplog.text
+    assert "fp32 is not certified on cuda: CUDA failure 700" in caplog.text
 
 
 def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, pictures, capsys):
@@ -285,13 +293,13 @@ def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, p
     before = open_bundle(str(copied))
     manifest = before.manifest
     noisy = _with_noise((copied / "model.int8.onnx").read_bytes())
-    files = {**manifest.files, "model.int8.onnx": bundle.record(noisy)}
+    files = {**manifest.files, "model.int8.onnx": record(noisy)}
     fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if name != "model_id"}
-    altered = bundle.Manifest(**{**fields, "files": files})
+    altered = Manifest(**{**fields, "files": files})
     (copied / "model.int8.onnx").write_bytes(noisy)
     (copied / "manifest.json").write_bytes(altered.to_json())
-    for certificate in before.certificates:
-        bundle.add_certificate(str(copied), altered, "cpu", certificate.precision, certificate.content)
+    for each in before.certificates:
+        bundle.add_certificate(str(copied), altered, "cpu", each.precision, each.content)
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
     assert main([*command, "--parity.sample-images", "20"]) == 3
     assert "int8 on cpu is refused" in capsys.readouterr().err
@@ -378,19 +386,19 @@ def test_taxonomy_of_the_users_own_travels_with_the_bundle(trained, pictures, tm
     settings = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": str(own)}))
     made = release.export(
-        str(folder), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5)
+        str(folder), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5)
     )
     own.unlink()
     found = open_bundle(str(tmp_path / "b")).taxonomy()
     assert found.path("v9i3On") == "All > Class v9i3On"
-    assert (found.name, made.cattax) == ("own", 500)
+    assert (found.name, made.manifest.cattax) == ("own", 500)
 
 
 def test_flat_labels_are_their_own_taxonomy(trained, pictures, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
     settings = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": "labels"}))
-    release.export(str(folder), str(pictures), str(tmp_path / "b"), measuring=ParitySettings(sample_images=5))
+    release.export(str(folder), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5))
     assert open_bundle(str(tmp_path / "b")).taxonomy().node("v9i3On").parent_id is None
 
 
@@ -419,18 +427,18 @@ def test_table_without_labels_is_enough(pictures, tmp_path, column):
 
 def test_table_without_a_place_for_images_says_what_it_has(tmp_path):
     (tmp_path / "t.csv").write_text("picture,size\na,b\n")
-    with pytest.raises(NoImages, match=r"neither a column uri nor file among \['picture', 'size'\]"):
+    with pytest.raises(InputError, match=r"neither a column uri nor file among \['picture', 'size'\]"):
         samples.draw(str(tmp_path / "t.csv"), count=1, seed=0)
 
 
 def test_label_that_is_no_class_leaves_the_image_unlabelled(trained):
-    known = checkpoint.read(trained, "")
+    known = checkpoint.read_checkpoint(trained, "")
     drawn = [
         samples.Sample("a", b"", ("Sports",)),
         samples.Sample("b", b"", ("210",)),
         samples.Sample("c", b"", ("?",)),
     ]
-    targets_nc = samples.targets(drawn, known.class_ids, known.taxonomy)
+    targets_nc = samples.targets(drawn, known.spec.class_ids, known.taxonomy)
     assert targets_nc.tolist() == [[1, 0, 0, 0, 0], [-1] * 5, [-1] * 5]
 
 

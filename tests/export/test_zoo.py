@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers
 
-from export import convert, images, measurement, parity, quantize
-from export.convert import Surroundings
-from export.measurement import Candidate, Labels
+from export import certificate, convert, images, parity, quantize
+from export.certificate import Candidate
 from export.reference import torch_reference
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
-from pipelines.specs import ImageSpec
+from pipelines.specs import ImageSpec, ModelSpec
 from tests.builders import models
 
 pytestmark = pytest.mark.slow
@@ -62,30 +61,29 @@ def spec_of(name: str) -> ImageSpec:
 
 @pytest.fixture(autouse=True)
 def _no_speed_measured(monkeypatch) -> None:
-    monkeypatch.setattr(measurement, "SPEED_S", 0.0)
+    monkeypatch.setattr(certificate, "SPEED_S", 0.0)
 
 
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single-label", "multi-label"])
 @pytest.mark.parametrize("name", ZOO)
 def test_architecture_exports_and_passes(name, multi_label):
-    spec = spec_of(name)
-    labels = Labels(tuple(f"class {index}" for index in range(N_CLASSES)), multi_label, 1.7)
+    class_ids = tuple(f"class {index}" for index in range(N_CLASSES))
+    spec = ModelSpec(class_ids, "labels", spec_of(name), multi_label, temperature=1.7)
     network = classifier(name)
-    sample = images.awkward()
-    evidence = measurement.gather(
+    sample = images.edge_cases()
+    reference = certificate.run_reference(
         sample,
         np.full((len(sample), N_CLASSES), -1),
         network=torch_reference(network),
-        labels=labels,
         spec=spec,
         description=name,
     )
-    payload = convert.convert(network, Surroundings(spec, labels.temperature, multi_label), {})
+    payload = convert.convert(network, spec, {})
     model = OnnxModel(payload, RuntimeSpec(batch_size=4))
-    document = measurement.measure(evidence, Candidate(model, labels, spec), "fp32")
+    document = certificate.measure(reference, Candidate(model, spec), "fp32")
     assert document["passed"], document["failures"]
     assert document["images"]["compared"] == len(sample)
-    total = evidence.scores.probabilities_nc.sum(axis=1)
+    total = reference.outputs.probabilities_nc.sum(axis=1)
     assert (np.abs(total - 1) > 1e-3).all() if multi_label else np.allclose(total, 1)
 
 
@@ -99,13 +97,13 @@ def pictures(spec: ImageSpec) -> np.ndarray:
 @pytest.mark.parametrize("name", ZOO)
 def test_smaller_precisions_of_an_architecture_stay_close_and_ignore_batch_mates(name):
     """What random weights can show: their labels are near-ties, so agreement means nothing here."""
-    around = Surroundings(spec_of(name), 1.7, multi_label=False)
+    spec = ModelSpec((), "labels", spec_of(name), temperature=1.7)
     network, pixels_nhwc = classifier(name), pictures(spec_of(name))
-    portable = convert.convert(network, around, {})
+    portable = convert.convert(network, spec, {})
     expected_nc = OnnxModel(portable, RuntimeSpec()).run(pixels_nhwc)[0]
     graphs = {
-        "fp16": quantize.half(network, around, {}),
-        "int8": quantize.quantised(portable, pixels_nhwc, around, {}),
+        "fp16": quantize.half(network, spec, {}),
+        "int8": quantize.quantised(portable, pixels_nhwc, spec, {}),
     }
     for kind, graph in graphs.items():
         model = OnnxModel(graph.payload, RuntimeSpec(batch_size=4))

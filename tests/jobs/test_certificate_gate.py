@@ -55,7 +55,7 @@ def test_prediction_without_proof_is_loud_and_every_row_says_so(bare, pictures, 
     command = jobs(bare, pictures, tmp_path)["predict"]
     assert main([*command, "--allow-uncertified"]) == 0
     assert json.loads(capsys.readouterr().out)["certified"] is False
-    assert "RUNNING WITHOUT PROOF" in caplog.text
+    assert "running uncertified" in caplog.text
     bundle.add_certificate(str(bare), open_bundle(str(bare)).manifest, "cpu", "fp32", PASSED)
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["certified"] is True
@@ -66,7 +66,7 @@ def test_evaluation_without_proof_says_so(bare, pictures, tmp_path, caplog):
     assert main([*command, "--allow-uncertified"]) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["about"]["certificate"] == "NONE (--allow-uncertified)"
-    assert "RUNNING WITHOUT PROOF" in caplog.text
+    assert "running uncertified" in caplog.text
 
 
 def test_run_whose_first_half_was_without_proof_is_never_reported_as_certified(bare, pictures, tmp_path):
