@@ -20,6 +20,7 @@ from pipelines.inventory.listing import Found
 from pipelines.inventory.plan import (
     LOCATION,
     PLAN_JSON,
+    FoundFile,
     Plan,
     item_schema,
     open_plan,
@@ -63,24 +64,41 @@ def plan(inventory_uri: str, state: Storage, *, options: InventoryOptions | None
     """
     options = options or InventoryOptions()
     if options.keep_plan and state.exists(PLAN_JSON):
-        return open_plan(state)
+        return _kept(state, inventory_uri, options)
     found = listing.find(inventory_uri, options)
     fingerprint = fingerprint_of(found, options)
     if state.exists(PLAN_JSON):
         return _unchanged(open_plan(state), fingerprint, inventory_uri, len(found.files))
     with tempfile.TemporaryDirectory(prefix="iab-vision-plan-") as folder:
-        carried, items = READERS[found.form](found, options, Path(folder))
+        carried, items, containers = READERS[found.form](found, options, Path(folder))
         name = redact(listing.absolute(inventory_uri))
-        return write_plan(items, state, carried=carried, inventory=name, fingerprint=fingerprint)
+        return write_plan(
+            items, state, carried=carried, inventory=name, fingerprint=fingerprint, containers=containers
+        )
+
+
+def _kept(state: Storage, inventory_uri: str, options: InventoryOptions) -> Plan:
+    """The frozen plan; the inventory may have changed, but no file in which images are found by place."""
+    frozen = open_plan(state)
+    if frozen.containers:
+        present = set(listing.find(inventory_uri, options).files)
+        if changed := [file.uri for file in frozen.containers if file not in present]:
+            raise InputError(
+                f"{redact(changed[0])} has changed since it was planned ({len(changed):,} of "
+                f"{len(frozen.containers):,} files have), and the plan finds images in it by their place: "
+                "it would label other images. Classify into another output folder without --keep-plan"
+            )
+    return frozen
 
 
 def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int) -> Plan:
     if frozen.fingerprint == fingerprint:
         return frozen
+    finish = "" if frozen.containers else ", or finish the frozen plan as it is with --keep-plan"
     raise InputError(
         f"{frozen.state_uri} holds a plan of {frozen.n_rows:,} rows frozen from {frozen.inventory}, and "
         f"{redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory: "
-        f"choose another output folder, or finish the frozen plan as it is with --keep-plan"
+        f"choose another output folder{finish}"
     )
 
 
@@ -93,8 +111,8 @@ def fingerprint_of(found: Found, options: InventoryOptions) -> str:
     return digest.hexdigest()
 
 
-# What each form yields: the carried columns' schema, and tables of items.
-Items = tuple[pa.Schema, Iterator[pa.Table]]
+Items = tuple[pa.Schema, Iterator[pa.Table], Sequence[FoundFile]]
+"""What each form yields: the carried columns' schema, tables of items, the files of several images each."""
 
 
 def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Items:
@@ -104,7 +122,7 @@ def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Ite
             rows = pa.table({"uri": pa.array(uris[start : start + TABLE_ROWS_AT_ONCE], pa.string())})
             yield to_items(rows, np.arange(rows.num_rows + 1), pa.schema([]))
 
-    return pa.schema([]), items()
+    return pa.schema([]), items(), ()
 
 
 def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
@@ -115,20 +133,20 @@ def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
             offsets = np.arange(rows.num_rows + 1)
             yield to_items(rows.select(["uri", "key"]), offsets, carried, rows.drop_columns(["uri", "key"]))
 
-    return carried, items()
+    return carried, items(), found.files
 
 
 def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
     uris = [file.uri for file in found.files]
     schema = tables.schema_of(uris)
     if column := _payload_column(schema, options):
-        return _read_embedded(uris, schema, column, options)
+        return _read_embedded(found, schema, column, options)
     columns = choose_columns(schema, options)
 
     def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return tables.batches(uris, schema, names)
 
-    return columns.carried, _table_items(batches, columns, found.base, folder)
+    return columns.carried, _table_items(batches, columns, found.base, folder), ()
 
 
 def _table_items(
@@ -159,7 +177,7 @@ def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
     return tables.payload_column(schema)
 
 
-def _read_embedded(uris: Sequence[str], schema: pa.Schema, column: str, options: InventoryOptions) -> Items:
+def _read_embedded(found: Found, schema: pa.Schema, column: str, options: InventoryOptions) -> Items:
     """One item per row, whether or not two hold the same bytes: they are told apart without opening them."""
     described = schema.remove(schema.get_field_index(column))
     path = f"{column}_path"
@@ -172,14 +190,14 @@ def _read_embedded(uris: Sequence[str], schema: pa.Schema, column: str, options:
     columns = choose_columns(described, options)
 
     def items() -> Iterator[pa.Table]:
-        for uri in uris:
+        for uri in (file.uri for file in found.files):
             for start, n_rows, beside in tables.rows_beside(uri, described, column, path):
                 numbers = np.arange(start, start + n_rows)
                 places = {"container": [uri] * n_rows, "offset": numbers, "payload_column": [column] * n_rows}
                 rows = _named(beside, uri, numbers, columns)
                 yield to_items(rows, np.arange(n_rows + 1), columns.carried, pa.table(places))
 
-    return columns.carried, items()
+    return columns.carried, items(), found.files
 
 
 def _named(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:

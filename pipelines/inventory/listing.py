@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 
 from pipelines.images.prepare import is_image_name
 from pipelines.inventory import tables
+from pipelines.inventory.plan import FoundFile
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import Storage, open_storage
@@ -25,15 +26,6 @@ from pipelines.storage.uris import Entry, StorageError, is_local, local_path, sp
 WILDCARD = re.compile(r"[*?]")
 
 Form = Literal["table", "images", "tars"]
-
-
-@dataclass(frozen=True)
-class FoundFile:
-    """One file of the inventory and what tells whether it has changed."""
-
-    uri: str
-    size_bytes: int
-    version: str
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,15 @@ class PlanFile:
 
 
 @dataclass(frozen=True)
+class FoundFile:
+    """One file of the inventory and what tells whether it has changed: its ETag or modification time."""
+
+    uri: str
+    size_bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A finished plan; small, picklable, readable on any machine that reaches the state folder."""
 
@@ -77,6 +86,8 @@ class Plan:
     n_rows: int
     carried: pa.Schema
     files: tuple[PlanFile, ...]
+    containers: tuple[FoundFile, ...]
+    """The files that hold several images each (tars, Parquet), as they were when planned."""
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -166,7 +177,13 @@ def _fill_image_ids(rows: pa.ListArray, uris: pa.Array) -> pa.ListArray:
 
 
 def write_plan(
-    items: Iterable[pa.Table], state: Storage, *, carried: pa.Schema, inventory: str, fingerprint: str
+    items: Iterable[pa.Table],
+    state: Storage,
+    *,
+    carried: pa.Schema,
+    inventory: str,
+    fingerprint: str,
+    containers: Sequence[FoundFile] = (),
 ) -> Plan:
     """Write items (the columns of `item_schema` without `item_id`) and, last, `plan.json`.
 
@@ -184,6 +201,7 @@ def write_plan(
         "carried_columns": [str(field) for field in carried],
         "carried": base64.b64encode(carried.serialize().to_pybytes()).decode(),
         "files": [asdict(file) for file in files],
+        "containers": [asdict(file) for file in containers],
     }
     try:
         state.create(PLAN_JSON, json.dumps(described, indent=1).encode())
@@ -300,4 +318,5 @@ def open_plan(state: Storage) -> Plan:
         n_rows=found["n_rows"],
         carried=pa.ipc.read_schema(pa.BufferReader(base64.b64decode(found["carried"]))),
         files=tuple(PlanFile(**file) for file in found["files"]),
+        containers=tuple(FoundFile(**file) for file in found["containers"]),
     )

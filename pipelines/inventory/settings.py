@@ -26,4 +26,5 @@ class InventoryOptions:
     image_column: str = ""
     """Column of a Parquet table that holds the images themselves; empty: found when there is no `uri`."""
     keep_plan: bool = False
-    """Finish the plan that is frozen in the output, even if the inventory has changed since."""
+    """Finish the plan that is frozen in the output, even if the inventory has changed since; refused
+    where a tar or a table of images has, as images are found in those by their place."""

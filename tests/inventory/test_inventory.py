@@ -127,6 +127,31 @@ def test_changed_inventory_is_refused_unless_the_frozen_plan_is_kept(tmp_path: P
     assert plan(str(table), state, options=InventoryOptions(keep_plan=True)) == first
 
 
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_kept_plan_is_refused_where_a_file_of_many_images_has_changed(
+    tmp_path: Path, state: Storage, form: str
+) -> None:
+    """By its place, image B would be fetched for the row of image A."""
+
+    def write(name: str, images: Iterable[str]) -> None:
+        if form == "tar":
+            shard(folder / f"{name}.tar", [f"{image}.jpg" for image in images])
+        else:
+            rows = {"image_id": list(images), "image": [image.encode() for image in images]}
+            pq.write_table(pa.table(rows), folder / f"{name}.parquet")
+
+    folder = tmp_path / "inventory"
+    folder.mkdir()
+    write("one", "ab")
+    frozen = plan(str(folder), state)
+    keep = InventoryOptions(keep_plan=True)
+    write("two", "cd")
+    assert plan(str(folder), state, options=keep) == frozen
+    write("one", "ba")
+    with pytest.raises(InputError, match=r"one\.(tar|parquet) has changed .*1 of 1 files.*another output"):
+        plan(str(folder), state, options=keep)
+
+
 def test_plan_of_a_shards_images_is_not_that_of_all_its_files(tmp_path: Path, state: Storage) -> None:
     path = str(shard(tmp_path / "shard.tar", ["a.jpg", "a.json"]))
     assert plan(path, state).n_items == 1
