@@ -70,8 +70,12 @@ def build_labeller(spec: ModelSpec, taxonomy: Taxonomy, *, top_k: int) -> Labell
 
 def top_positions(scores_nc: Floats, k: int) -> npt.NDArray[np.int64]:
     """Positions of the k largest scores of each row, best first; equal scores in class order."""
-    order_nc: npt.NDArray[np.int64] = np.argsort(-scores_nc, axis=1, kind="stable")
-    return order_nc[:, :k]
+    kth_n = np.partition(scores_nc, -k, axis=1)[:, -k]
+    # k of each row, and more where the k-th is tied
+    rows, columns = _sort_within_rows(scores_nc, scores_nc >= kth_n[:, None])
+    firsts = np.searchsorted(rows, np.arange(len(scores_nc)))
+    top_nk: npt.NDArray[np.int64] = columns[firsts[:, None] + np.arange(k)]
+    return top_nk
 
 
 def label_lists(class_ids: pa.Array, top_nk: npt.NDArray[np.int64], scores_nk: Floats) -> pa.Array:
@@ -85,7 +89,18 @@ def label_lists(class_ids: pa.Array, top_nk: npt.NDArray[np.int64], scores_nk: F
 
 def passing_ids(ids: pa.Array, rolled_nr: Floats, thresholds: Floats) -> pa.Array:
     """The ids of each row at or above their threshold, best first."""
-    order_nr = np.argsort(-rolled_nr, axis=1, kind="stable")
-    passes_nr = np.take_along_axis(rolled_nr >= thresholds, order_nr, axis=1)
-    offsets = np.concatenate([[0], passes_nr.sum(axis=1).cumsum()])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), ids.take(pa.array(order_nr[passes_nr])))
+    rows, columns = _sort_within_rows(rolled_nr, rolled_nr >= thresholds)
+    offsets = np.searchsorted(rows, np.arange(len(rolled_nr) + 1))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), ids.take(pa.array(columns)))
+
+
+def _sort_within_rows(
+    scores_nc: Floats, chosen_nc: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows and columns of the chosen scores by row, then best first; equal scores in column order.
+
+    The few that matter are sorted: two sorts of all 698 classes took most of the time of a batch of 256.
+    """
+    rows, columns = np.divmod(np.flatnonzero(chosen_nc), scores_nc.shape[1])  # 5x faster than nonzero
+    order = np.lexsort((-scores_nc[rows, columns], rows))
+    return rows[order], columns[order]

@@ -1,10 +1,11 @@
 """Probabilities become top k, Tier 1 and `cat` as an ad server needs them."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipelines import schema
-from pipelines.bundle.labelling import build_labeller
+from pipelines.bundle.labelling import build_labeller, passing_ids, top_positions
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.taxonomy import taxonomy
 
@@ -47,3 +48,17 @@ def test_columns_have_the_types_of_the_published_schema() -> None:
     table = labels.label(np.full((5, 4), 0.25, np.float32))
     for field in table.schema:
         assert field.type == schema.SCORED.field(field.name).type, field.name
+
+
+def test_partial_sorts_give_what_full_sorts_give_ties_included() -> None:
+    """Scores of two digits tie at every rank, also across the k-th and at the threshold."""
+    rng = np.random.default_rng(0)
+    scores_nc = rng.integers(0, 20, (64, 50)).astype(np.float32) / 20
+    order_nc = np.argsort(-scores_nc, axis=1, kind="stable")
+    for k in (1, 3, 50):
+        assert (top_positions(scores_nc, k) == order_nc[:, :k]).all()
+    ids = pa.array([str(column) for column in range(50)])
+    expected = [
+        [str(column) for column in row if scores_nc[at, column] >= 0.5] for at, row in enumerate(order_nc)
+    ]
+    assert passing_ids(ids, scores_nc, np.full(50, 0.5, np.float32)).to_pylist() == expected
