@@ -56,7 +56,7 @@ def trained(config: TrainConfig, job: Any) -> Any:
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             with TrainingProgress(job.recipe.metric_for_best_model) as progress:
                 return fit.fit(job, config.cache, progress)
-    except (fit.TrainingFailed, IngestError) as error:
+    except IngestError as error:
         raise JobFailed(str(error)) from error
     except (Stopped, SystemExit, KeyboardInterrupt):  # Ray turns a signal into SystemExit while it starts
         epochs = epochs_done(config.output)

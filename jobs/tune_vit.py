@@ -45,7 +45,7 @@ def run(config: TuneConfig) -> int:
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             try:
                 done = tune.tune_recipe(job, space, search, config.cache)
-            except (tune.TuningFailed, IngestError) as error:
+            except IngestError as error:
                 raise JobFailed(str(error)) from error
     tell(done, config.output)
     return 0

@@ -5,6 +5,7 @@
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,18 @@ from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData, refuse_untrainable
 from pipelines.datasets.settings import ImageCache
 from pipelines.evaluation import metrics
-from pipelines.messages import root_cause
+from pipelines.messages import InputError, JobFailed, root_cause
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.storage import storage, uris
 from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, runs
 from pipelines.training import model as vit
 from pipelines.training.decoded import DecodedData
-from pipelines.training.loop import train_worker
+from pipelines.training.loop import Diverged, train_worker
 from pipelines.training.model_card import model_card
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 from pipelines.training.task import Task, validation_name
 from pipelines.training.tracking import Listener, ProgressQueue, refuse_missing
-
-
-class TrainingFailed(RuntimeError):
-    """The workers failed more often than allowed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def plan_job(data: LabelledData, recipe: Recipe, output: str, resources: Resourc
     """The run of this recipe on this dataset.
 
     Raises:
-        ValueError: nothing can be learned from the dataset, the model cannot be built, the batch cannot be
+        InputError: nothing can be learned from the dataset, the model cannot be built, the batch cannot be
             divided among the workers, a tracker is not installed, or validation does not give the metric.
     """
     refuse_untrainable(data)
@@ -72,14 +69,14 @@ def plan_job(data: LabelledData, recipe: Recipe, output: str, resources: Resourc
 
 
 def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) -> None:
-    """Raise ValueError when validation with this truth will not yield the metric that is to select."""
+    """Raise InputError when validation with this truth will not yield the metric that is to select."""
     if not len(truth):
         return  # refused when it turns out that none can be read
     rows = representative_rows(truth)
     logits_nc = np.zeros((len(rows), n_classes), np.float32)
     known = {"validation_loss", *metrics.classification(logits_nc, truth[rows])}
     if name not in known:
-        raise ValueError(
+        raise InputError(
             f"metric_for_best_model is {name}; these {len(truth)} validation images give "
             f"{', '.join(sorted(known))}. Choose one of these, or give validation images of more classes"
         )
@@ -98,7 +95,7 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
 
     Raises:
         IngestError: too many images cannot be used.
-        TrainingFailed: more failures than the resources allow.
+        JobFailed: more failures than the resources allow.
     """
     started = time.time()
     prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)
@@ -169,17 +166,33 @@ def train(
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=resources.num_to_keep, checkpoint_score_attribute="score"
                 ),
-                callbacks=list(callbacks),
+                callbacks=[*callbacks, _stop_when_diverged()],
             ),
         )
         try:
             return trainer.fit()
         except RayTrainingFailed as error:
-            first = next(iter(getattr(error, "worker_failures", {}).values()), error)
-            raise TrainingFailed(
+            failures = getattr(error, "worker_failures", {}).values()
+            first = next(iter(failures), getattr(error, "controller_failure", error))
+            raise JobFailed(
                 f"training failed: {root_cause(str(first))}; what was checkpointed is kept, and the same "
                 "command continues it"
             ) from error
+
+
+def _stop_when_diverged() -> Any:
+    """A callback of Ray Train that ends a diverged run: another attempt would diverge at the same step."""
+    from ray.train import UserCallback
+
+    class StopWhenDiverged(UserCallback):  # type: ignore[misc]
+        """Ray retries what workers raise, not what a callback raises."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, Diverged):
+                    raise error
+
+    return StopWhenDiverged()
 
 
 def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:

@@ -9,30 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipelines.messages import InputError
 from pipelines.specs import ImageSpec
 from pipelines.training.recipe import Finetune, Optimizer
 
-UNDECAYED = ("position_embedding", "class_embedding", "_token")
-"""Parts of the names of learned positions and tokens, which weight decay leaves alone."""
-
-
+UNDECAYED = ("position_embedding", "relative_position_bias", "class_embedding", "_token")
+"""Parts of the names of learned positions and tokens, which get no weight decay."""
 OWN_SETTING = "drop_path_rate"
 """Name in the config of an architecture that has stochastic depth of its own."""
-
-
-class ModelError(ValueError):
-    """The model cannot be built as asked for."""
 
 
 def blocks(model: Any) -> list[nn.Module]:
     """The blocks of the body, first to last, through all stages of a pyramid.
 
     Raises:
-        ModelError: the model has no list of modules.
+        InputError: the model has no list of modules.
     """
     outer = largest_list(model)
     if outer is None:
-        raise ModelError(f"this {model.config.model_type} model has no list of blocks to freeze or decay")
+        raise InputError(f"this {model.config.model_type} model has no list of blocks to freeze or decay")
     return [block for stage in outer for block in blocks_of(stage)]
 
 
@@ -57,7 +52,7 @@ def head(model: Any) -> frozenset[str]:
     """Names of the head's parameters: all that is outside the module that holds the blocks.
 
     Raises:
-        ModelError: that leaves no head, or nothing but one.
+        InputError: that leaves no head, or nothing but one.
     """
     first = {id(parameter) for parameter in blocks(model)[0].parameters()}
     body = [
@@ -68,7 +63,7 @@ def head(model: Any) -> frozenset[str]:
     names = [name for name, _ in model.named_parameters()]
     found = frozenset(name for name in names if name.split(".", maxsplit=1)[0] not in body)
     if not 0 < len(found) < len(names):
-        raise ModelError(
+        raise InputError(
             f"{type(model).__name__} keeps body and head in {', '.join(body)}, where they cannot be told "
             "apart; use a model of transformers' own with a classifier beside its body"
         )
@@ -100,10 +95,10 @@ def first_trained_depth(finetune: Finetune, n_blocks: int, epoch: int) -> int:
 
 
 def refuse_freezing(model: Any, finetune: Finetune) -> None:
-    """Raise ModelError when more blocks are to be frozen than the model has."""
+    """Raise InputError when more blocks are to be frozen than the model has."""
     n_blocks = len(blocks(model))
     if finetune.freeze_blocks > n_blocks:
-        raise ModelError(
+        raise InputError(
             f"freeze_blocks is {finetune.freeze_blocks}, but the model has {n_blocks} blocks; "
             "give at most that many, or set freeze to backbone to train the head alone"
         )
@@ -182,7 +177,7 @@ def add_drop_path(model: Any, rate: float) -> None:
     """Drop the branches of every block of a model that does not do so itself.
 
     Raises:
-        ModelError: the blocks do not show their two branches.
+        InputError: the blocks do not show their two branches.
     """
     if not rate or hasattr(model.config, OWN_SETTING):
         return
@@ -197,7 +192,7 @@ def residual_branches(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     attention = getattr(block, "attention", None) or getattr(block, "self_attn", None)
     mlp = getattr(block, "mlp", None)
     if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
-        raise ModelError(
+        raise InputError(
             f"drop_path needs blocks of `attention` and `mlp`, not {type(block).__name__}; set it to 0"
         )
     return attention, mlp

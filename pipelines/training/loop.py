@@ -21,6 +21,7 @@ from torch import Tensor
 from pipelines.datasets import pixels as decoded_pixels
 from pipelines.datasets.normalize import standardize
 from pipelines.datasets.pixels import Pixels, PixelStore
+from pipelines.messages import InputError
 from pipelines.training import augment, checkpoints, layers
 from pipelines.training.batches import Batches, MicroBatch, Targets
 from pipelines.training.decoded import images_per_pass
@@ -248,11 +249,11 @@ class Trainer:
         """The metric that selects, larger being better.
 
         Raises:
-            ValueError: images that cannot be read have taken too many classes from validation.
+            InputError: images that cannot be read have taken too many classes from validation.
         """
         name = self.recipe.metric_for_best_model
         if name not in measured:
-            raise ValueError(
+            raise InputError(
                 f"metric_for_best_model is {name}, but the readable validation images hold too few classes; "
                 "repair the others, or choose another metric"
             )

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipelines.messages import InputError
 from pipelines.specs import ImageSpec
 from pipelines.training import layers as anatomy
 from pipelines.training import model_files
-from pipelines.training.layers import ModelError
 from pipelines.training.model_files import Preprocessing
 from pipelines.training.recipe import SCRATCH, Recipe
 
@@ -49,7 +49,7 @@ def build(recipe: Recipe, classes: Classes) -> Any:
     """The model of a recipe with a head for these classes; `recipe` is resolved.
 
     Raises:
-        ModelError: no such preset or folder, sizes that do not fit, an architecture that cannot do it.
+        InputError: no such preset or folder, sizes that do not fit, an architecture that cannot do it.
     """
     labels = {
         "num_labels": len(classes.ids),
@@ -74,12 +74,12 @@ def scratch(recipe: Recipe, labels: dict[str, Any]) -> Any:
 
     name = recipe.model.removeprefix(SCRATCH)
     if name not in SCRATCH_SHAPES:
-        raise ModelError(
+        raise InputError(
             f"model is {recipe.model}; it must be {SCRATCH}{f', {SCRATCH}'.join(SCRATCH_SHAPES)}"
         )
     image_size, patch_size = recipe.image_size or 224, recipe.patch_size or 16
     if image_size % patch_size:
-        raise ModelError(f"image_size is {image_size}; it must be a multiple of patch_size {patch_size}")
+        raise InputError(f"image_size is {image_size}; it must be a multiple of patch_size {patch_size}")
     shape = SCRATCH_SHAPES[name]
     config = ViTConfig(
         hidden_size=shape.width,
@@ -134,6 +134,7 @@ def sine_positions(side: int, width: int) -> torch.Tensor:
 
 def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
     """A model from a local folder or the hub, with a new head unless its classes are the very same."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageClassification
     from transformers.utils import logging as transformers_logging
 
@@ -149,8 +150,8 @@ def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
             **anatomy.drop_path_setting(config, recipe.finetune.drop_path),
             **labels,
         )
-    except OSError as error:
-        raise ModelError(f"model {recipe.model} cannot be loaded: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"model {recipe.model} cannot be loaded: {error}") from error
     if not same:
         renew_head(model)
     if recipe.image_size is not None:
@@ -170,7 +171,7 @@ def renew_head(model: Any) -> None:
         and module.out_features == model.config.num_labels
     ]
     if not last:
-        raise ModelError(f"{type(model).__name__} has no linear layer for its classes; use another model")
+        raise InputError(f"{type(model).__name__} has no linear layer for its classes; use another model")
     for module in last:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -190,11 +191,14 @@ def resize(model: Any, image_size: int) -> None:
     positions = getattr(embeddings, "position_embeddings", None)
     patch = getattr(model.config, "patch_size", None)
     if not isinstance(positions, torch.Tensor) or not isinstance(patch, int) or image_size % patch:
-        raise ModelError(
+        raise InputError(
             f"image_size is {image_size}, but this {model.config.model_type} model takes {old} with patches "
             f"of {patch}; leave image_size unset, or use a ViT and a multiple of its patch"
         )
-    embeddings.position_embeddings = nn.Parameter(interpolated(positions, image_size // patch))
+    n_patches = embeddings.patch_embeddings.num_patches
+    embeddings.position_embeddings = nn.Parameter(
+        interpolate_positions(positions, n_patches, image_size // patch)
+    )
     model.config.image_size = image_size
     embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
     embeddings.patch_embeddings.num_patches = (image_size // patch) ** 2
@@ -207,20 +211,20 @@ def stated_size(config: Any) -> Any:
     )
 
 
-def interpolated(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """[1, 1 + old * old, width] -> [1, 1 + side * side, width]; the class token keeps its own."""
-    old = math.isqrt(positions.shape[1] - 1)
-    grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+def interpolate_positions(positions: torch.Tensor, n_patches: int, side: int) -> torch.Tensor:
+    """[1, tokens + n_patches, width] -> [1, tokens + side * side, width]; tokens such as the class's stay."""
+    tokens, old = positions.shape[1] - n_patches, math.isqrt(n_patches)
+    grid = positions[:, tokens:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
+    return torch.cat([positions[:, :tokens], grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
 
 
 def image_spec(model: Any, source: str) -> ImageSpec:
     """What the model's pixels must be: its own size, the rest as its folder states.
 
     Raises:
-        ModelError: neither the config nor the preprocessor's says the size.
-        InputError: the preprocessor does something that cannot be done here.
+        InputError: neither the config nor the preprocessor's says the size, or the preprocessor does
+            something that cannot be done here.
     """
     found = None if source.startswith(SCRATCH) else preprocessing(source)
     if found is None and not source.startswith(SCRATCH):
@@ -229,7 +233,7 @@ def image_spec(model: Any, source: str) -> ImageSpec:
         log.warning("%s asks for %s: training does without", source, "; ".join(found.unlike))
     size = stated_size(model.config) or (found and (found.spec.height, found.spec.width))
     if not size:
-        raise ModelError(f"{source} does not say which size of image it takes; give --image-size")
+        raise InputError(f"{source} does not say which size of image it takes; give --image-size")
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return replace(found.spec if found else ImageSpec(), height=height, width=width)
 

@@ -19,16 +19,12 @@ import pyarrow.parquet as pq
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.machine import git_revision, library_versions
-from pipelines.messages import redacted
+from pipelines.messages import InputError, redacted
 from pipelines.storage import storage, uris
 from pipelines.training.recipe import Recipe
 
 RECIPE, MARKER, BEST, REPORT = "recipe.json", "run.json", "best", "report"
 CHECKPOINTS, HISTORY, SPLITS = "checkpoints", "metrics.jsonl", "splits.parquet"
-
-
-class RunMismatch(ValueError):
-    """The output folder belongs to a run with other settings."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +61,34 @@ def finished(output: str, recipe: Recipe, data: LabelledData) -> Run | None:
     """The run that is already complete in the folder; None when there is none, or one to continue.
 
     Raises:
-        RunMismatch: the folder holds a run, finished or not, of another recipe or dataset.
+        InputError: the folder holds a run, finished or not, of another recipe or dataset.
     """
     folder = storage.open_storage(output)
     if not folder.exists(RECIPE):
         return None
-    refuse_mismatch(output, json.loads(folder.read(RECIPE)), identity(recipe, data))
-    return Run(output, json.loads(folder.read(MARKER))) if folder.exists(MARKER) else None
+    refuse_mismatch(output, read_json(folder, RECIPE), identity(recipe, data))
+    return Run(output, read_json(folder, MARKER)) if folder.exists(MARKER) else None
+
+
+def read_json(folder: storage.Storage, name: str) -> dict[str, Any]:
+    """The content of a JSON file of a run or a search.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    try:
+        content: dict[str, Any] = json.loads(folder.read(name))
+    except ValueError as error:
+        raise InputError(f"{folder.uri}/{name} is not JSON ({error}); give another --output") from error
+    return content
 
 
 def refuse_mismatch(output: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise RunMismatch naming the first setting in which a folder's run differs from the one asked for."""
+    """Raise InputError naming the first setting in which a folder's run differs from the one asked for."""
     expected = json.loads(as_json(now))
     different = next((key for key in expected if before.get(key) != expected[key]), None)
     if different is not None:
-        raise RunMismatch(
+        raise InputError(
             f"{output} holds a run with another {different}: "
             f"{difference(before.get(different), expected[different])}; "
             "give another --output, or the settings of that run to continue it"

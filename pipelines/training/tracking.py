@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pipelines.messages import redact
+from pipelines.messages import InputError, redact
 from pipelines.storage import storage
 from pipelines.training.runs import HISTORY
 
@@ -32,15 +32,11 @@ def numbers(line: Line) -> dict[str, float]:
     }
 
 
-class TrackerMissing(ValueError):
-    """A tracker is asked for whose package is not installed."""
-
-
 def refuse_missing(trackers: Sequence[str]) -> None:
-    """Raise TrackerMissing before anything costly starts."""
+    """Raise InputError before anything costly starts."""
     missing = [name for name in trackers if importlib.util.find_spec(name) is None]
     if missing:
-        raise TrackerMissing(
+        raise InputError(
             f"tracker {missing[0]} is not installed; pip install 'iab-vision[{missing[0]}]', or leave it out"
         )
 

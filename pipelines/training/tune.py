@@ -7,7 +7,6 @@ unfinished folder continues it, trials from their own checkpoints.
 
 import dataclasses
 import io
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipelines.datasets.settings import ImageCache
-from pipelines.messages import redacted, root_cause
+from pipelines.messages import InputError, JobFailed, redacted, root_cause
 from pipelines.storage import storage, uris
 from pipelines.training import decoded, fit, runs
 from pipelines.training.decoded import DecodedData
@@ -34,26 +33,18 @@ FIXED = ("model", "image_size", "patch_size")
 """Settings that change the pixels or the weights' shapes that trials share."""
 
 
-class SpaceError(ValueError):
-    """The search space cannot be searched; the message names the entry and what it may be."""
-
-
-class TuningFailed(RuntimeError):
-    """No trial finished."""
-
-
 def read_space(uri: str) -> dict[str, Any]:
     """A search space from YAML: setting -> how it is drawn; sections may be nested.
 
     Raises:
-        SpaceError: not YAML, or an entry that is no way of drawing.
+        InputError: not YAML, or an entry that is no way of drawing.
     """
     try:
         content = yaml.safe_load(storage.read_uri(uri))
     except yaml.YAMLError as error:
-        raise SpaceError(f"{uri} is not YAML: {error}") from error
+        raise InputError(f"{uri} is not YAML: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise SpaceError(f"{uri} must map settings of the recipe to how they are drawn")
+        raise InputError(f"{uri} must map settings of the recipe to how they are drawn")
     return flat(content)
 
 
@@ -77,7 +68,7 @@ def distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Ray Tune's distributions of a space, checked against the recipe.
 
     Raises:
-        SpaceError: a setting the recipe does not have or trials must share, or an unknown way of drawing.
+        InputError: a setting the recipe does not have or trials must share, or an unknown way of drawing.
     """
     from ray import tune
 
@@ -85,19 +76,22 @@ def distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     for setting, how in space.items():
         check_setting(recipe, setting)
         if not isinstance(how, dict) or len(how) != 1 or next(iter(how)) not in DRAWS:
-            raise SpaceError(f"{setting} is {how!r}; it must be one of {', '.join(DRAWS)} with its values")
+            raise InputError(f"{setting} is {how!r}; it must be one of {', '.join(DRAWS)} with its values")
         ((draw, values),) = how.items()
-        found[setting] = tune.choice(values) if draw == "choice" else getattr(tune, draw)(*values)
+        try:
+            found[setting] = tune.choice(values) if draw == "choice" else getattr(tune, draw)(*values)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{setting} is {how!r}: {error}") from error
     return found
 
 
 def check_setting(recipe: Recipe, setting: str) -> None:
     if setting in FIXED:
-        raise SpaceError(f"{setting} cannot be searched: all trials share the same decoded images")
+        raise InputError(f"{setting} cannot be searched: all trials share the same decoded images")
     owner: Any = recipe
     for part in setting.split("."):
         if not dataclasses.is_dataclass(owner) or part not in {f.name for f in dataclasses.fields(owner)}:
-            raise SpaceError(f"{setting} is not a setting of the recipe")
+            raise InputError(f"{setting} is not a setting of the recipe")
         owner = getattr(owner, part)
 
 
@@ -118,7 +112,7 @@ def tune_recipe(
     """Run the search on the running cluster; leaves table, plot and the best recipe as YAML.
 
     Raises:
-        TuningFailed: no trial got as far as one epoch.
+        JobFailed: no trial got as far as one epoch.
     """
     prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)
     folder = storage.open_storage(job.output)
@@ -128,7 +122,7 @@ def tune_recipe(
     trials = table(results, space)
     done = [trial for trial in trials if trial["score"] is not None]
     if not done:
-        raise TuningFailed(f"none of {len(trials)} trials finished an epoch; see {job.output}/{FOLDER}")
+        raise JobFailed(f"none of {len(trials)} trials finished an epoch; see {job.output}/{FOLDER}")
     best = max(done, key=lambda trial: trial["score"])
     values = {setting: best[setting] for setting in space}
     folder.put(TABLE, csv_of(trials))
@@ -152,14 +146,14 @@ def refuse_another(job: TrainingJob, space: Mapping[str, Any], search: Search) -
     """What a finished search of the same settings found; None for one to start or continue.
 
     Raises:
-        RunMismatch: the folder holds a search with other settings.
+        InputError: the folder holds a search with other settings.
     """
     folder = storage.open_storage(job.output)
     if not folder.exists(runs.RECIPE):
         return None
     now = search_identity(job, space, search)
-    runs.refuse_mismatch(job.output, json.loads(folder.read(runs.RECIPE)), now)
-    content: dict[str, Any] | None = json.loads(folder.read(MARKER)) if folder.exists(MARKER) else None
+    runs.refuse_mismatch(job.output, runs.read_json(folder, runs.RECIPE), now)
+    content: dict[str, Any] | None = runs.read_json(folder, MARKER) if folder.exists(MARKER) else None
     return content
 
 

@@ -451,7 +451,7 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
 
     def differences(before: DataSettings, now: DataSettings) -> str:
         first, second = (runs.identity(Recipe(), dataset.load(one)) for one in (before, now))
-        with pytest.raises(runs.RunMismatch) as refused:
+        with pytest.raises(InputError) as refused:
             runs.refuse_mismatch("run", json.loads(runs.as_json(first)), second)
         return str(refused.value)
 
@@ -461,7 +461,7 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
     assert "tier was None, now 1" in differences(DataSettings(table), DataSettings(table, tier=1))
     before = runs.identity(Recipe(), load(table))
     csv(tmp_path, "file,label,split,k\na.jpg,483,train,1\nb.jpg,1,train,483\nc.jpg,1,validation,1\n")
-    with pytest.raises(runs.RunMismatch, match="assignment"):
+    with pytest.raises(InputError, match="assignment"):
         runs.refuse_mismatch("run", json.loads(runs.as_json(before)), runs.identity(Recipe(), load(table)))
 
 

@@ -22,6 +22,7 @@ from pipelines.datasets import dataset
 from pipelines.datasets import pixels as ingest
 from pipelines.datasets.settings import DataSettings, ImageCache, Splits
 from pipelines.evaluation import metrics
+from pipelines.messages import InputError, JobFailed
 from pipelines.storage import uris
 from pipelines.training import checkpoints, decoded, fit, runs
 from pipelines.training.decoded import epoch_order
@@ -279,15 +280,15 @@ def test_saving_memory_or_compiling_does_not_change_what_is_learned(network):
 
 def test_a_selection_metric_that_validation_does_not_give_is_refused_with_those_it_does():
     classes = np.arange(20) % 5
-    with pytest.raises(ValueError, match=r"acuracy.*accuracy@3"):
+    with pytest.raises(InputError, match=r"acuracy.*accuracy@3"):
         fit.refuse_unknown_metric("acuracy", classes, 5)
     fit.refuse_unknown_metric("accuracy@3", classes, 5)
     fit.refuse_unknown_metric("roc_auc_macro", classes, 5)
-    with pytest.raises(ValueError, match=r"metric_for_best_model is roc_auc_macro.*more classes"):
+    with pytest.raises(InputError, match=r"metric_for_best_model is roc_auc_macro.*more classes"):
         fit.refuse_unknown_metric("roc_auc_macro", np.zeros(20, np.int64), 5)
     labels = np.array([[1, 0, 1], [1, 0, 0]], np.uint8)
     fit.refuse_unknown_metric("map", labels, 3)
-    with pytest.raises(ValueError, match="metric_for_best_model is map"):
+    with pytest.raises(InputError, match="metric_for_best_model is map"):
         fit.refuse_unknown_metric("map", np.ones((4, 3), np.uint8), 3)
 
 
@@ -351,7 +352,7 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
     assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
     assert messages[-1]["done"] == messages[-1]["total"]
     assert runs.finished(job.output, job.recipe, job.data).content["test"] == run.content["test"]
-    with pytest.raises(runs.RunMismatch, match="learning_rate"):
+    with pytest.raises(InputError, match="learning_rate"):
         runs.finished(job.output, replace(job.recipe, optimizer=Optimizer(learning_rate=1e-4)), job.data)
 
 
@@ -403,6 +404,25 @@ def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoi
     assert min(after_kill) >= per_epoch
     files, line = fit.best_model(result)
     assert "model.safetensors" in files and line["score"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_diverged_run_is_not_tried_again(ray_cluster, tmp_path):
+    optimizer = Optimizer(learning_rate=1e30, ema_decay=0, warmup_steps=0, max_grad_norm=0)
+    recipe = replace(RECIPE, epochs=1, batch_size=6, optimizer=optimizer)
+    job = plan_run(image_folder(tmp_path / "images"), tmp_path / "run", recipe, num_workers=1)
+    prepared = decoded.prepare(job.data, job.spec, ImageCache(), seed=0)
+    attempts = tmp_path / "attempts"
+
+    class Counter(ray.train.UserCallback):
+        def after_exception(self, run_context, worker_exceptions) -> None:
+            with attempts.open("a") as file:
+                file.write("x")
+
+    with pytest.raises(JobFailed, match="learning-rate"):
+        fit.train(job, prepared, callbacks=(Counter(),))
+    assert attempts.read_text() == "x"
 
 
 def training_processes() -> list[int]:

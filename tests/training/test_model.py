@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2ForImageClassification
 
+from pipelines.messages import InputError
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.training import layers, model_files
 from pipelines.training import model as vit
@@ -163,7 +164,7 @@ def test_another_architecture_can_be_fine_tuned_and_decayed(tmp_path):
     ],
 )
 def test_impossible_models_are_refused_with_the_remedy(recipe, words):
-    with pytest.raises(layers.ModelError, match=words):
+    with pytest.raises(InputError, match=words):
         vit.build(recipe.resolved(multi_label=False), CLASSES)
 
 

@@ -19,6 +19,7 @@ from jobs.config import TrainConfig
 from jobs.train_vit import labelled, recipe_of
 from pipelines.datasets import dataset
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
+from pipelines.messages import InputError
 from pipelines.training import fit, runs, tune
 from pipelines.training.resources import Resources
 from tests.builders.training import RECIPE, image_folder
@@ -46,10 +47,12 @@ def test_the_space_that_comes_with_the_project_fits_the_recipe():
         ({"image_size": {"choice": [32, 64]}}, "cannot be searched"),
         ({"batch_size": [32, 64]}, "choice"),
         ({"batch_size": {"any_of": [32]}}, "choice"),
+        ({"batch_size": {"randint": [32]}}, "batch_size is"),
+        ({"optimizer.learning_rate": {"loguniform": [0, 1]}}, "learning_rate is"),
     ],
 )
 def test_a_space_that_cannot_be_searched_is_refused_by_name(space, words):
-    with pytest.raises(tune.SpaceError, match=words):
+    with pytest.raises(InputError, match=words):
         tune.distributions(space, RECIPE)
 
 
@@ -165,5 +168,5 @@ def test_a_finished_search_is_not_repeated_and_another_is_refused(tmp_path):
     (tmp_path / "search" / runs.RECIPE).write_bytes(runs.as_json(tune.search_identity(job, SPACE, search)))
     (tmp_path / "search" / tune.MARKER).write_text('{"trials": 2}')
     assert tune.refuse_another(job, SPACE, search) == {"trials": 2}
-    with pytest.raises(runs.RunMismatch, match="trials"):
+    with pytest.raises(InputError, match="trials"):
         tune.refuse_another(job, SPACE, replace(search, trials=3))

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
+from pipelines.messages import InputError
 from pipelines.training import layers
-from pipelines.training import model as vit
+from pipelines.training.model import Classes, build, image_spec
 from pipelines.training.recipe import Finetune, Optimizer, Recipe
 
 ENCODER = {
@@ -35,7 +36,7 @@ ZOO = {
     },
 }  # fmt: skip
 N_BLOCKS = {"Swin": 3, "ConvNext": 5, "ResNet": 4}
-CLASSES = vit.Classes(("483", "1", "v9i3On"), False)
+CLASSES = Classes(("483", "1", "v9i3On"), False)
 
 
 @pytest.fixture(params=ZOO)
@@ -51,7 +52,7 @@ def folder(request, tmp_path_factory):
 
 def built(folder, **network):
     recipe = Recipe(model=str(folder), finetune=Finetune(**network)).resolved(multi_label=False)
-    return vit.build(recipe, CLASSES), vit.image_spec(vit.build(recipe, CLASSES), str(folder))
+    return build(recipe, CLASSES), image_spec(build(recipe, CLASSES), str(folder))
 
 
 def step(model, spec) -> None:
@@ -101,7 +102,7 @@ def test_depths_rise_from_the_embeddings_to_the_head(folder):
 
 def test_stochastic_depth_acts_in_training_or_is_refused(folder):
     if folder.name.startswith("ResNet"):
-        with pytest.raises(layers.ModelError, match="drop_path needs blocks"):
+        with pytest.raises(InputError, match="drop_path needs blocks"):
             built(folder, drop_path=0.9)
         return
     model, spec = built(folder, drop_path=0.9)
@@ -117,11 +118,11 @@ def test_stochastic_depth_acts_in_training_or_is_refused(folder):
 def test_a_size_that_nothing_states_is_asked_for_and_a_convolutional_network_takes_any(tmp_path):
     config = transformers.ResNetConfig(num_labels=2, **ZOO["ResNet"])
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(layers.ModelError, match="--image-size"):
+    with pytest.raises(InputError, match="--image-size"):
         built(tmp_path)
     recipe = Recipe(model=str(tmp_path), image_size=48).resolved(multi_label=False)
-    model = vit.build(recipe, CLASSES)
-    assert vit.image_spec(model, str(tmp_path)).height == 48
+    model = build(recipe, CLASSES)
+    assert image_spec(model, str(tmp_path)).height == 48
 
 
 def test_a_model_whose_head_cannot_be_told_from_its_body_is_refused():
@@ -130,12 +131,43 @@ def test_a_model_whose_head_cannot_be_told_from_its_body_is_refused():
             super().__init__()
             self.inner = model
 
-    model = vit.build(Recipe(model="scratch:tiny", image_size=16, patch_size=8, layers=1), CLASSES)
-    with pytest.raises(layers.ModelError, match="cannot be told"):
+    model = build(Recipe(model="scratch:tiny", image_size=16, patch_size=8, layers=1), CLASSES)
+    with pytest.raises(InputError, match="cannot be told"):
         layers.head(Wrapper(model))
 
 
 def test_more_frozen_blocks_than_there_are_is_refused():
     recipe = Recipe(model="scratch:tiny", image_size=16, patch_size=8, layers=2)
-    with pytest.raises(layers.ModelError, match=r"freeze_blocks is 3.*has 2 blocks"):
-        vit.build(replace(recipe, finetune=Finetune(freeze_blocks=3)).resolved(multi_label=False), CLASSES)
+    with pytest.raises(InputError, match=r"freeze_blocks is 3.*has 2 blocks"):
+        build(replace(recipe, finetune=Finetune(freeze_blocks=3)).resolved(multi_label=False), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["Swin", "Beit"])
+def test_relative_position_tables_are_not_decayed(name):
+    settings = {**ZOO[name], **({"use_relative_position_bias": True} if name == "Beit" else {})}
+    config = getattr(transformers, f"{name}Config")(num_labels=2, **settings)
+    model = getattr(transformers, f"{name}ForImageClassification")(config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = layers.parameter_groups(model, Optimizer(learning_rate=1))
+    decayed = [names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]]
+    assert decayed and not [name for name in decayed if "relative_position" in name]
+
+
+def test_a_distilled_model_takes_another_size(tmp_path):
+    """Two tokens before the patches: class and distillation."""
+    config = transformers.DeiTConfig(num_labels=2, **ZOO["DeiT"])
+    original = transformers.DeiTForImageClassification(config)
+    original.save_pretrained(tmp_path)
+    model = build(Recipe(model=str(tmp_path), image_size=48).resolved(multi_label=False), CLASSES)
+    positions = model.deit.embeddings.position_embeddings
+    assert positions.shape == (1, 2 + 36, 24)
+    assert torch.equal(positions[:, :2], original.deit.embeddings.position_embeddings[:, :2])
+    assert model(pixel_values=torch.zeros(1, 3, 48, 48)).logits.shape == (1, 3)
+
+
+def test_a_folder_without_preprocessor_is_announced(tmp_path, caplog):
+    config = transformers.ViTConfig(num_labels=2, **ENCODER)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        built(tmp_path)
+    assert "no preprocessor_config.json" in caplog.text
