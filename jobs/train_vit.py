@@ -45,7 +45,6 @@ def run(config: TrainConfig) -> int:
 
 def trained(config: TrainConfig, job: Any) -> Any:
     """The run, finished on a cluster."""
-    from pipelines.datasets.pixels import IngestError
     from pipelines.training import fit
 
     if epochs := epochs_done(config.output):
@@ -56,8 +55,6 @@ def trained(config: TrainConfig, job: Any) -> Any:
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             with TrainingProgress(job.recipe.metric_for_best_model) as progress:
                 return fit.fit(job, config.cache, progress)
-    except IngestError as error:
-        raise JobFailed(str(error)) from error
     except (Stopped, SystemExit, KeyboardInterrupt):  # Ray turns a signal into SystemExit while it starts
         epochs = epochs_done(config.output)
         kept = f"epochs 1 to {epochs} are kept" if epochs else "no epoch was finished"

@@ -19,14 +19,12 @@ from jobs.errors import checking_input
 from jobs.settings import part_of
 from jobs.train_vit import labelled, recipe_of
 from pipelines.machine import cores
-from pipelines.messages import JobFailed
 
 log = logging.getLogger(__name__)
 
 
 def run(config: TuneConfig) -> int:
     """Search, or say that it is done."""
-    from pipelines.datasets.pixels import IngestError
     from pipelines.training import fit, tune
     from pipelines.training.recipe import Search
     from pipelines.training.resources import Resources
@@ -43,10 +41,7 @@ def run(config: TuneConfig) -> int:
         with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
             with checking_input():
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
-            try:
-                done = tune.tune_recipe(job, space, search, config.cache)
-            except IngestError as error:
-                raise JobFailed(str(error)) from error
+            done = tune.tune_recipe(job, space, search, config.cache)
     tell(done, config.output)
     return 0
 

@@ -23,6 +23,7 @@ from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Source
 from pipelines.images import prepare
 from pipelines.images.prepare import Prepared
+from pipelines.messages import JobFailed
 from pipelines.schema import LOADED, pixels_type
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
@@ -35,10 +36,6 @@ LOCATION = tuple(field.name for field in fields(Source))
 
 SHUFFLE_ROWS = 4096
 """Rows that are shuffled together when images arrive as a stream already in random order."""
-
-
-class IngestError(ValueError):
-    """Too many images cannot be used; the message names some and says why."""
 
 
 def schema_of(spec: ImageSpec) -> pa.Schema:
@@ -128,7 +125,7 @@ def unreadable(outcome: pa.Table, uris: Sequence[str], *, max_fraction: float) -
     """The images that could not be used, with their reasons.
 
     Raises:
-        IngestError: they are more than `max_fraction` of all.
+        JobFailed: they are more than `max_fraction` of all.
     """
     bad = outcome.filter(pa.compute.not_equal(outcome["status"], Status.OK)).sort_by("item_id").to_pylist()
     listed = [
@@ -140,9 +137,9 @@ def unreadable(outcome: pa.Table, uris: Sequence[str], *, max_fraction: float) -
 
 
 def refuse_too_many(n_unreadable: int, n_images: int, *, max_fraction: float, examples: str) -> None:
-    """Raise IngestError when more than `max_fraction` of the images cannot be used."""
+    """Raise JobFailed when more than `max_fraction` of the images cannot be used."""
     if n_unreadable > max_fraction * n_images:
-        raise IngestError(
+        raise JobFailed(
             f"{n_unreadable} of {n_images} images cannot be used ({examples}); the limit is "
             f"{max_fraction:.0%}. Fix the dataset, or raise --cache.max-unreadable-fraction"
         )
@@ -250,12 +247,12 @@ def stream_batches(
 ) -> Iterator[tuple[Pixels, npt.NDArray[np.float32]]]:
     """One pass over this worker's shard in whole batches, shuffled within a window.
 
-    Equal shards give equally many batches, or workers would wait for each other for ever: others of its
+    Equal shards give equally many batches, or workers would wait for each other and never end: others of its
     batch, or of the batch before, stand in for an image that cannot be read. A shard that does not fill
     one batch is repeated within it; else the remainder is left out.
 
     Raises:
-        IngestError: the shard has no image that can be read.
+        JobFailed: the shard has no image that can be read.
     """
     last, owed = None, 0
     for batch in iterator.iter_batches(
@@ -273,7 +270,7 @@ def stream_batches(
             yield arrays(last, spec, n_classes)
             owed -= 1
     if last is None:
-        raise IngestError(
+        raise JobFailed(
             f"none of the {tally.images} images of this worker's part can be read; see whether their source "
             "answers, or lower --num-workers"
         )

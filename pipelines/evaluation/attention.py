@@ -15,8 +15,8 @@ from pipelines.evaluation.metrics import Array
 from pipelines.specs import ImageSpec
 
 
-class NoAttention(ValueError):
-    """The model hands out no attention over a grid of patches (it is no plain Vision Transformer)."""
+class NoAttention(Exception):
+    """The model returns no attention over a grid of patches (it is no plain Vision Transformer)."""
 
 
 def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:

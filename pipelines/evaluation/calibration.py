@@ -1,7 +1,7 @@
 """Turn validation logits into a temperature and into per-category thresholds; never fitted on the test split.
 
 The temperature makes a probability of 0.8 right four times in five; a threshold says from which probability
-on a category may be published at a wished precision. Both are data beside the model: the exported graph
+on a category may be published at a target precision. Both are data beside the model: the exported graph
 divides by the temperature, the bundle carries the thresholds.
 """
 
@@ -18,7 +18,7 @@ TEMPERATURE_RANGE = (0.05, 20.0)
 """Where the temperature is looked for; a fit at the edge means that the logits carry no information."""
 
 NEVER = 2.0
-"""Threshold of a category that never reaches the wished precision: above every probability, valid JSON."""
+"""Threshold of a category that never reaches the target precision: above every probability, valid JSON."""
 
 
 class RollsUp(Protocol):
@@ -68,7 +68,7 @@ def fit_thresholds(
 
     The probabilities are calibrated ones. A category counts as true where a class below it is. One that
     reaches `target_precision` on no group of at least `min_images` images gets `NEVER`, so that it is
-    left out rather than guessed. The lowest of many candidates is a lucky one: with 20 validation images
+    left out rather than guessed. The lowest of many candidates is biased upward: with 20 validation images
     per class the precision on new images came out at 0.85 for a target of 0.9 (simulated, 300 classes), with
     100 at 0.90. The evaluation therefore measures it again on the test split.
     """

@@ -1,7 +1,7 @@
 """Turn class scores into measures along the taxonomy's tree: by tier, by distance, by shared ancestors.
 
-A mistake between sisters is a smaller one than a mistake between strangers; these numbers tell them apart.
-Everything follows from one matrix: which classes lie below which categories.
+Confusing siblings is a smaller error than confusing unrelated classes; these numbers tell the two apart.
+Everything follows from one matrix: which classes are below which categories.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def widened(labels_nc: Array, rollup: Rollup) -> Array:
 
 
 def mistakes(predicted: Array, targets: Array, rollup: Rollup) -> dict[str, float]:
-    """How far from the truth the answers of a single-label model lie, in edges of the tree."""
+    """How far from the truth the answers of a single-label model are, in edges of the tree."""
     edges = distances(rollup)[predicted, targets]
     wrong = edges[edges > 0]
     tier1 = ancestry(rollup)[:, list(rollup.tier1)].argmax(axis=1)
@@ -61,7 +61,7 @@ def by_tier(
 ) -> list[dict[str, Any]]:
     """One row per tier: the categories of that tier judged by their rolled-up probabilities.
 
-    An image whose label lies above the tier says nothing about it and is left out.
+    An image whose label is above the tier says nothing about it and is left out.
     """
     scores = rollup.apply(probabilities_nc, multi_label=multi_label)
     truth = widened(targets_nc, rollup)

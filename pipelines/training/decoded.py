@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipelines.datasets import pixels, splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.datasets.settings import ImageCache
+from pipelines.messages import JobFailed
 from pipelines.specs import ImageSpec
 from pipelines.training.recipe import ClassBalance
 
@@ -82,7 +83,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
     """Decode every split on the running cluster.
 
     Raises:
-        IngestError: too many images are unreadable, or a split has none left.
+        JobFailed: too many images are unreadable, or a split has none left.
     """
     stored = pixels.enlarged(spec, how.margin)
     mode = chosen_mode(data, spec, stored, how)
@@ -127,9 +128,7 @@ def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ima
 def refuse_empty(rows: dict[str, Rows]) -> None:
     for name in (splits.TRAIN, splits.VALIDATION):
         if not len(rows[name]):
-            raise pixels.IngestError(
-                f"the {name} split has no usable image; give more images or other shares"
-            )
+            raise JobFailed(f"the {name} split has no usable image; give more images or other shares")
 
 
 def training_shards(corpus: DecodedData, balance: ClassBalance, *, seed: int) -> Any:

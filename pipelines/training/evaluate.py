@@ -8,14 +8,13 @@ from dataclasses import replace
 
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
-from pipelines.datasets.pixels import IngestError
 from pipelines.evaluation import calibration
 from pipelines.evaluation.eval_set import EvalSet, take_images
 from pipelines.evaluation.evaluation import Evaluation, evaluate
 from pipelines.evaluation.gallery import gallery
 from pipelines.evaluation.report import write_report
 from pipelines.evaluation.score import EvalResult, score
-from pipelines.messages import redact
+from pipelines.messages import JobFailed, redact
 from pipelines.specs import ModelSpec
 from pipelines.storage.uris import join
 from pipelines.training import runs
@@ -37,7 +36,7 @@ def score_splits(
     """Run the model in these files over the validation and test images that there are.
 
     Raises:
-        IngestError: an image of a streamed dataset could be read before training and cannot now.
+        JobFailed: an image of a streamed dataset could be read before training and cannot now.
     """
     found = {}
     targets = corpus.data.targets()
@@ -52,7 +51,7 @@ def score_splits(
 
 def _refuse_lost(result: EvalResult) -> None:
     if lost := len(result.unreadable):
-        raise IngestError(
+        raise JobFailed(
             f"{lost} of {lost + result.images.num_rows} images to measure could be read before training and "
             "cannot now; the same command measures again without training again. --cache.mode disk reads "
             "every image once"

@@ -94,8 +94,7 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
     """Train, pick, measure, describe; Ray is running.
 
     Raises:
-        IngestError: too many images cannot be used.
-        JobFailed: more failures than the resources allow.
+        JobFailed: too many images cannot be used, or more failures than the resources allow.
     """
     started = time.time()
     prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)

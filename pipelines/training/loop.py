@@ -229,7 +229,7 @@ class Trainer:
         """How many images of this epoch's streams could not be read, over all workers.
 
         Raises:
-            IngestError: they are more than the task allows.
+            JobFailed: they are more than the task allows.
         """
         if not self.task.streams:
             return {}

@@ -16,7 +16,7 @@ from pipelines.datasets import dataset, splits
 from pipelines.datasets import pixels as ingest
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
-from pipelines.messages import InputError
+from pipelines.messages import InputError, JobFailed
 from pipelines.specs import ImageSpec
 from pipelines.taxonomy import taxonomy
 from pipelines.training import decoded as corpus
@@ -521,5 +521,5 @@ def test_broken_and_copied_images_are_left_out_and_counted(ray_cluster, tmp_path
     assert found.duplicates == {"train": 1}
     assert sum(len(rows) for rows in found.rows.values()) == 27
     assert train_row not in found.rows["train"] and test_row in found.rows["test"]
-    with pytest.raises(ingest.IngestError, match="max-unreadable-fraction"):
+    with pytest.raises(JobFailed, match="max-unreadable-fraction"):
         corpus.prepare(data, SPEC, ImageCache(max_unreadable_fraction=0.0), seed=0)

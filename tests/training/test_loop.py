@@ -78,7 +78,7 @@ def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():
     assert (made.batches.tally.images, made.batches.tally.unreadable) == (64, 3)
     assert made.count_unreadable() == {"unreadable_images": 3}
     made.task = replace(made.task, max_unreadable_fraction=0.04)
-    with pytest.raises(ingest.IngestError, match=r"3 of 64.*max-unreadable-fraction"):
+    with pytest.raises(JobFailed, match=r"3 of 64.*max-unreadable-fraction"):
         made.count_unreadable()
 
 
@@ -88,7 +88,7 @@ def test_a_batch_of_lost_images_keeps_workers_in_step():
         batches = [pixels for _, [(pixels, _)] in made.batches.iter_steps(0, 0)]
         assert len(batches) == 4 and all(pixels.any(axis=(1, 2, 3)).all() for pixels in batches)
     made = streaming(RECIPE, drawn(LABELS, lost=range(64)))
-    with pytest.raises(ingest.IngestError, match="none of the 64 images"):
+    with pytest.raises(JobFailed, match="none of the 64 images"):
         next(made.batches.iter_steps(0, 0))
 
 
