@@ -94,7 +94,9 @@ def _in_table(table_uri: str) -> list[Place]:
         raise InputError(f"{redact(table_uri)} has neither a column uri nor file among {schema.names}")
     folder, _ = uris.split(table_uri)
     names = [
-        name for batch in tables.batches([table_uri], schema, [column]) for name in batch[column].to_pylist()
+        name
+        for batch in tables.read_batches([table_uri], schema, [column])
+        for name in batch[column].to_pylist()
     ]
     return [
         Place(name if "://" in name or name.startswith("/") else uris.join(folder, name)) for name in names

@@ -178,7 +178,7 @@ def read_tar(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
 def read_columns(uri: str, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
     """These columns of all rows; image bytes, which may not fit in memory, are never among them."""
     wanted = pa.schema([schema.field(name) for name in names])
-    return pa.Table.from_batches(tables.batches([uri], schema, names), wanted)
+    return pa.Table.from_batches(tables.read_batches([uri], schema, names), wanted)
 
 
 def find_label_columns(schema: pa.Schema, columns: Columns, uri: str) -> list[str]:

@@ -129,7 +129,7 @@ def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
     carried = pa.schema([shards.MEMBERS.field("key")])
 
     def items() -> Iterator[pa.Table]:
-        for rows in shards.members([file.uri for file in found.files], all_files=options.all_files):
+        for rows in shards.list_members([file.uri for file in found.files], all_files=options.all_files):
             offsets = np.arange(rows.num_rows + 1)
             yield to_items(rows.select(["uri", "key"]), offsets, carried, rows.drop_columns(["uri", "key"]))
 
@@ -144,7 +144,7 @@ def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
     columns = choose_columns(schema, options)
 
     def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        return tables.batches(uris, schema, names)
+        return tables.read_batches(uris, schema, names)
 
     return columns.carried, _table_items(batches, columns, found.base, folder), ()
 
@@ -174,7 +174,7 @@ def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:
         return name
     if "uri" in schema.names or "uri" in options.rename.values():
         return None
-    return tables.payload_column(schema)
+    return tables.find_image_column(schema)
 
 
 def _read_embedded(found: Found, schema: pa.Schema, column: str, options: InventoryOptions) -> Items:
@@ -191,22 +191,22 @@ def _read_embedded(found: Found, schema: pa.Schema, column: str, options: Invent
 
     def items() -> Iterator[pa.Table]:
         for uri in (file.uri for file in found.files):
-            for start, n_rows, beside in tables.rows_beside(uri, described, column, path):
+            for start, n_rows, others in tables.read_other_columns(uri, described, column, path):
                 numbers = np.arange(start, start + n_rows)
                 places = {"container": [uri] * n_rows, "offset": numbers, "payload_column": [column] * n_rows}
-                rows = _named(beside, uri, numbers, columns)
+                rows = _named(others, uri, numbers, columns)
                 yield to_items(rows, np.arange(n_rows + 1), columns.carried, pa.table(places))
 
     return columns.carried, items(), found.files
 
 
-def _named(beside: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:
+def _named(others: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, columns: Columns) -> pa.Table:
     """A file's rows by the plan's names; the URI of a row that gives none is `<file>#<row>`."""
     text = pa.array(numbers).cast(pa.string())
     places = pc.binary_join_element_wise(file_uri, text, "#")
-    given = beside.get(columns.source["uri"])
+    given = others.get(columns.source["uri"])
     uris = places if given is None else pc.coalesce(given.cast(pa.string()), places)
-    arrays = {new: beside[old] for new, old in columns.source.items() if new != "uri" and old in beside}
+    arrays = {new: others[old] for new, old in columns.source.items() if new != "uri" and old in others}
     if "image_id" in arrays:
         arrays["image_id"] = arrays["image_id"].cast(pa.string())
     return pa.table({"uri": uris, **arrays})

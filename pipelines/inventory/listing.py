@@ -1,7 +1,7 @@
 """What an inventory's URI names -> its form and its files, with what tells whether they have changed.
 
 A file is taken for what its name says. In a folder or prefix, images win over tar shards and those over
-tables, so that a `labels.csv` beside pictures is not mistaken for the inventory; `form` decides otherwise.
+tables, so that a `labels.csv` among pictures is not mistaken for the inventory; `form` decides otherwise.
 Files and folders whose names start with a dot are skipped. Nothing is opened.
 """
 

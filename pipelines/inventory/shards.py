@@ -1,4 +1,4 @@
-"""WebDataset tar shards -> where each image lies inside: a byte range that is then fetched by itself.
+"""WebDataset tar shards -> where each image is inside: a byte range that is then fetched by itself.
 
 Headers are read in one pass over each shard; bodies are skipped where they are larger than a read. The
 samples' other members (captions, labels) are not read; `key` joins predictions to them.
@@ -41,7 +41,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
+def list_members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
     """The images of each shard, shard by shard in the order given.
 
     Raises:

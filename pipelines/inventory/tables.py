@@ -31,7 +31,7 @@ SUFFIXES = {
 
 BATCH_ROWS = 65_536
 BLOCK_BYTES = 8 << 20
-"""Text parsed at a time: large enough to keep both parser threads busy, small beside the plan."""
+"""Text parsed at a time: large enough to keep both parser threads busy, small against the plan."""
 
 
 def format_of(uri: str) -> str | None:
@@ -53,13 +53,15 @@ def schema_of(uris: Sequence[str]) -> pa.Schema:
     try:
         merged = pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
-        raise InputError(f"the tables beside {redact(uris[0])} do not fit together: {error}") from error
+        raise InputError(
+            f"the tables in the folder of {redact(uris[0])} do not fit together: {error}"
+        ) from error
     missing = {field.name for field in merged if not all(field.name in schema.names for schema in schemas)}
     fields = [field.with_nullable(True) if field.name in missing else field for field in merged]
     return pa.schema([field.with_type(_storable(field.type)).remove_metadata() for field in fields])
 
 
-def batches(uris: Sequence[str], schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def read_batches(uris: Sequence[str], schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of all files in order, `columns` only, each batch cast to `schema` (of `schema_of`)."""
     wanted = pa.schema([schema.field(name) for name in columns])
     for uri in uris:
@@ -211,7 +213,7 @@ def _lines(uri: str) -> Iterator[bytes]:
         yield rest
 
 
-def payload_column(schema: pa.Schema) -> str | None:
+def find_image_column(schema: pa.Schema) -> str | None:
     """The column that holds images, or None.
 
     Raises:
@@ -239,14 +241,14 @@ def has_paths(schema: pa.Schema, column: str) -> bool:
     return bool(pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
 
 
-def rows_beside(
+def read_other_columns(
     uri: str, described: pa.Schema, column: str, path: str
 ) -> Iterator[tuple[int, int, dict[str, pa.Array]]]:
     """What a file says about its images, without reading one: first row, number of rows, columns.
 
     Args:
         described: the columns wanted, where the file has them.
-        path: the name for the original file names beside the images.
+        path: the name for the original file names of the images.
     """
     with _naming(uri):
         file = _open_parquet(uri)
@@ -258,8 +260,8 @@ def rows_beside(
             return
         start = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[*names, *leaves]):
-            beside = {name: batch.column(name).cast(described.field(name).type) for name in names}
+            others = {name: batch.column(name).cast(described.field(name).type) for name in names}
             if leaves:
-                beside[path] = pc.struct_field(batch.column(column), "path").cast(pa.string())
-            yield start, batch.num_rows, beside
+                others[path] = pc.struct_field(batch.column(column), "path").cast(pa.string())
+            yield start, batch.num_rows, others
             start += batch.num_rows
