@@ -102,7 +102,8 @@ def finish(ledger: Ledger, state: Storage, table: Storage, layout: TableLayout =
     """What remains once the ledger says `published`: the marker, and removing what is no longer needed."""
     with ledger.detect_rival():
         _write_marker(ledger, state, table, layout)
-    table.delete(*find_superseded([entry.path for entry in table.list()], ledger.state, layout))
+    if superseded := find_superseded([entry.path for entry in table.list()], ledger.state, layout):
+        table.delete(*superseded)
     for generation in range(1, ledger.state.generation + 1):
         for folder in (parts_folder(generation), spool_folder(generation)):
             state.delete(*[entry.path for entry in state.list(folder)])

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 
 from pipelines.ledger.entries import LedgerDamaged, Phase
 from pipelines.ledger.item_set import ids_of
+from pipelines.ledger.layout import GENERATIONS, PLAIN, TableLayout
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.ledger.parts import Committer
 from pipelines.ledger.publish import find_failed_items, publish
@@ -395,29 +397,31 @@ def unpublished(fast: Path, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
     return run
 
 
-def publish_and_rerun(run: SmallRun, state: Storage, table: Storage) -> None:
+def publish_and_rerun(run: SmallRun, state: Storage, table: Storage, layout: TableLayout = PLAIN) -> None:
     """A driver that publishes what is recorded, or takes a rerun of it to its end."""
     ledger = run.ledger(state)
     if ledger.state.phase is not Phase.PUBLISHED:
         ledger.announce()
-    publish_next(run, ledger, state, table)
+    publish_next(run, ledger, state, table, layout)
     if failed := find_failed_items(ledger, run.plan, table):
         ledger.start_generation(failed)
-        publish_next(run, ledger, state, table)
+        publish_next(run, ledger, state, table, layout)
 
 
-def publish_next(run: SmallRun, ledger: Ledger, state: Storage, table: Storage) -> None:
+def publish_next(run: SmallRun, ledger: Ledger, state: Storage, table: Storage, layout: TableLayout) -> None:
     if ledger.state.phase is Phase.RUNNING and not ledger.done.full:
         ledger.record([run.write([0], generation=ledger.state.generation, state=state)])
-    publish(ledger, run.plan, state, table, rows_per_file=100)
+    publish(ledger, run.plan, state, table, rows_per_file=100, layout=layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [HookedStorage, Bucket])
+@pytest.mark.parametrize("layout", [PLAIN, GENERATIONS], ids=["plain", "generations"])
 def test_two_drivers_that_publish_and_rerun_end_with_the_same_table_in_every_order(
-    unpublished: SmallRun, fast: Path, wrapped: type[HookedStorage]
+    unpublished: SmallRun, fast: Path, wrapped: type[HookedStorage], layout: TableLayout
 ) -> None:
-    explored = explore(contest(unpublished, fast, wrapped, publish_and_rerun, in_one_go))
+    drive = partial(publish_and_rerun, layout=layout)
+    explored = explore(contest(unpublished, fast, wrapped, drive, in_one_go))
     print(f"\n{len(explored.states)} states, {explored.schedules} schedules, {explored.outcomes}")
     assert explored.schedules > 10
 
