@@ -53,7 +53,7 @@ from pipelines.messages import InputError, JobFailed
 from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage, sha256_of
-from pipelines.storage.uris import is_local, local_path
+from pipelines.storage.uris import AlreadyExists, is_local, local_path
 
 ROWS_PER_GROUP = 65_536
 """Rows of a Parquet row group: large enough for column scans, small enough to hold one in memory."""
@@ -100,8 +100,7 @@ def publish(
 
 def finish(ledger: Ledger, state: Storage, table: Storage, layout: TableLayout = PLAIN) -> None:
     """What remains once the ledger says `published`: the marker, and removing what is no longer needed."""
-    with ledger.detect_rival():
-        _write_marker(ledger, state, table, layout)
+    _write_marker(ledger, state, table, layout)
     if superseded := find_superseded([entry.path for entry in table.list()], ledger.state, layout):
         table.delete(*superseded)
     for generation in range(1, ledger.state.generation + 1):
@@ -117,14 +116,20 @@ def _withdraw_marker(ledger: Ledger, table: Storage, layout: TableLayout) -> Non
 
 
 def _write_marker(ledger: Ledger, state: Storage, table: Storage, layout: TableLayout) -> None:
+    """Write the marker, unless another driver that finishes the same generation was quicker."""
     marker = layout.encode_marker(ledger.state)
     if _read_marker(table) == marker:
         return
     with _open_spool(state, ledger.state.generation) as spool:
-        spool.write_bytes(marker)
-        seen = table.version(SUCCESS)
-        ledger.check()
-        table.put_file_over(SUCCESS, spool, seen)
+        try:
+            spool.write_bytes(marker)
+            seen = table.version(SUCCESS)
+            ledger.check()
+            table.put_file_over(SUCCESS, spool, seen)
+        except (FileNotFoundError, AlreadyExists):
+            ledger.check()
+            if _read_marker(table) != marker:
+                raise
 
 
 def _read_marker(table: Storage) -> bytes | None:
