@@ -11,10 +11,13 @@ from pipelines.specs import wrong_settings
 
 @contextmanager
 def checking_input() -> Iterator[None]:
-    """Report what the libraries below raise for a wrong value or path as an `InputError`."""
+    """Report wrong settings, and a path that is not there or may not be read, as an `InputError`."""
     try:
         yield
     except ValidationError as error:
         raise InputError(wrong_settings(error)) from error
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise InputError(str(error) or type(error).__name__) from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        reason = (error.strerror or "").lower()
+        raise InputError(
+            f"{error.filename}: {reason}" if error.filename and reason else str(error)
+        ) from error

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify.settings import Workers
 from pipelines.classify.steps import Pools
+from pipelines.messages import JobFailed
 
 CORES_PER_LOAD_ACTOR = 8
 CPUS_TO_WRITE = 0.25
@@ -34,7 +35,7 @@ def size_pools(
         local_cores: this machine's cores when the cluster was started on it: logical CPUs outnumber them.
 
     Raises:
-        ValueError: the cluster cannot run the pools at once, so that the run would wait for ever.
+        JobFailed: the cluster cannot run the pools at once, so that the run would wait forever.
     """
     on_cpu = runtime.provider == "cpu"
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
@@ -47,7 +48,7 @@ def size_pools(
         infer = workers.infer_actors or max(1, int((cores - (0 if local_cores else load)) // cpus_per_infer))
     else:
         if not gpus and not workers.infer_actors:
-            raise ValueError(
+            raise JobFailed(
                 f"provider {runtime.provider} needs a GPU and the cluster shows none; use provider cpu, or "
                 "say with --workers.infer-actors how many GPUs it will have once it has grown"
             )
@@ -56,7 +57,7 @@ def size_pools(
     load, infer = min(load, chunks), min(infer, chunks)
     needed = load + infer * cpus_per_infer + CPUS_TO_WRITE
     if (on_cpu or gpus) and needed > cpus:
-        raise ValueError(
+        raise JobFailed(
             f"{load} load actors, {infer} sessions of {cpus_per_infer:g} CPUs, and the writing of parts need "
             f"{needed:g} CPUs at once; the cluster has {cpus:g}. Give it more (--num-cpus on this machine), "
             "or lower --workers.load-actors, --workers.infer-actors or --threads-per-session"

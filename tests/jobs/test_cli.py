@@ -17,6 +17,7 @@ from jobs import cli
 from jobs import config as configs
 from jobs.classify_images import run_settings
 from jobs.config import ClassifyConfig
+from jobs.errors import checking_input
 from pipelines.classify.run import identity
 from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError
@@ -300,3 +301,23 @@ def test_the_cluster_manifests_start_commands_that_exist() -> None:
     assert command in cli.COMMANDS and (JOBS.parent / settings).exists()
     launcher = yaml.safe_load((JOBS / "cluster" / "ray-up.yaml").read_text())
     assert launcher["head_node_type"] in launcher["available_node_types"]
+
+
+def test_an_unexpected_value_error_is_a_bug_and_not_wrong_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(uri: str) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr("pipelines.storage.storage.open_storage", broken)
+    assert cli.main(["verify", "x"]) == 1
+    message = capsys.readouterr().err
+    assert "ValueError: operands could not be broadcast together" in message and "--debug" in message
+
+
+def test_a_path_that_is_not_there_is_wrong_input() -> None:
+    with (
+        pytest.raises(InputError, match=r"/nowhere/labels\.csv: no such file or directory"),
+        checking_input(),
+    ):
+        Path("/nowhere/labels.csv").read_text()
