@@ -5,7 +5,7 @@
     iab-vision train --config search/best.yaml --output run --epochs 20
 
 On 2 CPU cores 8 trials of up to 6 epochs on 3,400 photos take about half an hour. Leaves trials.csv,
-trials.svg, best.yaml and, last, tune.json.
+best.yaml and, last, tune.json.
 """
 
 import logging
@@ -35,7 +35,7 @@ def run(config: TuneConfig) -> int:
         resources = part_of(config, Resources, use_gpu=False)
         job = fit.plan_job(labelled(config), recipe_of(config), config.output, resources)
         search = part_of(config, Search, max_concurrent=config.max_concurrent or fitting_here(config))
-        tune.distributions(space, job.recipe)
+        tune.parse_distributions(space, job.recipe)
         done = tune.refuse_another(job, space, search)
     if done is None:
         with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
@@ -54,6 +54,6 @@ def fitting_here(config: TuneConfig) -> int:
 
 
 def tell(content: dict[str, Any], output: str) -> None:
-    best = {name: value for name, value in content["best"].items() if name not in ("scores", "error")}
+    best = {name: value for name, value in content["best"].items() if name != "error"}
     log.info("best of %d trials: %s", content["trials"], best)
     log.info("train it with: iab-vision train --config %s/best.yaml --output RUN", output.rstrip("/"))

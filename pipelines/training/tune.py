@@ -6,13 +6,13 @@ unfinished folder continues it, trials from their own checkpoints.
 """
 
 import dataclasses
-import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from pipelines.datasets.settings import ImageCache
@@ -26,7 +26,7 @@ from pipelines.training.recipe import Recipe, Search
 log = logging.getLogger(__name__)
 
 FOLDER, TRIALS = "search", "trials"
-TABLE, PLOT, BEST, MARKER = "trials.csv", "trials.svg", "best.yaml", "tune.json"
+TABLE, BEST, MARKER = "trials.csv", "best.yaml", "tune.json"
 DRIVER_CPUS = 0.1
 """What a trial's own process reserves beside its workers: it only waits for them."""
 FIXED = ("model", "image_size", "patch_size")
@@ -45,16 +45,16 @@ def read_space(uri: str) -> dict[str, Any]:
         raise InputError(f"{uri} is not YAML: {error}") from error
     if not isinstance(content, dict) or not content:
         raise InputError(f"{uri} must map settings of the recipe to how they are drawn")
-    return flat(content)
+    return flatten(content)
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{optimizer: {learning_rate: …}}` as `{optimizer.learning_rate: …}`."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and not set(value) & set(DRAWS):
-            found |= flat(value, f"{key}.")
+            found |= flatten(value, f"{key}.")
         else:
             found[key] = value
     return found
@@ -64,7 +64,7 @@ DRAWS = ("choice", "uniform", "loguniform", "quniform", "randint")
 """Ways of drawing a value, named as in Ray Tune."""
 
 
-def distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def parse_distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Ray Tune's distributions of a space, checked against the recipe.
 
     Raises:
@@ -95,7 +95,7 @@ def check_setting(recipe: Recipe, setting: str) -> None:
         owner = getattr(owner, part)
 
 
-def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+def apply_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """The recipe with these settings; a section checks itself when it has all of its own."""
     sections: dict[str, dict[str, Any]] = {}
     for setting, value in values.items():
@@ -109,7 +109,7 @@ def applied(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def tune_recipe(
     job: TrainingJob, space: Mapping[str, Any], search: Search, how: ImageCache
 ) -> dict[str, Any]:
-    """Run the search on the running cluster; leaves table, plot and the best recipe as YAML.
+    """Run the search on the running cluster; leaves the table of trials and the best recipe as YAML.
 
     Raises:
         JobFailed: no trial got as far as one epoch.
@@ -117,17 +117,18 @@ def tune_recipe(
     prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)
     folder = storage.open_storage(job.output)
     folder.put(runs.RECIPE, runs.as_json(search_identity(job, space, search)))
-    search = replace(search, max_concurrent=min(search.max_concurrent or room_for(job), search.trials))
-    results = tuner(sharing(job, search), prepared, space, search).fit()
-    trials = table(results, space)
+    search = replace(
+        search, max_concurrent=min(search.max_concurrent or count_parallel_trials(job), search.trials)
+    )
+    results = build_tuner(share_machines(job, search), prepared, space, search).fit()
+    trials = list_trials(results, space)
     done = [trial for trial in trials if trial["score"] is not None]
     if not done:
         raise JobFailed(f"none of {len(trials)} trials finished an epoch; see {job.output}/{FOLDER}")
     best = max(done, key=lambda trial: trial["score"])
     values = {setting: best[setting] for setting in space}
-    folder.put(TABLE, csv_of(trials))
-    folder.put(PLOT, plot(trials, list(space), job.recipe.metric_for_best_model))
-    folder.put(BEST, recipe_yaml(applied(job.recipe, values), job, how, best))
+    folder.put(TABLE, pd.DataFrame(trials).to_csv(index=False).encode())
+    folder.put(BEST, render_recipe(apply_values(job.recipe, values), job, how, best))
     content = {"best": best, "trials": len(trials), "space": dict(space)}
     folder.put(MARKER, runs.as_json(content))
     return content
@@ -157,7 +158,7 @@ def refuse_another(job: TrainingJob, space: Mapping[str, Any], search: Search) -
     return content
 
 
-def tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], search: Search) -> Any:
+def build_tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], search: Search) -> Any:
     """A new search, or the one to continue."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -174,7 +175,7 @@ def tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], sea
         )
     return tune.Tuner(
         trainable,
-        param_space=distributions(space, job.recipe),
+        param_space=parse_distributions(space, job.recipe),
         tune_config=tune.TuneConfig(
             metric="score",
             mode="max",
@@ -193,12 +194,12 @@ def tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], sea
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[announcer(search.trials)],
+            callbacks=[build_progress_log(search.trials)],
         ),
     )
 
 
-def announcer(total: int) -> Any:
+def build_progress_log(total: int) -> Any:
     """A callback of Ray Tune that says in the log how the trials are doing."""
     from ray.tune import Callback
 
@@ -215,7 +216,7 @@ def announcer(total: int) -> Any:
     return Announcer()
 
 
-def room_for(job: TrainingJob) -> int:
+def count_parallel_trials(job: TrainingJob) -> int:
     """Trials that fit the cluster at once, leaving a CPU to Ray Data; more would wait for each other."""
     import ray
 
@@ -225,7 +226,7 @@ def room_for(job: TrainingJob) -> int:
     return max(1, int(min(by_cpu, by_gpu)))
 
 
-def sharing(job: TrainingJob, search: Search) -> TrainingJob:
+def share_machines(job: TrainingJob, search: Search) -> TrainingJob:
     """The job of a trial that shares each machine with its part of the others."""
     import ray
 
@@ -242,14 +243,14 @@ def train_trial(values: Mapping[str, Any], job: TrainingJob, prepared: DecodedDa
     name = tune.get_context().get_trial_id()
     trial = replace(
         job,
-        recipe=applied(job.recipe, values),
+        recipe=apply_values(job.recipe, values),
         output=uris.join(job.output, TRIALS, name),
         resources=replace(job.resources, num_to_keep=1, checkpoint_every_steps=0),
     )
     fit.train(trial, prepared, callbacks=(TuneReportCallback(),))
 
 
-def table(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
+def list_trials(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per trial, the best first: what it tried, how far it came, its best score."""
     rows = []
     for result in results:
@@ -261,24 +262,12 @@ def table(results: Any, space: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "epochs": len(scores),
                 "score": max(scores) if scores else None,
                 "error": root_cause(str(result.error)) if result.error else None,
-                "scores": scores,
             }
         )
-    return sorted(rows, key=lambda row: -(row["score"] if row["score"] is not None else -float("inf")))
+    return sorted(rows, key=lambda row: -math.inf if row["score"] is None else row["score"], reverse=True)
 
 
-def csv_of(trials: Sequence[Mapping[str, Any]]) -> bytes:
-    import csv
-
-    text = io.StringIO()
-    columns = [name for name in trials[0] if name != "scores"]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(trials)
-    return text.getvalue().encode()
-
-
-def recipe_yaml(recipe: Recipe, job: TrainingJob, how: ImageCache, best: Mapping[str, Any]) -> bytes:
+def render_recipe(recipe: Recipe, job: TrainingJob, how: ImageCache, best: Mapping[str, Any]) -> bytes:
     """The recipe and the search's own data as a file for `iab-vision train --config`, without credentials."""
     data = dataclasses.asdict(job.data.settings)
     content = {
@@ -297,25 +286,3 @@ def recipe_yaml(recipe: Recipe, job: TrainingJob, how: ImageCache, best: Mapping
     if kept != content:
         head += "# The credentials in its addresses were left out: give those settings on the command line.\n"
     return (head + yaml.safe_dump(kept, sort_keys=False)).encode()
-
-
-def plot(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], metric: str) -> bytes:
-    """Score by epoch of every trial, and best score against each setting, as SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * (1 + len(settings)), 3.6), layout="constrained")
-    axes = figure.subplots(1, 1 + len(settings), squeeze=False)[0]
-    for trial in trials:
-        axes[0].plot(range(1, len(trial["scores"]) + 1), trial["scores"], marker=".", alpha=0.7)
-    axes[0].set(title="Trials", xlabel="epoch", ylabel=f"score ({metric})")
-    done = [trial for trial in trials if trial["score"] is not None]
-    for axis, setting in zip(axes[1:], settings, strict=True):
-        values = [trial[setting] for trial in done]
-        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-        axis.plot(values if numeric else [str(value) for value in values], [t["score"] for t in done], "o")
-        if numeric and min(values) > 0 and max(values) / min(values) > 20:
-            axis.set_xscale("log")
-        axis.set(title=setting, xlabel=setting, ylabel=f"best score ({metric})")
-    image = io.BytesIO()
-    figure.savefig(image, format="svg")
-    return image.getvalue()
