@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from pipelines.messages import redact
+from pipelines.training.recipe import SCRATCH
 
 HEADLINES = (
     "accuracy",
@@ -24,12 +25,6 @@ def model_card(content: Mapping[str, Any]) -> str:
     """The card of a run, from the content of its run.json."""
     recipe, data = content["recipe"], content["data"]
     split = "test" if content["test"] else "validation"
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-classification",
-        "tags": ["vision", "iab-content-taxonomy"],
-        **({} if recipe["model"].startswith("scratch:") else {"base_model": recipe["model"]}),
-    }
     images = ", ".join(f"{count} {name}" for name, count in data["images"].items())
     counts = "\n".join(f"| {label} | {count} |" for label, count in data["class_counts"].items())
     numbers = "\n".join(
@@ -38,7 +33,7 @@ def model_card(content: Mapping[str, Any]) -> str:
     spec = content["image_spec"]
     kind = "several labels per image" if content["multi_label"] else "one label per image"
     return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
+{_front_matter(content, split).to_yaml().strip()}
 ---
 
 # {recipe["model"]} for {len(content["classes"])} classes of {content["taxonomy"]}
@@ -75,3 +70,29 @@ of their own (`iab-vision evaluate`). Every image gets a label, also one that sh
 publish only what passes its threshold. The model sees {spec["height"]}x{spec["width"]} pixels, so small
 print and small objects are lost. Nothing was done to find or remove bias in the training images.
 """
+
+
+def _front_matter(content: Mapping[str, Any], split: str) -> ModelCardData:
+    """What the hub reads: the task, the base model, and the measured values."""
+    model = content["recipe"]["model"]
+    dataset = redact(content["dataset"]["uri"])
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="image-classification",
+            dataset_name=dataset.rstrip("/").rsplit("/", 1)[-1],
+            dataset_split=split,
+            metric_type=name,
+            metric_value=round(content[split][name], 4),
+        )
+        for name in HEADLINES
+        if name in content[split]
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision", "iab-content-taxonomy"],
+        base_model=None if model.startswith(SCRATCH) else model,
+        model_name=f"{model} for {content['taxonomy']}",
+        eval_results=results,
+    )
