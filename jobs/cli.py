@@ -43,6 +43,7 @@ COMMANDS = {
         "jobs.evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"
     ),
     "predict": Command("jobs.predict_images", "PredictConfig", "label a few images on the terminal"),
+    "taxonomy": Command("jobs.show_taxonomy", "TaxonomyConfig", "list or search the categories"),
     "verify": Command("jobs.verify_output", "VerifyConfig", "prove that predictions or a bundle are whole"),
 }
 

@@ -273,6 +273,14 @@ class EvaluateConfig(JobConfig):
     """Judge a precision and provider that no certificate covers; the report says so."""
 
 
+class TaxonomyConfig(JobConfig):
+    """List a taxonomy, or search it."""
+
+    words: CliPositionalArg[list[str]] = Field(default_factory=list)
+    """Words that a category's id or path must hold; none lists all."""
+    taxonomy: str = field_of(DataSettings, "taxonomy")
+
+
 class VerifyConfig(JobConfig):
     """Prove that a predictions folder or a bundle is whole and unaltered."""
 
