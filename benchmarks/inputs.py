@@ -46,7 +46,7 @@ def random_bundle(folder: Path, vit: Vit) -> Path:
     bundle = folder / "bundle"
     few = ParitySettings(sample_images=16)
     release.export(
-        str(checkpoint(folder / "checkpoint", vit)), str(folder / "samples"), str(bundle), measuring=few
+        str(checkpoint(folder / "checkpoint", vit)), str(folder / "samples"), str(bundle), settings=few
     )
     return bundle
 

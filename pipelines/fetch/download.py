@@ -64,7 +64,7 @@ class Downloader:
         for _ in range(self._limits.max_redirects + 1):
             host = self._host(uri)
             async with self._slot(host, timeout):
-                with host.record(timeout):
+                with host.record(timeout) if host else contextlib.nullcontext():
                     found = await client.get(uri, reservation, source.span)
             if isinstance(found, bytes):
                 return found
@@ -72,11 +72,12 @@ class Downloader:
         raise FetchError(Status.REDIRECT_LOOP, f"more than {self._limits.max_redirects} redirects")
 
     @contextlib.asynccontextmanager
-    async def _slot(self, host: Host, timeout: asyncio.Timeout) -> AsyncIterator[None]:
+    async def _slot(self, host: Host | None, timeout: asyncio.Timeout) -> AsyncIterator[None]:
         """Hold a slot of the host and one of ours; waiting for them does not count as the object's time."""
         async with contextlib.AsyncExitStack() as slots:
             with paused(timeout):
-                await slots.enter_async_context(host.slot())
+                if host:
+                    await slots.enter_async_context(host.slot())
                 await slots.enter_async_context(self._slots)
             yield
 
@@ -88,9 +89,9 @@ class Downloader:
             return self._buckets
         return self._fsspec
 
-    def _host(self, uri: str) -> Host:
-        """The web host; an object store has no limits per host, so that each request gets a new one."""
+    def _host(self, uri: str) -> Host | None:
+        """The web host; an object store has no limits per host."""
         if scheme_of(uri) not in ("http", "https"):
-            return Host(self._limits)
+            return None
         url = parse(uri)
         return self._hosts.get(url.host or "", url.port or 0)
