@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.messages import InputError, redact
+from pipelines.messages import InputError, first_line, redact
 from pipelines.specs import ModelSpec
 from pipelines.storage import storage, uris
 from pipelines.taxonomy import taxonomy
@@ -55,16 +55,18 @@ class Checkpoint:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
-        known = {"eager"} if not _has_attention(config) else {attention}
-        network = AutoModelForImageClassification.from_pretrained(
-            self.folder,
-            config=config,
-            attn_implementation=known.pop(),
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        try:
+            config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            network = AutoModelForImageClassification.from_pretrained(
+                self.folder,
+                config=config,
+                attn_implementation=attention if _has_attention(config) else "eager",
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (OSError, ValueError) as error:  # an unknown model type, a file that is not what it says
+            raise InputError(f"{self.source} cannot be loaded: {first_line(error)}") from error
         return network.eval()
 
 

@@ -140,6 +140,12 @@ def test_class_order_that_contradicts_the_config_is_refused(trained, tmp_path):
         read_checkpoint(folder, "c")
 
 
+def test_unknown_architecture_is_wrong_input(trained, tmp_path):
+    folder = rewritten(trained, tmp_path / "c", "config.json", model_type="unheard_of")
+    with open_checkpoint(str(folder)) as found, pytest.raises(InputError, match="cannot be loaded"):
+        found.network()
+
+
 def test_folder_without_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"holds no config\.json"):
         read_checkpoint(tmp_path, str(tmp_path))
