@@ -69,20 +69,21 @@ def refuse_settings(config: EvaluateConfig) -> None:
 def data_settings(config: EvaluateConfig, taxonomy: str) -> "DataSettings":
     """The dataset, in the model's taxonomy; when all of it is used, its split column means nothing.
 
-    Its columns, label map and tier are those of the model's run, if that had this dataset and none are given.
+    Its columns and label map are those of the model's run, if that had this dataset and none are given. Its
+    tier is not needed: a label below a class of the model counts as that class.
     """
     from pipelines.datasets.settings import Columns, DataSettings
     from pipelines.training import runs
 
     run = model_run(config)
     recorded = runs.recorded_data_settings(run) if run else {}
-    own: dict[str, Any] = {"label_map": config.label_map, "tier": config.tier, "columns": config.columns}
+    own: dict[str, Any] = {"label_map": config.label_map, "columns": config.columns}
     if recorded.get("uri") == redact(config.dataset):
         taken = {name: recorded[name] for name in own if name not in config.model_fields_set}
         own |= taken | ({"columns": Columns(**taken["columns"])} if "columns" in taken else {})
     if config.split == "all":
         own["columns"] = replace(own["columns"], split="")
-    return DataSettings(config.dataset, taxonomy, splits=config.splits, **own)
+    return DataSettings(config.dataset, taxonomy, tier=config.tier, splits=config.splits, **own)
 
 
 def model_run(config: EvaluateConfig) -> str | None:
