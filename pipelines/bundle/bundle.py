@@ -223,7 +223,7 @@ def labels_bytes(labels: pa.Table) -> bytes:
 def read_labels(payload: bytes) -> pa.Table:
     """The table behind the bytes of `labels.parquet`, in the order of the graph's outputs."""
     try:
-        labels = pq.read_table(pa.BufferReader(payload))
+        labels = pq.ParquetFile(pa.BufferReader(payload)).read()  # read_table imports pandas, half a second
         labels = labels.select(LABELS.names).cast(LABELS)
     except (pa.ArrowException, KeyError) as error:
         raise BundleDamaged(f"{LABELS_FILE} is not a table of {LABELS.names}: {error}") from error

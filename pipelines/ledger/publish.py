@@ -144,7 +144,7 @@ def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]
     failed = ItemSet(plan.n_items)
     for file in ledger.state.files.values():
         if any(status.value in file.statuses for status in TRANSIENT):
-            statuses = pq.read_table(table.open_input(file.name), columns=["status"])["status"]
+            statuses = pq.ParquetFile(table.open_input(file.name)).read(columns=["status"])["status"]
             passing = pc.is_in(statuses, pa.array([status.value for status in TRANSIENT])).to_numpy()
             failed.add(ranges_of(np.unique(list_row_items(file.items, plan)[passing])))
     return failed.present([(0, plan.n_items)])
