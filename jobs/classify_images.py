@@ -9,6 +9,7 @@ interrupted run and does nothing to a finished one.
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from obstore.exceptions import BaseError
@@ -19,7 +20,8 @@ from jobs.engines import open_engine
 from jobs.errors import checking_input
 from jobs.progress import ClassifyProgress
 from jobs.settings import part_of
-from pipelines.bundle.bundle import open_bundle
+from pipelines.bundle.bundle import Bundle, open_bundle
+from pipelines.bundle.precision import choose_precision
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import report
 from pipelines.classify import run as runs
@@ -57,9 +59,9 @@ def run(config: ClassifyConfig) -> int:
 def prepare(config: ClassifyConfig) -> Run:
     """Everything that can be checked before an engine starts."""
     started = time.monotonic()
-    settings = run_settings(config)
     with checking_input():
         bundle = open_bundle(open_storage(config.bundle).uri)
+        settings = run_settings(config, bundle)
         allowed = config.allow_uncertified
         certified = require_certificate(bundle, settings.runtime, allow_uncertified=allowed)
         output_uri = open_storage(config.output).uri
@@ -109,17 +111,22 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
     return 0
 
 
-def run_settings(config: ClassifyConfig) -> RunSettings:
+def runtime_spec(config: ClassifyConfig, bundle: Bundle) -> RuntimeSpec:
+    """How sessions run, with `--precision auto` resolved."""
+    runtime = RuntimeSpec(
+        provider=config.provider, batch_size=config.batch_size, threads=config.threads_per_session
+    )
+    if config.precision != "auto":
+        return replace(runtime, precision=config.precision)
+    choice = choose_precision(bundle, runtime, max_accuracy_loss=config.max_accuracy_loss)
+    log.info("--precision auto runs %s: %s", choice.precision, choice.reason)
+    return replace(runtime, precision=choice.precision)
+
+
+def run_settings(config: ClassifyConfig, bundle: Bundle) -> RunSettings:
     """The settings of a run as the command line names them."""
-    with checking_input():
-        runtime = RuntimeSpec(
-            provider=config.provider,
-            precision=config.precision,
-            batch_size=config.batch_size,
-            threads=config.threads_per_session,
-        )
     return RunSettings(
-        runtime=runtime,
+        runtime=runtime_spec(config, bundle),
         top_k=config.top_k,
         decode=config.decode,
         fetch=config.fetch,

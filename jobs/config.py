@@ -172,8 +172,11 @@ class ClassifyConfig(RayConfig):
     keep_plan: bool = field_of(InventoryOptions, "keep_plan")
     top_k: int = Field(default=5, ge=1)
     """Labels kept per image."""
-    precision: Precision = "fp32"
-    """Which file of the bundle runs."""
+    precision: Literal["auto", "fp32", "fp16", "int8"] = "fp32"
+    """Which file of the bundle runs; `auto`: the fastest whose certificate of labelled images covers this
+    machine and shows a loss of accuracy within `max_accuracy_loss`."""
+    max_accuracy_loss: float = Field(default=0.005, ge=0, le=1)
+    """Largest loss of top-1 accuracy that `--precision auto` accepts, as a fraction of images."""
     provider: Provider = "cpu"
     """Execution provider; `cuda` puts one session on each GPU."""
     batch_size: int = Field(default=0, ge=0)

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pipelines.bundle import bundle
-from pipelines.bundle.manifest import Manifest, record
+from pipelines.bundle.manifest import MODEL_FILES, Manifest, record
 from pipelines.specs import ImageSpec, ModelSpec
 
 CLASS_IDS = ("483", "1", "v9i3On", "425", "552")
@@ -152,17 +152,19 @@ def small_bundle(uri: str | Path, *, certificates=None) -> Manifest:
         },
         schema=bundle.LABELS,
     )
-    files = {"model.onnx": small_graph(), "labels.parquet": bundle.labels_bytes(labels)}
+    passed = {("cpu", "fp32"): PASSED} if certificates is None else certificates
+    precisions = {"fp32", *(precision for _, precision in passed)}
+    files = {MODEL_FILES[precision]: small_graph() for precision in sorted(precisions)}
+    files["labels.parquet"] = bundle.labels_bytes(labels)
     manifest = Manifest(
         model=ModelSpec(CLASS_IDS, "iab-content-3.1", ImageSpec(height=4, width=6), thresholds={"483": 0.5}),
         cattax=9,
-        temperatures={"fp32": 1.0},
+        temperatures=dict.fromkeys(precisions, 1.0),
         opset=23,
         ir_version=10,
         versions={},
         source={"architecture": "small"},
         files={name: record(payload) for name, payload in files.items()},
     )
-    passed = {("cpu", "fp32"): PASSED}
-    bundle.write_bundle(str(uri), files, manifest, passed if certificates is None else certificates)
+    bundle.write_bundle(str(uri), files, manifest, passed)
     return manifest
