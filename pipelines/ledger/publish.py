@@ -18,7 +18,9 @@ A driver may be paused between any two steps, wake long after another has gone o
 file over a newer one. Object stores put a file only in place of what was there before the ledger was checked.
 Locally a file is renamed out of its generation's spool folder, which is removed at 4. A file system with
 neither (`fenced` is False), a file beyond `SINGLE_PUT_BYTES`, and the removal at 2 leave the moment between
-check and write: at 2 the worst is a whole table without its marker, which the same command writes again.
+check and write: at 2 the worst is a whole table without its marker, which the same command writes again. An
+object store also accepts a late put of a superseded file that was removed: `_SUCCESS` does not list it, and
+the same command removes it.
 """
 
 import hashlib
@@ -144,7 +146,8 @@ def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]
     failed = ItemSet(plan.n_items)
     for file in ledger.state.files.values():
         if any(status.value in file.statuses for status in TRANSIENT):
-            statuses = pq.ParquetFile(table.open_input(file.name)).read(columns=["status"])["status"]
+            with ledger.detect_rival():  # a rerun of another driver may have superseded the file
+                statuses = pq.ParquetFile(table.open_input(file.name)).read(columns=["status"])["status"]
             passing = pc.is_in(statuses, pa.array([status.value for status in TRANSIENT])).to_numpy()
             failed.add(ranges_of(np.unique(list_row_items(file.items, plan)[passing])))
     return failed.present([(0, plan.n_items)])
@@ -158,6 +161,7 @@ def refuse_foreign_files(ledger: Ledger, table: Storage, layout: TableLayout = P
         ours |= _name_new_files(ledger.state, layout)
     foreign = [name for name in names if name not in ours and is_visible(name)]
     if foreign:
+        ledger.check()  # they may be a successor's
         raise InputError(
             f"{table.uri} holds files that are not of this run and that readers would count too "
             f"({len(foreign)}, as {foreign[0]}); move them away or choose another output folder"

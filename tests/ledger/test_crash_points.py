@@ -362,7 +362,7 @@ def contest(
         def check(outcome: tuple[str, str]) -> None:
             assert set(outcome) <= {"finished", "LedgerLost"}, outcome
             assert "finished" in outcome
-            assert verified(run)
+            assert verified(run), [c for c in verify(run.uri).checks if not c.ok]
             drive(run, run.state, run.table)
             whole.append(published(run))
             assert whole[-1] == whole[0]
@@ -415,8 +415,9 @@ def publish_next(run: SmallRun, ledger: Ledger, state: Storage, table: Storage, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapped", [HookedStorage, Bucket])
-@pytest.mark.parametrize("layout", [PLAIN, GENERATIONS], ids=["plain", "generations"])
+@pytest.mark.parametrize(
+    ("wrapped", "layout"), [(HookedStorage, PLAIN), (Bucket, PLAIN), (HookedStorage, GENERATIONS)]
+)
 def test_two_drivers_that_publish_and_rerun_end_with_the_same_table_in_every_order(
     unpublished: SmallRun, fast: Path, wrapped: type[HookedStorage], layout: TableLayout
 ) -> None:

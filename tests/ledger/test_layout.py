@@ -217,6 +217,13 @@ def test_a_paused_driver_does_not_write_an_old_manifest_over_a_newer_one(tmp_pat
     assert decode_manifest(run.table.read(SUCCESS))["generation"] == 2
 
 
+def test_a_driver_whose_rerun_another_has_done_meanwhile_names_the_other(run: SmallRun) -> None:
+    late = run.ledger()
+    rerun(run, run.state, run.table)
+    with pytest.raises(LedgerLost, match="another driver"):
+        find_failed_items(late, run.plan, run.table)
+
+
 def test_a_table_of_generations_refuses_files_of_somebody_else_and_of_later_generations(
     run: SmallRun,
 ) -> None:
