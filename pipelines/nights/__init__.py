@@ -1,0 +1,1 @@
+"""Two inventories and a history -> what to do tonight, and what it means."""

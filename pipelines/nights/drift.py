@@ -1,0 +1,288 @@
+"""Counts of tonight's new images against those of past nights -> whether the labels moved, and how far.
+
+Pure: counts in, verdict out. A signal is one way to count images: by category of a tier, by best score, by
+whether a category was given. A level needs both a large enough effect and a p-value that excludes chance.
+
+Effect: the population stability index, less what chance alone gives,
+
+    PSI    = sum_k (p_k - q_k) ln(p_k / q_k)        p tonight's shares, q those of the past nights
+    excess = PSI - (K - 1) (1/n + 1/m)              n, m images; K cells
+
+(Siddiqi, Credit Risk Scorecards, 2006; its expectation without drift: Yurdakul, dissertation 3208 of Western
+Michigan University, 2018). Cells in which fewer than 5 images are expected are one cell (Cochran, Biometrics
+10, 1954), and half an image is added to every count, so that no share is zero.
+
+Chance: the smaller of two p-values, doubled (Bonferroni). Pearson's chi-squared test of homogeneity over the
+cells finds small changes everywhere. The conditional test of two rates (Przyborowski and Wilenski, Biometrika
+31, 1940) of each category, times their number, finds one category that moved; it holds for small counts. Over
+all signals of a night p-values are corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+
+Pictures come in series, so counts of nights vary more than those of independent draws. All counts are divided
+by the design effect: the median of the past nights' chi-squared over its median without series (Rao, Scott,
+Journal of the American Statistical Association 76, 1981). A median, so that one night of drift does not hide
+the next.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special, stats
+
+Counts = Mapping[str, int]
+"""Images by category, or by another cell."""
+Array = npt.NDArray[np.float64]
+
+MIN_IMAGES = 100
+"""Images of tonight, and of the past nights together, below which nothing is said."""
+MIN_NIGHTS = 2
+"""Past nights from which the design effect is estimated; with fewer it is 1."""
+MIN_EXPECTED = 5.0
+"""Smallest expected count of a cell of its own."""
+MAX_P = 0.001
+"""Largest corrected p-value of drift: the share of nights without drift on which any signal is raised."""
+MOVERS = 3
+"""Categories named per signal."""
+
+
+class Level(IntEnum):
+    """How far a signal moved; a higher level includes the lower ones."""
+
+    none = 0
+    notice = 1
+    warning = 2
+    alarm = 3
+
+
+LEAST_EXCESS = {Level.notice: 0.01, Level.warning: 0.1, Level.alarm: 0.25}
+"""Excess PSI of each level: 0.1 and 0.25 are the usual limits; one category of 37 that goes from 5 % to 10 %
+gives 0.037."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One way to count images, tonight and on each past night of the same model."""
+
+    name: str
+    tonight: Counts
+    past: Sequence[Counts]
+    segment: str = ""
+    """The rows counted, as `publisher=17`; empty for all."""
+
+
+@dataclass(frozen=True)
+class Mover:
+    """One category whose share changed."""
+
+    id: str
+    images: int
+    """Tonight."""
+    expected: float
+    """Images tonight at the past nights' share."""
+    share: float
+    past_share: float
+    p: float
+    """Of this category alone, uncorrected."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What is found of one signal."""
+
+    signal: Signal
+    n_images: int
+    n_past: int
+    psi: float
+    excess: float
+    js_distance: float
+    """Jensen-Shannon distance, base 2: 0 equal, 1 nothing in common."""
+    p: float
+    """Corrected for the number of signals; 1 where too few images were counted."""
+    design_effect: float
+    movers: tuple[Mover, ...]
+    level: Level = Level.none
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there are images enough, tonight and before."""
+        return has_enough(self.signal)
+
+
+def judge(signals: Sequence[Signal]) -> list[Drift]:
+    """Every signal with its level, in the order given."""
+    found = [measure(signal) for signal in signals]
+    judged = [at for at, drift in enumerate(found) if drift.is_judged]
+    corrected = correct([found[at].p for at in judged])
+    for at, p in zip(judged, corrected, strict=True):
+        found[at] = Drift(**{**vars(found[at]), "p": p, "level": level_of(found[at].excess, p)})
+    return found
+
+
+def highest(drifts: Sequence[Drift]) -> Level:
+    """The level of a night: the highest of its signals."""
+    return max((drift.level for drift in drifts), default=Level.none)
+
+
+def level_of(excess: float, p: float) -> Level:
+    """The highest level whose limits both the effect and the p-value pass."""
+    if p > MAX_P:
+        return Level.none
+    return max((level for level, least in LEAST_EXCESS.items() if excess >= least), default=Level.none)
+
+
+def correct(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: the chance that any of these is as small without drift stays at or below each."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values)[order] * factors))
+    return [float(p) for p in corrected]
+
+
+def has_enough(signal: Signal) -> bool:
+    """Whether a signal can be judged."""
+    return sum(signal.tonight.values()) >= MIN_IMAGES and _sum_past(signal) >= MIN_IMAGES
+
+
+def measure(signal: Signal) -> Drift:
+    """The effect and the uncorrected p-value of one signal."""
+    ids = sorted({*signal.tonight, *(one for night in signal.past for one in night)})
+    tonight = _as_array(signal.tonight, ids)
+    nights = np.array([_as_array(night, ids) for night in signal.past]).reshape(-1, len(ids))
+    past = nights.sum(axis=0)
+    n, m = float(tonight.sum()), float(past.sum())
+    if not has_enough(signal):
+        return Drift(signal, int(n), int(m), 0.0, 0.0, 0.0, 1.0, 1.0, ())
+    effect = find_design_effect(nights)
+    cells = pool_rare(np.stack([tonight, past]) / effect)
+    cells_p = p_by_category(tonight / effect, past / effect)
+    psi = stability_index(cells)
+    floor = (cells.shape[1] - 1) * effect * (1 / n + 1 / m)
+    smallest = min(p_of_cells(cells), len(ids) * float(cells_p.min()))
+    return Drift(
+        signal=signal,
+        n_images=int(n),
+        n_past=int(m),
+        psi=psi,
+        excess=psi - floor,
+        js_distance=js_distance(tonight / n, past / m),
+        p=min(1.0, 2 * smallest),
+        design_effect=effect,
+        movers=_movers(ids, tonight, past, cells_p),
+    )
+
+
+def find_design_effect(nights: Array) -> float:
+    """How much more the past nights differ than independent draws would; at least 1.
+
+    Args:
+        nights: counts `[nights, categories]`.
+    """
+    nights = nights[nights.sum(axis=1) >= MIN_IMAGES]
+    if len(nights) < MIN_NIGHTS:
+        return 1.0
+    total = nights.sum(axis=0)
+    ratios = []
+    for night in nights:
+        cells = pool_rare(np.stack([night, total - night]))
+        if cells.shape[1] > 1 and cells.sum(axis=1).all():
+            ratios.append(_chi_squared(cells) / stats.chi2.median(cells.shape[1] - 1))
+    return max(1.0, float(np.median(ratios))) if ratios else 1.0
+
+
+def pool_rare(counts: Array) -> Array:
+    """Counts `[2, categories]` with those categories in one cell of which too few are expected in either row.
+
+    Which are pooled depends on the sums of the categories alone, so a test given those sums stays valid.
+    """
+    totals = counts.sum(axis=0)
+    smallest_share = counts.sum(axis=1).min() / counts.sum()
+    rare = totals * smallest_share < MIN_EXPECTED
+    rest = counts[:, rare].sum(axis=1, keepdims=True)
+    own = counts[:, ~rare]
+    if rest.sum() * smallest_share >= MIN_EXPECTED or not own.size:
+        return np.concatenate([own, rest], axis=1)
+    least = int(own.sum(axis=0).argmin())  # too few even together: they join the smallest cell
+    own[:, least] += rest[:, 0]
+    return own
+
+
+def p_of_cells(cells: Array) -> float:
+    """The p-value of Pearson's chi-squared test that both rows of `[2, cells]` have the same shares."""
+    return float(special.chdtrc(cells.shape[1] - 1, _chi_squared(cells))) if cells.shape[1] > 1 else 1.0
+
+
+def p_by_category(tonight: Array, past: Array) -> Array:
+    """Of each category, the two-sided p-value of the test that its rate did not change."""
+    n, m = tonight.sum(), past.sum()
+    both = tonight + past
+    above = np.where(tonight > 0, special.betainc(np.maximum(tonight, 1e-9), past + 1, n / (n + m)), 1.0)
+    below = np.where(past > 0, special.betainc(np.maximum(past, 1e-9), tonight + 1, m / (n + m)), 1.0)
+    return np.where(both > 0, np.minimum(1.0, 2 * np.minimum(above, below)), 1.0)
+
+
+def stability_index(cells: Array) -> float:
+    """The population stability index of `[2, cells]`, half an image added to every cell."""
+    smoothed = cells + 0.5
+    p, q = smoothed / smoothed.sum(axis=1, keepdims=True)
+    return float(((p - q) * np.log(p / q)).sum())
+
+
+def js_distance(p: Array, q: Array) -> float:
+    """The Jensen-Shannon distance of two distributions, base 2 (Endres and Schindelin, 2003)."""
+    mean = (p + q) / 2
+    divergence = (special.rel_entr(p, mean) + special.rel_entr(q, mean)).sum() / 2 / np.log(2)
+    return float(np.sqrt(max(0.0, divergence)))
+
+
+def describe(drift: Drift) -> dict[str, Any]:
+    """One signal as the report keeps it."""
+    return {
+        "signal": drift.signal.name,
+        "segment": drift.signal.segment,
+        "level": drift.level.name,
+        "judged": drift.is_judged,
+        "images": drift.n_images,
+        "past_images": drift.n_past,
+        "past_nights": len(drift.signal.past),
+        "psi": round(drift.psi, 5),
+        "excess_psi": round(drift.excess, 5),
+        "js_distance": round(drift.js_distance, 5),
+        "p": drift.p,
+        "design_effect": round(drift.design_effect, 3),
+        "movers": [vars(mover) for mover in drift.movers],
+    }
+
+
+def _movers(ids: Sequence[str], tonight: Array, past: Array, cells_p: Array) -> tuple[Mover, ...]:
+    """The categories that add most to the index, those that moved most first."""
+    n, m = tonight.sum(), past.sum()
+    p, q = (tonight + 0.5) / (n + len(ids) / 2), (past + 0.5) / (m + len(ids) / 2)
+    order = np.argsort(-(p - q) * np.log(p / q), kind="stable")[:MOVERS]
+    return tuple(
+        Mover(
+            id=ids[at],
+            images=int(tonight[at]),
+            expected=round(float(n * past[at] / m), 1),
+            share=float(tonight[at] / n),
+            past_share=float(past[at] / m),
+            p=float(cells_p[at]),
+        )
+        for at in order
+    )
+
+
+def _chi_squared(cells: Array) -> float:
+    expected = cells.sum(axis=1, keepdims=True) * cells.sum(axis=0) / cells.sum()
+    return float(((cells - expected) ** 2 / expected).sum())
+
+
+def _as_array(counts: Counts, ids: Sequence[str]) -> Array:
+    return np.array([counts.get(one, 0) for one in ids], np.float64)
+
+
+def _sum_past(signal: Signal) -> int:
+    return sum(sum(night.values()) for night in signal.past)
