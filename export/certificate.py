@@ -35,6 +35,11 @@ THUMBNAIL_PX = 160
 SPEED_S = 0.4
 """Least time that a batch size's speed is measured over, seconds."""
 
+EXAMPLES = (
+    "tiny-3x2.jpg", "large-1280x960.jpg", "rotated-6.jpg", "cmyk.jpg", "grey-16-bit.png", "transparent.png",
+)  # fmt: skip
+"""Edge cases that a certificate carries with their answers, to check another implementation against."""
+
 Certificates = dict[tuple[Provider, Precision], dict[str, Any]]
 Decode = Callable[[Sequence[bytes], ImageSpec], list[np.ndarray | None]]
 
@@ -121,6 +126,7 @@ def measure(reference: Reference, candidate: Candidate, precision: Precision) ->
         "batches": batches,
         "speed": _measure_speed(candidate.model, outputs.pixels_nhwc),
         "worst": _worst(reference, outputs),
+        "examples": _examples(reference.sample, outputs),
         "temperature": candidate.spec.temperature,
         "environment": candidate.model.environment(),
         "seconds": round(time.monotonic() - started, 1),
@@ -214,6 +220,18 @@ def _worst(reference: Reference, outputs: Outputs) -> list[dict[str, Any]]:
         }
         for row in np.argsort(-change, kind="stable")[:WORST_IMAGES]
     ]
+
+
+def _examples(sample: Sequence[Sample], outputs: Outputs) -> list[dict[str, Any]]:
+    """Small images, their bytes in base64, with the candidate's best label of each."""
+    found = []
+    for one, probabilities in zip(sample, outputs.probabilities_nc, strict=True):
+        name = one.image_id.rpartition("/")[2]
+        if one.edge_case and name in EXAMPLES:
+            best = int(probabilities.argmax())
+            answer = {"id": outputs.spec.class_ids[best], "probability": float(probabilities[best])}
+            found.append({"file": name, **answer, "bytes": base64.b64encode(one.payload).decode()})
+    return found
 
 
 def _thumbnail(pixels_hwc: np.ndarray) -> str:

@@ -117,13 +117,16 @@ def metadata_of(checkpoint: Checkpoint, *, precision: str) -> dict[str, str]:
 
     The manifest's `model_id` covers the hash of this very file, so the file names its checkpoint instead.
     """
-    spec = checkpoint.spec
+    spec, taxonomy = checkpoint.spec, checkpoint.taxonomy
     return {
         "iab_vision.checkpoint_sha256": checkpoint.sha256,
         "iab_vision.architecture": checkpoint.architecture,
         "iab_vision.labels": json.dumps(list(spec.class_ids)),
-        "iab_vision.taxonomy": checkpoint.taxonomy.name,
-        "iab_vision.cattax": str(checkpoint.taxonomy.cattax),
+        "iab_vision.names": json.dumps([taxonomy.node(one).name for one in spec.class_ids]),
+        "iab_vision.paths": json.dumps([taxonomy.path(one) for one in spec.class_ids]),
+        "iab_vision.thresholds": json.dumps(dict(spec.thresholds), sort_keys=True),
+        "iab_vision.taxonomy": taxonomy.name,
+        "iab_vision.cattax": str(taxonomy.cattax),
         "iab_vision.image_spec": json.dumps(asdict(spec.image_spec), sort_keys=True),
         "iab_vision.temperature": repr(spec.temperature),
         "iab_vision.multi_label": str(spec.multi_label).lower(),

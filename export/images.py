@@ -157,6 +157,7 @@ def edge_cases(seed: int = 0) -> tuple[Sample, ...]:
     made = {
         "tiny-1x1.png": _png(picture.resize((1, 1))),
         "tiny-3x2.jpg": _jpeg(picture.resize((3, 2))),
+        "large-1280x960.jpg": _jpeg(picture.resize((1280, 960), Image.Resampling.BICUBIC)),
         "huge-4800x3600.jpg": _jpeg(picture.resize((4800, 3600), Image.Resampling.BICUBIC)),
         "long-2000x11.jpg": _jpeg(picture.resize((2000, 11))),
         "grey.jpg": _jpeg(grey),

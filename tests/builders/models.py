@@ -55,7 +55,7 @@ def dataset(folder: Path, count: int = 60) -> Path:
 
 def checkpoint(folder: Path, *, multi_label: bool = False, network=None, spec: ImageSpec = SPEC) -> Path:
     """A checkpoint folder as training leaves it; a fitted ViT unless another network is given."""
-    network = network or fitted(vit(), spec)
+    network = network or fitted(vit(spec=spec), spec)
     network.config.id2label = dict(enumerate(CLASS_IDS))
     network.config.label2id = {class_id: index for index, class_id in enumerate(CLASS_IDS)}
     network.config.problem_type = f"{'multi' if multi_label else 'single'}_label_classification"
@@ -73,7 +73,7 @@ def checkpoint(folder: Path, *, multi_label: bool = False, network=None, spec: I
     return folder
 
 
-def vit(seed: int = 3):
+def vit(seed: int = 3, spec: ImageSpec = SPEC):
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -83,7 +83,7 @@ def vit(seed: int = 3):
         num_hidden_layers=2,
         num_attention_heads=3,
         intermediate_size=80,
-        image_size=(SPEC.height, SPEC.width),
+        image_size=(spec.height, spec.width),
         patch_size=8,
         num_labels=len(CLASS_IDS),
         initializer_range=0.1,
