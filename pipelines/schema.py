@@ -56,7 +56,9 @@ PREDICTIONS_TAIL = pa.schema(
         *LABELLED,
         pa.field("cattax", pa.int32(), nullable=False),
         pa.field("model_id", pa.string(), nullable=False),
+        pa.field("precision", pa.string(), nullable=False),
         pa.field("taxonomy", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
         pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
 )

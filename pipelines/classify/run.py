@@ -22,7 +22,7 @@ from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase
-from pipelines.ledger.ledger import Ledger
+from pipelines.ledger.ledger import Ledger, read_run_id
 from pipelines.ledger.parts import Committer, PartContext
 from pipelines.messages import Refused, redact
 from pipelines.specs import DecodeLimits
@@ -189,7 +189,9 @@ def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table
     target = PartContext(
         state_uri=run.state.uri,
         generation=run.ledger.state.generation,
+        run_id=read_run_id(run.state),
         model_id=bundle.model_id,
+        precision=settings.runtime.precision,
         taxonomy=bundle.spec.taxonomy,
         cattax=bundle.manifest.cattax,
         final=final,

@@ -19,6 +19,7 @@ a transaction again (delta-rs#2580), so the fence would still be ours. A Delta v
 is 12 lines.
 """
 
+import hashlib
 import json
 import uuid
 from collections import Counter
@@ -65,6 +66,11 @@ class Pending:
     digest: str
 
 
+def read_run_id(state: Storage) -> str:
+    """What tells this run's rows from those of any other: a short hash of its `run.json`."""
+    return hashlib.sha256(state.read(RUN_JSON)).hexdigest()[:16]
+
+
 class Ledger:
     """Owns the log of one state folder, as one driver sees and extends it."""
 
@@ -104,7 +110,9 @@ class Ledger:
             InputError: the folder holds a run of another identity.
             LedgerDamaged: entries are missing or altered.
         """
-        described = {"identity": dict(identity), "n_items": n_items, **(details or {})}
+        created_at = datetime.now(UTC).isoformat(timespec="microseconds")
+        described = {"identity": dict(identity), "n_items": n_items, "created_at": created_at}
+        described |= details or {}
         try:
             storage.create(RUN_JSON, json.dumps(described, indent=1, sort_keys=True).encode())
         except AlreadyExists:

@@ -46,7 +46,9 @@ class PartContext:
 
     state_uri: str
     generation: int
+    run_id: str
     model_id: str
+    precision: str
     taxonomy: str
     cattax: int
     final: bool
@@ -128,6 +130,8 @@ def join_plan_rows(scored: pa.Table, plan: Plan, context: PartContext) -> pa.Tab
     constants = {
         "cattax": context.cattax,
         "model_id": context.model_id,
+        "precision": context.precision,
+        "run_id": context.run_id,
         "taxonomy": context.taxonomy,
         "classified_at": datetime.now(UTC),
     }

@@ -52,7 +52,7 @@ class SmallRun:
         return Ledger.open(state or self.state, self.identity, n_items=self.plan.n_items)
 
     def context(self, *, generation: int = 1, final: bool = True) -> PartContext:
-        return PartContext(self.state.uri, generation, "m1", "iab-content-3.1", 9, final)
+        return PartContext(self.state.uri, generation, "r1", "m1", "fp32", "iab-content-3.1", 9, final)
 
     def write(
         self,

@@ -92,6 +92,8 @@ def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(engine, 
     assert first["sha256"] == hashlib.sha256((images / "00000.jpg").read_bytes()).hexdigest()
     assert (first["width_px"], first["height_px"], first["format"]) == (30, 20, "jpeg")
     assert first["top_id"] == first["labels"][0]["id"] and first["cattax"] == 9
+    run_id = hashlib.sha256((output / "state/run.json").read_bytes()).hexdigest()[:16]
+    assert (first["precision"], first["run_id"]) == ("fp32", run_id)
     assert (output / "table" / "_SUCCESS").exists()
     before = written_at(output)
     assert main(command(images, bundle, output)) == 0

@@ -74,7 +74,7 @@ class Dataflow:
     def run(self):
         source = Source(self.state.uri, self.bundle.spec.image_spec, DecodeLimits(), FetchLimits())
         model = Model(self.bundle.uri, self.bundle.manifest_sha256, RuntimeSpec(), 3)
-        context = PartContext(self.state.uri, 1, "m", "t", 9, final=True)
+        context = PartContext(self.state.uri, 1, "r", "m", "fp32", "t", 9, final=True)
         return local.run_dataflow(work_list([(0, 10)], 2), source, model, context, self.pools)
 
 
