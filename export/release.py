@@ -22,7 +22,7 @@ from export.images import Sample
 from export.quantize import Graph
 from export.reference import torch_reference
 from export.settings import ParitySettings
-from pipelines.bundle import bundle, providers
+from pipelines.bundle import bundle, categories, providers
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.manifest import MODEL_FILES, Manifest, record
 from pipelines.bundle.settings import RuntimeSpec
@@ -150,6 +150,7 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
     """Every file of the bundle but the certificates, and the manifest that lists them."""
     files = {MODEL_FILES[name]: graph.payload for name, graph in graphs.items()}
     files[bundle.LABELS_FILE] = bundle.labels_bytes(labels_table(trained))
+    files[categories.FILE] = categories.categories_bytes(trained.spec, trained.taxonomy)
     files[card.FILE] = card.render(trained, list(graphs))
     if trained.taxonomy_table is not None:
         files[bundle.TAXONOMY_FILE] = trained.taxonomy_table

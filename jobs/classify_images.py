@@ -106,6 +106,7 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
         ) as engine:
             progress = ClassifyProgress(run.ledger.done.n_items, len(run.ledger.done))
             runs.classify_missing(run, engine, progress)
+    runs.write_categories(run, open_storage(config.output))
     runs.publish_table(run)
     print(report.one_line(run.ledger, run.plan, run.table))
     return 0

@@ -13,6 +13,7 @@ from jobs.errors import checking_input
 
 def run(config: ExportConfig) -> int:
     from export import release, report
+    from pipelines.bundle import categories
 
     with checking_input():
         bundle = release.export(
@@ -24,5 +25,8 @@ def run(config: ExportConfig) -> int:
         )
     for certificate in bundle.certificates:
         print(report.one_line(certificate.provider, certificate.precision, certificate.content))
+    spec = bundle.spec
+    listed = categories.list_categories(bundle.taxonomy(), spec.class_ids, spec.thresholds)
+    print(f"published at the thresholds: {categories.count_published(listed)}")
     print(f"bundle {config.output}, model {bundle.model_id}")
     return 0

@@ -39,7 +39,7 @@ def run(config: TrainConfig) -> int:
         log.info("%s is complete already: nothing is trained", config.output)
     if config.push_to_hub:
         hub.push(config.output, config.push_to_hub)
-    tell(done.content, config)
+    tell(done.content, config, job.data.taxonomy)
     return 0
 
 
@@ -91,8 +91,9 @@ def recipe_of(config: RecipeConfig) -> Any:
     return part_of(config, Recipe)
 
 
-def tell(content: Any, config: TrainConfig) -> None:
+def tell(content: Any, config: TrainConfig, taxonomy: Any) -> None:
     """The result in a few lines, and what comes next."""
+    from pipelines.bundle import categories
     from pipelines.training.model_card import HEADLINES
 
     split = "test" if content["test"] else "validation"
@@ -102,6 +103,9 @@ def tell(content: Any, config: TrainConfig) -> None:
         "best epoch %s of %s, %.0f s in all; temperature %.2f",
         content["best"]["epoch"], content["recipe"]["epochs"], content["seconds"], content["temperature"],
     )  # fmt: skip
+    listed = categories.list_categories(taxonomy, content["classes"], content["thresholds"])
+    wanted = content["recipe"]["target_precision"]
+    log.info("published at precision %.2f: %s", wanted, categories.count_published(listed))
     run = redact(config.output.rstrip("/"))
     log.info("report: %s/report/report.html", run)
     log.info(

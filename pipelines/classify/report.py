@@ -13,6 +13,9 @@ from pipelines.messages import redact
 from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage
 
+HOSTS_SHOWN = 20
+"""Hosts in the report: those of most rows without a label."""
+
 
 def is_current(state: Storage, ledger: Ledger) -> bool:
     """Whether the report is there and speaks of the ledger's last generation."""
@@ -39,6 +42,7 @@ def write(
         "images": plan.n_items,
         "statuses": dict(sorted(statuses.items())),
         "retryable_rows": sum(statuses[status.value] for status in TRANSIENT),
+        "failing_hosts": dict(ledger.hosts().most_common(HOSTS_SHOWN)),
         "labels": dict(labels.most_common()),
         "generation": ledger.state.generation,
         "last_session": {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.bundle import categories
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import report
@@ -144,6 +145,11 @@ def classify_missing(run: Run, engine: Engine, progress: Progress) -> None:
     finally:
         run.seconds["classify"] = time.monotonic() - started
         run.images = len(run.ledger.done) - before
+
+
+def write_categories(run: Run, folder: Storage) -> None:
+    """Write the table that names every id of the predictions into a folder."""
+    folder.put(categories.FILE, categories.categories_bytes(run.bundle.spec, run.bundle.taxonomy()))
 
 
 def publish_table(run: Run) -> None:

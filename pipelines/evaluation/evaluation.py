@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from sklearn import metrics as sk
 
+from pipelines.bundle.categories import count_published, list_categories
 from pipelines.evaluation import hierarchy, metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
@@ -115,6 +116,10 @@ class Evaluation:
     """Threshold, share of images answered, precision of the answers."""
     published: Mapping[str, float]
     """What `cat` would hold: categories at or above their thresholds, ancestors included."""
+    publishable: str
+    """How many categories have a threshold that a score can reach, and which, in words."""
+    categories: list[dict[str, Any]]
+    """Each class and ancestor: its threshold, the images that have it, are given it, and rightly so."""
     curves: Mapping[str, Any]
     """ROC and precision-recall curves of the average and of a few classes."""
     confusions: list[list[int]] = field(default_factory=list)
@@ -159,6 +164,8 @@ def evaluate(
         calibration=_calibration(scored),
         coverage=_coverage(scored),
         published=_published(scored, rollup, thresholds or {}),
+        publishable=count_published(list_categories(taxonomy, scored.class_ids, thresholds or {})),
+        categories=_categories(scored, rollup, thresholds or {}),
         curves=_curves(scored),
         confusions=_confusions(scored),
     )
@@ -242,11 +249,27 @@ def _coverage(scored: Scored) -> dict[str, list[float]]:
     )
 
 
-def _published(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> dict[str, float]:
-    """Count (image, category) pairs: those published, those true, those both."""
+def _categories(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The rows of `list_categories`, with the images given each id and those of them that have it."""
+    listed = list_categories(rollup.taxonomy, scored.class_ids, thresholds)
+    passing_nr, truth_nr = _passing(scored, rollup, thresholds)
+    given, right, true = (pairs.sum(axis=0) for pairs in (passing_nr, passing_nr & truth_nr, truth_nr))
+    return [
+        {**asdict(one), "images": int(true[i]), "given": int(given[i]), "correct": int(right[i])}
+        for i, one in enumerate(listed)
+    ]
+
+
+def _passing(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> tuple[Array, Array]:
+    """Which categories each image is given at the thresholds, and which it has: bool [images, categories]."""
     limits = np.array([thresholds.get(one, metrics.LABEL_GIVEN) for one in rollup.ids], np.float32)
     passing_nr = rollup.apply(scored.probabilities_nc, multi_label=scored.multi_label) >= limits
-    truth_nr = hierarchy.widened(scored.targets_nc, rollup)
+    return passing_nr, hierarchy.widened(scored.targets_nc, rollup)
+
+
+def _published(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> dict[str, float]:
+    """Count (image, category) pairs: those published, those true, those both."""
+    passing_nr, truth_nr = _passing(scored, rollup, thresholds)
     right, given, true = (int(pairs.sum()) for pairs in (passing_nr & truth_nr, passing_nr, truth_nr))
     return {
         "coverage": float(passing_nr.any(axis=1).mean()),

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -101,6 +103,25 @@ def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(engine, 
     assert main(["verify", str(output)]) == 0
 
 
+def test_queries_of_the_readme_name_every_id(images, bundle, tmp_path, monkeypatch):
+    """Each query runs as it is printed, and the joins lose no row."""
+    assert main(command(images, bundle, tmp_path / "predictions")) == 0
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    queries = re.search(r"```sql\n(.*?)```", readme, re.DOTALL)[1].split(";\n")[:-1]
+    tier1, published, outcomes, labels, _ = [duckdb.sql(query).fetchall() for query in queries]
+    assert sum(row[1] for row in tier1) == sum(row[1] for row in outcomes) == 54
+    assert len(labels) == 54 * 5
+    assert all(path for path, *_ in (*tier1, *published))
+    assert {outcome for outcome, _ in outcomes} <= {"published", "below threshold", "no threshold"}
+    used = """SELECT DISTINCT id FROM (
+        SELECT unnest(cat) AS id FROM 'predictions/table/*.parquet' UNION ALL
+        SELECT unnest(labels).id FROM 'predictions/table/*.parquet' UNION ALL
+        SELECT unnest([top_id, tier1_id]) FROM 'predictions/table/*.parquet' WHERE status = 'ok')"""
+    unnamed = duckdb.sql(f"FROM ({used}) WHERE id NOT IN (SELECT id FROM 'predictions/categories.parquet')")
+    assert unnamed.fetchall() == []
+
+
 def test_carried_columns_and_repeated_uris_reach_every_row(images, bundle, tmp_path):
     uri = str(images / "00000.jpg")
     table = pa.table(
@@ -145,6 +166,9 @@ def test_passing_failures_are_tried_again_before_they_are_recorded(engine, bundl
         assert statuses[uris[1]] == "not_found"
         assert statuses[uris[2]] == "server_error"
         assert statuses[uris[0]] not in ("server_error", "timeout")
+        report = json.loads((tmp_path / "out" / "state" / "report.json").read_text())
+        failed = sum(status != "ok" for status in statuses.values())
+        assert report["failing_hosts"] == {"127.0.0.2": failed}
     finally:
         server.close()
 

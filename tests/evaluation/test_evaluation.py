@@ -86,6 +86,19 @@ def test_a_tier_is_judged_by_the_sums_of_its_descendants() -> None:
     assert found.tiers[0]["accuracy"] == 1.0
 
 
+def test_the_page_says_which_categories_can_be_published_parents_included() -> None:
+    ids = ("484", "518", "2", "425", "v9i3On")  # of Sports, Sports, Automotive, Pets
+    never = dict.fromkeys(TAXONOMY.rollup(ids).ids, 2.0)
+    scored = scored_as([0, 1, 3], [0, 0, 3], ids=ids)
+    found = evaluation.evaluate(scored, TAXONOMY, thresholds=never | {"483": 0.6})
+    assert found.publishable == "1 of 8 categories (Sports), 0 of the 5 classes"
+    sports = next(one for one in found.categories if one["id"] == "483")
+    assert (sports["images"], sports["given"], sports["correct"]) == (2, 2, 2)
+    page = report.page(found.document(), report.ReportExtras())
+    assert "Can be published at the thresholds: 1 of 8 categories (Sports), 0 of the 5 classes" in page
+    assert ">Parents</h3>" in page and "<code>483</code>" in page
+
+
 def test_images_labelled_above_a_tier_say_nothing_about_it() -> None:
     tiers = evaluation.evaluate(scored_as([0, 1, 3], [0, 1, 3]), TAXONOMY).tiers
     assert [(row["tier"], row["images"]) for row in tiers] == [(1, 3), (2, 2)]

@@ -24,6 +24,7 @@ from pipelines.storage.local import LocalStorage
 from tests.builders import models
 from tests.builders.models import CLASS_IDS, SPEC
 
+TABLES = ("labels.parquet", "categories.parquet")
 QUICK = ["--parity.sample-images", "20", "--parity.calibration-images", "40"]
 
 
@@ -67,11 +68,12 @@ def test_bundle_holds_what_readers_are_promised(exported):
     names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     assert names == {
         *MODEL_FILES.values(),
-        *("labels.parquet", "manifest.json", "README.md", "certificates/cpu.html"),
+        *TABLES,
+        *("manifest.json", "README.md", "certificates/cpu.html"),
         *(f"certificates/cpu-{name}.json" for name in ("fp32", "fp16", "int8")),
     }
     opened = open_bundle(str(exported))
-    assert opened.manifest.files.keys() == {*MODEL_FILES.values(), "labels.parquet", "README.md"}
+    assert opened.manifest.files.keys() == {*MODEL_FILES.values(), *TABLES, "README.md"}
     assert opened.spec.class_ids == CLASS_IDS
     assert opened.spec.thresholds == {"483": 0.6}
     assert opened.manifest.temperatures["fp32"] == models.TEMPERATURE
