@@ -15,10 +15,10 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.datasets import readers
-from pipelines.datasets.pixels import LOCATION, fetcher
+from pipelines.datasets.pixels import fetcher
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns
-from pipelines.fetch.source import Source
+from pipelines.fetch.source import LOCATION, Source
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import ORIENTATION_TAG, is_image_name
 from pipelines.inventory import tables

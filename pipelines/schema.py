@@ -32,7 +32,10 @@ LABELLED = pa.schema(
 )
 """What the model says about it; null where the status is not `ok`."""
 
-LOADED = pa.schema([pa.field("item_id", pa.int64(), nullable=False), *OUTCOME])
+RESPONSE = pa.schema([pa.field("etag", pa.string()), pa.field("last_modified", pa.string())])
+"""What the server said of the bytes, to be asked about them another night; null where it said nothing."""
+
+LOADED = pa.schema([pa.field("item_id", pa.int64(), nullable=False), *OUTCOME, *RESPONSE])
 """load -> infer, with the column `pixels` of `pixels_type`; `item_id` is the image's number in the plan."""
 
 
@@ -64,10 +67,31 @@ PREDICTIONS_TAIL = pa.schema(
 )
 ITEM_ID = "__item_id"
 """The item's id in a part; `item_id` itself may be a carried column of the caller's."""
-RESERVED = frozenset([ITEM_ID, *PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names])
+PART_HEAD = pa.schema(
+    [
+        pa.field(ITEM_ID, pa.int64(), nullable=False),
+        pa.field("__validator", pa.string()),
+        *[field.with_name(f"__{field.name}") for field in RESPONSE],
+    ]
+)
+"""What a part has in front of the table's columns: the item, what the inventory and the server say that tells
+whether its bytes have changed."""
+CARRIED_FROM = pa.field("carried_from", pa.date32())
+"""The night that classified the image; null: the night that the row belongs to."""
+RESERVED = frozenset([*PART_HEAD.names, *PREDICTIONS_HEAD.names, *PREDICTIONS_TAIL.names, CARRIED_FROM.name])
 """Column names that belong to the predictions table and its parts; a carried column may not take one."""
 
 
 def predictions_schema(carried: pa.Schema) -> pa.Schema:
     """The schema of every file of `table/`: key columns, the caller's carried columns untouched, results."""
     return pa.schema([*PREDICTIONS_HEAD, *carried, *PREDICTIONS_TAIL])
+
+
+def nights_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema of every file of a night: that of predictions, and where the row comes from."""
+    return predictions_schema(carried).append(CARRIED_FROM)
+
+
+def part_schema(carried: pa.Schema) -> pa.Schema:
+    """The schema of every part: what it is published from, either way."""
+    return pa.schema([*PART_HEAD, *nights_schema(carried)])

@@ -52,6 +52,13 @@ class Status(StrEnum):
     INTERNAL_ERROR = "internal_error", "Another exception was raised over this image; the log shows it."
 
 
+NOT_MODIFIED = "not_modified"
+"""In a part: the server said that the image is as it was (HTTP 304)."""
+SAME_BYTES = "same_bytes"
+"""In a part: these bytes were classified before."""
+CARRIED = frozenset({NOT_MODIFIED, SAME_BYTES})
+"""What a part says instead of a status where the row's result is one of an earlier night; never published."""
+
 TRANSIENT = frozenset(
     {
         Status.TIMEOUT,

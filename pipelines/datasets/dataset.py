@@ -31,7 +31,7 @@ class LabelledData:
     """Images with their classes, divided into splits."""
 
     rows: pa.Table
-    """Columns of `pixels.LOCATION`, classes list<int32>, split; row number = item id."""
+    """Columns of `source.LOCATION`, classes list<int32>, split; row number = item id."""
     classes: tuple[str, ...]
     """Class ids in the model's order."""
     taxonomy: Taxonomy

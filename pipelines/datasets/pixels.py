@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipelines.datasets.settings import ImageCache
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Source
+from pipelines.fetch.source import LOCATION, Source
 from pipelines.images import prepare
 from pipelines.images.prepare import Prepared
 from pipelines.messages import JobFailed
@@ -30,9 +30,6 @@ from pipelines.status import Status
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
-
-LOCATION = tuple(field.name for field in fields(Source))
-"""Columns that say where an image's bytes are."""
 
 SHUFFLE_ROWS = 4096
 """Rows that are shuffled together when images arrive as a stream already in random order."""

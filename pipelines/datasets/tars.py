@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.datasets.pixels import LOCATION, fetcher
-from pipelines.fetch.source import Source
+from pipelines.datasets.pixels import fetcher
+from pipelines.fetch.source import LOCATION, Source
 from pipelines.images.prepare import is_image_name
 from pipelines.inventory import shards
 from pipelines.messages import InputError, redact

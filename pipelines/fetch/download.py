@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Protocol
 
 from pipelines.fetch import objects
@@ -13,16 +14,16 @@ from pipelines.fetch.objects import BucketClient
 from pipelines.fetch.retry import FetchError, Retry
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Fetched, Source, Span, check_length
-from pipelines.fetch.web import Redirect, WebClient, parse
+from pipelines.fetch.web import Body, NotModified, Redirect, WebClient, parse
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
 from pipelines.storage.uris import scheme_of
 
 
-class Client(Protocol):
-    """One request: the payload or a redirect. Raises FetchError."""
+class StorageClient(Protocol):
+    """One request: the payload. Raises FetchError."""
 
-    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes | Redirect: ...
+    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes: ...
 
 
 class Downloader:
@@ -47,8 +48,7 @@ class Downloader:
             async with timeout:
                 while True:
                     try:
-                        payload = await self._attempt(source, timeout, reservation)
-                        return check_length(payload, source)
+                        return await self._attempt(source, timeout, reservation)
                     except FetchError as error:
                         reservation.release()
                         if not await retry.sleep(error):
@@ -57,18 +57,21 @@ class Downloader:
             error_text = f"not complete within {self._limits.total_timeout_s:g} s (--fetch.total-timeout-s)"
             return Fetched(Status.TIMEOUT, error_text)
 
-    async def _attempt(self, source: Source, timeout: asyncio.Timeout, reservation: Reservation) -> bytes:
+    async def _attempt(self, source: Source, timeout: asyncio.Timeout, reservation: Reservation) -> Fetched:
         """One attempt, through its redirects: each is a request to a host with limits of its own."""
         uri = source.location
-        client = self._client(uri)
+        if scheme_of(uri) not in ("http", "https"):
+            async with self._slot(None, timeout):
+                return check_length(await self._client(uri).get(uri, reservation, source.span), source)
+        earlier = source.earlier
         for _ in range(self._limits.max_redirects + 1):
             host = self._host(uri)
             async with self._slot(host, timeout):
-                with host.record(timeout) if host else contextlib.nullcontext():
-                    found = await client.get(uri, reservation, source.span)
-            if isinstance(found, bytes):
-                return found
-            uri = found.target
+                with host.record(timeout):
+                    found = await self._web.get(uri, reservation, source.span, earlier)
+            if not isinstance(found, Redirect):
+                return _outcome(found, source, redirected=uri != source.location)
+            uri, earlier = found.target, None  # an ETag speaks of one URL only
         raise FetchError(Status.REDIRECT_LOOP, f"more than {self._limits.max_redirects} redirects")
 
     @contextlib.asynccontextmanager
@@ -81,17 +84,20 @@ class Downloader:
                 await slots.enter_async_context(self._slots)
             yield
 
-    def _client(self, uri: str) -> Client:
-        scheme = scheme_of(uri)
-        if scheme in ("http", "https"):
-            return self._web
-        if scheme in OBJECT_SCHEMES and not objects.is_odd(uri):
+    def _client(self, uri: str) -> StorageClient:
+        if scheme_of(uri) in OBJECT_SCHEMES and not objects.is_odd(uri):
             return self._buckets
         return self._fsspec
 
-    def _host(self, uri: str) -> Host | None:
+    def _host(self, uri: str) -> Host:
         """The web host; an object store has no limits per host."""
-        if scheme_of(uri) not in ("http", "https"):
-            return None
         url = parse(uri)
         return self._hosts.get(url.host or "", url.port or 0)
+
+
+def _outcome(found: Body | NotModified, source: Source, *, redirected: bool) -> Fetched:
+    """What a web server's last answer comes to; a redirect may lead elsewhere another night."""
+    validator = None if redirected else found.validator
+    if isinstance(found, NotModified):
+        return Fetched(Status.OK, validator=validator, not_modified=True)
+    return replace(check_length(found.payload, source), validator=validator)

@@ -15,6 +15,29 @@ Span = tuple[int, int]
 """First byte and length of a part of an object."""
 
 
+LOCATION = ("uri", "container", "offset", "length", "payload_column")
+"""The fields of `Source` that say where the bytes are, as columns of the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """What a server said of an object's bytes."""
+
+    etag: str | None
+    last_modified: str | None
+
+    def __bool__(self) -> bool:
+        return bool(self.etag or self.last_modified)
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an earlier response said of an object, and the bytes that came with it."""
+
+    validator: Validator
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where one object's bytes are; the columns of `plan.LOCATION`."""
@@ -24,6 +47,8 @@ class Source:
     offset: int | None = None
     length: int | None = None
     payload_column: str | None = None
+    earlier: Earlier | None = None
+    """Ask an http(s) server whether the object is still this one."""
 
     @property
     def location(self) -> str:
@@ -43,6 +68,9 @@ class Fetched:
     status: Status
     error: str | None = None
     payload: bytes | None = None
+    validator: Validator | None = None
+    not_modified: bool = False
+    """The object is as the source's `earlier` response said; there is no payload."""
 
     @classmethod
     def of(cls, outcome: bytes | FetchError) -> Self:
@@ -62,7 +90,7 @@ Batch = list[tuple[int, Fetched]]
 
 def sources_of(items: pa.Table) -> list[Source]:
     """The sources of a plan's items (`plan.LOCATION`)."""
-    columns = [items[name].to_pylist() for name in Source.__slots__]
+    columns = [items[name].to_pylist() for name in LOCATION]
     return [Source(*values) for values in zip(*columns, strict=True)]
 
 

@@ -17,7 +17,7 @@ from yarl import URL
 from pipelines.fetch.memory import Reservation
 from pipelines.fetch.retry import FetchError, parse_retry_after, status_of_code
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Span
+from pipelines.fetch.source import Earlier, Span, Validator
 from pipelines.fetch.ssrf import BLOCKED_ERRNO, ssrf_safe_socket
 from pipelines.status import Status
 
@@ -39,6 +39,21 @@ class Redirect:
 
     target: str
     """An absolute http(s) URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The server sent the object."""
+
+    payload: bytes
+    validator: Validator
+
+
+@dataclass(frozen=True, slots=True)
+class NotModified:
+    """The server says that the object is as an earlier response had it (HTTP 304)."""
+
+    validator: Validator
 
 
 class WebClient:
@@ -69,15 +84,29 @@ class WebClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes | Redirect:
-        """One request: the payload, or a span of it, or the redirect. Raises FetchError."""
+    async def get(
+        self,
+        uri: str,
+        reservation: Reservation,
+        span: Span | None = None,
+        earlier: Earlier | None = None,
+    ) -> Body | Redirect | NotModified:
+        """One request: the payload, or a span of it, or the redirect; or that it is still the earlier one.
+
+        Raises FetchError.
+        """
         url = parse(uri)
         headers = {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"} if span else {}
+        if earlier:
+            headers |= _condition(earlier.validator)
         try:
             async with self._session.get(url, headers=headers, allow_redirects=False) as response:
-                if response.status not in REDIRECTS or "Location" not in response.headers:
-                    return await self._payload(response, reservation, span)
-                return Redirect(str(follow(url, response.headers["Location"])))
+                if response.status in REDIRECTS and "Location" in response.headers:
+                    return Redirect(str(follow(url, response.headers["Location"])))
+                found = Validator(response.headers.get("ETag"), response.headers.get("Last-Modified"))
+                if response.status == 304 and earlier:
+                    return NotModified(found or earlier.validator)
+                return Body(await self._payload(response, reservation, span), found)
         except (aiohttp.ClientError, OSError, ValueError) as error:  # OSError: TimeoutError, resets
             raise to_fetch_error(error) from error
 
@@ -95,6 +124,13 @@ class WebClient:
             await reservation.reserve_stream(received, expected)
             pieces.append(piece)
         return b"".join(pieces)
+
+
+def _condition(validator: Validator) -> dict[str, str]:
+    """The headers that ask for the object only if it has changed; an ETag is preferred (RFC 9110)."""
+    if validator.etag:
+        return {"If-None-Match": validator.etag}
+    return {"If-Modified-Since": validator.last_modified or ""}
 
 
 def parse(uri: str) -> URL:
