@@ -117,10 +117,12 @@ Items = tuple[pa.Schema, Iterator[pa.Table], Sequence[FoundFile]]
 
 def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Items:
     def items() -> Iterator[pa.Table]:
-        uris = [file.uri for file in found.files]
-        for start in range(0, len(uris), TABLE_ROWS_AT_ONCE):
-            rows = pa.table({"uri": pa.array(uris[start : start + TABLE_ROWS_AT_ONCE], pa.string())})
-            yield to_items(rows, np.arange(rows.num_rows + 1), pa.schema([]))
+        for start in range(0, len(found.files), TABLE_ROWS_AT_ONCE):
+            files = found.files[start : start + TABLE_ROWS_AT_ONCE]
+            rows = pa.table({"uri": pa.array([file.uri for file in files], pa.string())})
+            versions = [f"{file.version} size {file.size_bytes}" if file.version else None for file in files]
+            places = pa.table({"validator": pa.array(versions, pa.string())})
+            yield to_items(rows, np.arange(rows.num_rows + 1), pa.schema([]), places)
 
     return pa.schema([]), items(), ()
 
@@ -163,7 +165,23 @@ def _table_items(
         return (_with_known_uris(keys.pick(batch)) for batch in batches(keys.names))
 
     for rows, offsets in dedupe.group_rows(read, read_uris, folder):
-        yield _with_containers(to_items(rows, offsets, columns.carried), base)
+        places = pa.table({"validator": _find_validators(rows).take(pa.array(offsets[:-1]))})
+        yield _with_containers(to_items(rows, offsets, columns.carried, places), base)
+
+
+def _find_validators(rows: pa.Table) -> pa.Array:
+    """What the rows say that changes with the bytes: the ETag, else time and size of the last change."""
+    missing = pa.nulls(rows.num_rows, pa.string())
+
+    def text(name: str) -> pa.Array:
+        if name not in rows.column_names or pa.types.is_nested(rows.schema.field(name).type):
+            return missing
+        found = pc.cast(rows[name].combine_chunks(), pa.string(), safe=False)
+        return pc.if_else(pc.equal(found, ""), missing, found)
+
+    modified = pc.binary_join_element_wise(text("last_modified"), text("size"), " size ")
+    found = pc.coalesce(pc.binary_join_element_wise("etag ", text("etag"), ""), modified)
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
 def _payload_column(schema: pa.Schema, options: InventoryOptions) -> str | None:

@@ -29,8 +29,8 @@ from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import AlreadyExists
 
 PLAN_JSON = "plan/plan.json"
-FORMAT_VERSION = 2
-"""Format 1 numbered the items in a column `row_id` (iab-vision 0.1)."""
+FORMAT_VERSION = 3
+"""Format 1 numbered the items in a column `row_id` (iab-vision 0.1); 2 had no `validator`."""
 ITEMS_PER_GROUP = 16_384
 ROWS_PER_GROUP = 65_536
 """A row group is read as a whole by whoever needs one item of it: 16k items, or fewer if they fan out far."""
@@ -43,10 +43,12 @@ LOCATION = pa.schema(
         pa.field("offset", pa.int64()),
         pa.field("length", pa.int64()),
         pa.field("payload_column", pa.string()),
+        pa.field("validator", pa.string()),
     ]
 )
 """Where an item's bytes are: at `uri`; or at `container` instead; there in bytes [offset, offset + length);
-or in row `offset` of its Parquet column `payload_column`."""
+or in row `offset` of its Parquet column `payload_column`. `validator` is what the inventory says that changes
+with the bytes, if anything."""
 
 
 class NoPlan(InputError):
