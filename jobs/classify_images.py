@@ -9,13 +9,15 @@ interrupted run and does nothing to a finished one.
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from obstore.exceptions import BaseError
 
 from jobs.certificate_gate import require_certificate
-from jobs.config import ClassifyConfig
+from jobs.config import ClassificationConfig, ClassifyConfig
 from jobs.engines import open_engine
 from jobs.errors import checking_input
 from jobs.progress import ClassifyProgress
@@ -44,10 +46,17 @@ KEPT = "what is recorded stays recorded, and the same command continues it"
 
 def run(config: ClassifyConfig) -> int:
     """Prepare, classify what is missing, publish, report; or say that it is all done."""
-    try:
+    with explaining_failures():
         prepared = prepare(config)
         with hold_run(prepared.ledger, prepared.state, take_over=config.take_over):
             return carry_out(prepared, config)
+
+
+@contextmanager
+def explaining_failures() -> Iterator[None]:
+    """Report failures of storage and requests to stop as a `JobFailed` that says what is kept."""
+    try:
+        yield
     except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
         raise JobFailed(f"{first_line(error)}; {KEPT}") from error
     except Stopped as stop:
@@ -68,20 +77,12 @@ def prepare(config: ClassifyConfig) -> Run:
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
         refuse_strangers(state, table)
         plan = inventory.plan(config.inventory, state, options=part_of(config, InventoryOptions))
-    details = {
-        "config": resolved(config),
-        "certified": certified,
-        "git_revision": git_revision(),
-        "versions": library_versions(),
-    }
+    details = describe_run(config, certified=certified)
     identity = runs.identity(bundle, plan, settings)
     ledger = Ledger.open(state, identity, n_items=plan.n_items, details=details, lease_s=config.lease_s)
     with checking_input():
         publish.refuse_foreign_files(ledger, table)
-    if not state.fenced:
-        log.warning(
-            "%s has no conditional put: two drivers started on it at once might both go on", redact(state.uri)
-        )
+    warn_if_unfenced(state)
     seconds = {"plan": time.monotonic() - started}
     return Run(settings, bundle, state, table, plan, ledger, certified, seconds=seconds)
 
@@ -95,24 +96,29 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
             runs.write_report(run)
         print(report.one_line(run.ledger, run.plan, run.table))
         return 0
-    if runs.is_missing_images(run):
-        folders = (run.state.uri, run.bundle.uri)
-        with open_engine(
-            config.engine,
-            ray_address=config.ray_address,
-            num_cpus=config.num_cpus,
-            provider=config.provider,
-            folders=folders,
-        ) as engine:
-            progress = ClassifyProgress(run.ledger.done.n_items, len(run.ledger.done))
-            runs.classify_missing(run, engine, progress)
+    classify_missing(run, config)
     runs.write_categories(run, open_storage(config.output))
     runs.publish_table(run)
     print(report.one_line(run.ledger, run.plan, run.table))
     return 0
 
 
-def runtime_spec(config: ClassifyConfig, bundle: Bundle) -> RuntimeSpec:
+def classify_missing(run: Run, config: ClassificationConfig) -> None:
+    """Classify what the ledger misses; starts no engine if that is nothing."""
+    if not runs.is_missing_images(run):
+        return
+    with open_engine(
+        config.engine,
+        ray_address=config.ray_address,
+        num_cpus=config.num_cpus,
+        provider=config.provider,
+        folders=(run.state.uri, run.bundle.uri),
+    ) as engine:
+        progress = ClassifyProgress(run.ledger.done.n_items, len(run.ledger.done))
+        runs.classify_missing(run, engine, progress)
+
+
+def runtime_spec(config: ClassificationConfig, bundle: Bundle) -> RuntimeSpec:
     """How sessions run, with `--precision auto` resolved."""
     runtime = RuntimeSpec(
         provider=config.provider, batch_size=config.batch_size, threads=config.threads_per_session
@@ -124,7 +130,7 @@ def runtime_spec(config: ClassifyConfig, bundle: Bundle) -> RuntimeSpec:
     return replace(runtime, precision=choice.precision)
 
 
-def run_settings(config: ClassifyConfig, bundle: Bundle) -> RunSettings:
+def run_settings(config: ClassificationConfig, bundle: Bundle) -> RunSettings:
     """The settings of a run as the command line names them."""
     return RunSettings(
         runtime=runtime_spec(config, bundle),
@@ -149,6 +155,19 @@ def refuse_strangers(state: Storage, table: Storage) -> None:
             )
 
 
-def resolved(config: ClassifyConfig) -> Any:
-    """The config as run.json keeps it, without the credentials in its URIs."""
-    return redacted(config.model_dump(mode="json", exclude={"debug", "config"}))
+def warn_if_unfenced(state: Storage) -> None:
+    """Say so where the storage cannot keep two drivers apart."""
+    if not state.fenced:
+        log.warning(
+            "%s has no conditional put: two drivers started on it at once might both go on", redact(state.uri)
+        )
+
+
+def describe_run(config: ClassificationConfig, *, certified: bool) -> dict[str, Any]:
+    """What run.json keeps beside the identity; without the credentials in the config's URIs."""
+    return {
+        "config": redacted(config.model_dump(mode="json", exclude={"debug", "config"})),
+        "certified": certified,
+        "git_revision": git_revision(),
+        "versions": library_versions(),
+    }

@@ -39,6 +39,8 @@ COMMANDS = {
     "export": Command("jobs.export_onnx", "ExportConfig", "turn a checkpoint into a certified ONNX bundle"),
     "certify": Command("jobs.certify_bundle", "CertifyConfig", "add this machine's certificate to a bundle"),
     "classify": Command("jobs.classify_images", "ClassifyConfig", "label an inventory into a Parquet table"),
+    "nightly": Command("jobs.run_nightly", "NightlyConfig", "publish a date, at the cost of what changed"),
+    "prune": Command("jobs.prune_table", "PruneConfig", "remove the oldest dates of a table"),
     "evaluate": Command(
         "jobs.evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"
     ),

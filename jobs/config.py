@@ -3,6 +3,7 @@
 A config is unpacked at the border: nothing below `jobs` ever sees one. How they are read is `settings.py`'s.
 """
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -152,8 +153,8 @@ class CertifyConfig(JobConfig):
     """How parity is measured; nothing is calibrated, so calibration_images is for `export` alone."""
 
 
-class ClassifyConfig(RayConfig):
-    """Label every image of an inventory with a bundle, exactly once, into a Parquet table."""
+class ClassificationConfig(RayConfig):
+    """Settings of commands that classify an inventory."""
 
     engine: Literal["auto", "local", "ray"] = "auto"
     """`local` runs in this process; `ray` on a cluster. `auto` is `ray` where an address names a cluster."""
@@ -162,14 +163,11 @@ class ClassifyConfig(RayConfig):
     """Table of URIs (Parquet, CSV, JSON lines), folder or prefix of images, Parquet with bytes, or tars."""
     bundle: str
     """Bundle made by `iab-vision export`."""
-    output: str
-    """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
     inventory_type: Literal["auto", "table", "images", "tars"] = field_of(InventoryOptions, "inventory_type")
     all_files: bool = field_of(InventoryOptions, "all_files")
     rename: dict[str, str] = field_of(InventoryOptions, "rename")
     drop_columns: list[str] = field_of(InventoryOptions, "drop_columns")
     image_column: str = field_of(InventoryOptions, "image_column")
-    keep_plan: bool = field_of(InventoryOptions, "keep_plan")
     top_k: int = Field(default=5, ge=1)
     """Labels kept per image."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "fp32"
@@ -218,6 +216,38 @@ class ClassifyConfig(RayConfig):
     """Limits of each image."""
     workers: Workers = Workers()
     """Pools and grain of the work."""
+
+
+class ClassifyConfig(ClassificationConfig):
+    """Label every image of an inventory with a bundle, exactly once, into a Parquet table."""
+
+    output: str
+    """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
+    keep_plan: bool = field_of(InventoryOptions, "keep_plan")
+
+
+class NightlyConfig(ClassificationConfig):
+    """Publish a date of a table: the whole inventory, of which only what changed is classified."""
+
+    table: str
+    """Folder for `images/run_date=DATE/` and `state/run_date=DATE/`."""
+    date: datetime.date
+    """The night, `YYYY-MM-DD`; a published one is not made again."""
+    replace: bool = False
+    """Publish the date again, as another generation: with another inventory or bundle."""
+    keep_failures: int = Field(default=7, ge=0)
+    """Nights for which a failure that does not pass by itself (such as not_found) is carried over."""
+
+
+class PruneConfig(JobConfig):
+    """Remove the oldest dates of a table of nights."""
+
+    table: CliPositionalArg[str]
+    """Folder written by `nightly`."""
+    keep_days: int = Field(ge=1)
+    """Days before the newest published date that are kept."""
+    dry_run: bool = False
+    """Say what would be removed, and remove nothing."""
 
 
 class PredictConfig(JobConfig):
@@ -285,10 +315,10 @@ class TaxonomyConfig(JobConfig):
 
 
 class VerifyConfig(JobConfig):
-    """Prove that a predictions folder or a bundle is whole and unaltered."""
+    """Prove that a predictions folder, a table of nights or a bundle is whole and unaltered."""
 
     path: CliPositionalArg[str]
-    """Folder written by `classify` or `export`."""
+    """Folder written by `classify`, `nightly` or `export`."""
 
 
 class DemoConfig(JobConfig):

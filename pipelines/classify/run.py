@@ -23,6 +23,7 @@ from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase
+from pipelines.ledger.layout import PLAIN, TableLayout
 from pipelines.ledger.ledger import Ledger, read_run_id
 from pipelines.ledger.parts import Committer, PartContext
 from pipelines.messages import Refused, redact
@@ -80,6 +81,9 @@ class Run:
     ledger: Ledger
     certified: bool
     """Whether a certificate covers what this process runs."""
+    layout: TableLayout = PLAIN
+    about: dict[str, Any] = field(default_factory=dict)
+    """More for the report."""
     images: int = 0
     """Recorded by this process."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -113,7 +117,7 @@ def is_published(run: Run) -> bool:
     """Whether the table is whole; finishes a publication that was interrupted after its last entry."""
     if run.ledger.state.phase is not Phase.PUBLISHED:
         return False
-    publish.finish(run.ledger, run.state, run.table)
+    publish.finish(run.ledger, run.state, run.table, run.layout)
     return True
 
 
@@ -161,8 +165,14 @@ def publish_table(run: Run) -> None:
     if run.ledger.state.phase is Phase.RUNNING:
         _check_budget(run)
     started = time.monotonic()
-    rows_per_file = run.settings.workers.rows_per_file
-    publish.publish(run.ledger, run.plan, run.state, run.table, rows_per_file=rows_per_file)
+    publish.publish(
+        run.ledger,
+        run.plan,
+        run.state,
+        run.table,
+        rows_per_file=run.settings.workers.rows_per_file,
+        layout=run.layout,
+    )
     run.seconds["publish"] = time.monotonic() - started
     write_report(run)
 
@@ -176,9 +186,24 @@ def write_report(run: Run) -> None:
         "providers": sorted({each["provider"] for each in sessions}),
         "precision": run.settings.runtime.precision,
         "certified": all(each["certified"] for each in sessions),
+        **run.about,
     }
     seconds = {name: round(value, 3) for name, value in run.seconds.items()}
     report.write(run.state, run.ledger, run.plan, {"images": run.images, "seconds": seconds}, about)
+
+
+def part_context(run: Run, *, final: bool) -> PartContext:
+    """What every row that this run writes has in common."""
+    return PartContext(
+        state_uri=run.state.uri,
+        generation=run.ledger.state.generation,
+        run_id=read_run_id(run.state),
+        model_id=run.bundle.model_id,
+        precision=run.settings.runtime.precision,
+        taxonomy=run.bundle.spec.taxonomy,
+        cattax=run.bundle.manifest.cattax,
+        final=final,
+    )
 
 
 def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table]:
@@ -192,21 +217,11 @@ def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table
         local_cores=engine.local_cores,
     )
     fetch = settings.fetch.shared_by(pools.load_actors)
-    target = PartContext(
-        state_uri=run.state.uri,
-        generation=run.ledger.state.generation,
-        run_id=read_run_id(run.state),
-        model_id=bundle.model_id,
-        precision=settings.runtime.precision,
-        taxonomy=bundle.spec.taxonomy,
-        cattax=bundle.manifest.cattax,
-        final=final,
-    )
     return engine.run_dataflow(
         work_list(run.ledger.done.missing(), pools.items_per_batch),
         Source(run.state.uri, bundle.spec.image_spec, settings.decode, fetch),
         Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
-        target,
+        part_context(run, final=final),
         pools,
     )
 

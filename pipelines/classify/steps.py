@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.predictor import open_predictor
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.classify.known import Known
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.load import load
 from pipelines.fetch.settings import FetchLimits
@@ -92,6 +93,7 @@ class Loader:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._plan = open_plan(open_storage(source.state_uri))
+        self._known = Known(open_storage(source.state_uri))
         self._fetcher = Fetcher(source.fetch)
         self._decoder = DecoderProcess(source.image_spec, source.decode)
         self._decoding = threading.Lock()
@@ -104,12 +106,14 @@ class Loader:
         """
         for ranges in batches["ranges"].to_pylist():
             items = self._plan.items([(span["start"], span["stop"]) for span in ranges])
+            item_ids = items["item_id"].to_pylist()
             yield load(
                 self._fetcher,
-                sources_of(items),
-                item_ids=items["item_id"].to_pylist(),
+                self._known.put_earlier(sources_of(items), item_ids),
+                item_ids=item_ids,
                 spec=self._source.image_spec,
                 decode=self._decode,
+                knows=self._known.knows,
             )
 
     def close(self) -> None:

@@ -4,6 +4,8 @@
     GENERATIONS  part-00000-g2.parquet, never rewritten; `_SUCCESS` is a JSON manifest of the files that
                  count, as S3A's committers write it
 
+A night's rows have the column `carried_from` too.
+
 A reader of a table of generations reads the files that the manifest lists, and the manifest again: if it is
 unchanged, what was read is one generation, whole.
 """
@@ -14,20 +16,31 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines.ledger.entries import LedgerState, TableFile
+from pipelines.schema import nights_schema, predictions_schema
 
 SUCCESS = "_SUCCESS"
 _FILE_NAME = re.compile(r"part-(?P<number>\d{5,})(-g(?P<generation>\d+))?\.parquet")
 
 
+def _keep(rows: pa.Table) -> pa.Table:
+    return rows
+
+
 @dataclass(frozen=True)
 class TableLayout:
-    """The names and the marker of one kind of table."""
+    """The names, the marker and the columns of one kind of table."""
 
     name_file: Callable[[int, int], str]
     """File number and generation -> name."""
     encode_marker: Callable[[LedgerState], bytes]
     """Published state -> the bytes of `_SUCCESS`."""
+    schema: Callable[[pa.Schema], pa.Schema]
+    """The caller's carried columns -> the schema of every file."""
+    complete: Callable[[pa.Table], pa.Table] = _keep
+    """Rows of a part -> the same rows with the results of earlier nights put in."""
 
 
 def _name_plain(number: int, generation: int) -> str:
@@ -52,8 +65,8 @@ def decode_manifest(payload: bytes) -> Mapping[str, Any]:
     return manifest
 
 
-PLAIN = TableLayout(_name_plain, lambda state: b"")
-GENERATIONS = TableLayout(_name_generation, encode_manifest)
+PLAIN = TableLayout(_name_plain, lambda state: b"", predictions_schema)
+GENERATIONS = TableLayout(_name_generation, encode_manifest, nights_schema)
 
 
 def detect_layout(names: Iterable[str]) -> TableLayout:

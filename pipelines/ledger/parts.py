@@ -27,7 +27,7 @@ from pipelines.ledger.item_set import ItemSet, Range, count, ids_of, ranges_of
 from pipelines.ledger.ledger import Ledger
 from pipelines.messages import JobFailed
 from pipelines.schema import ITEM_ID
-from pipelines.status import TRANSIENT, Status
+from pipelines.status import CARRIED, TRANSIENT, Status
 from pipelines.storage.storage import Storage, open_storage
 
 _HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
@@ -66,14 +66,14 @@ class WriteResult:
 def write_batch(scored: pa.Table, context: PartContext) -> pa.Table:
     """One batch of `schema.SCORED` -> part files -> for each a row of text columns for the driver."""
     state, plan = _open_state(context.state_uri)
-    pieces = _split_by_rows(drop_repeats(scored), plan)
+    pieces = split_by_rows(drop_repeats(scored), plan)
     written = [write_part(piece, plan, state, context) for piece in pieces]
     parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
     deferred = [json.dumps(one.deferred) for one in written]
     return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
 
 
-def _split_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
+def split_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
     """Distinct items in pieces that answer for ROWS_AT_ONCE rows, or for those of ITEMS_AT_ONCE items."""
     start = n_rows = 0
     for at in range(0, scored.num_rows, ITEMS_AT_ONCE):
@@ -109,9 +109,7 @@ def write_part(scored: pa.Table, plan: Plan, state: Storage, context: PartContex
         scored = scored.filter(pc.invert(passing))
     if not scored.num_rows:
         return WriteResult(None, deferred)
-    return WriteResult(
-        _store_part(join_plan_rows(scored, plan, context), state, context.generation), deferred
-    )
+    return WriteResult(store_part(join_plan_rows(scored, plan, context), state, context.generation), deferred)
 
 
 def drop_repeats(scored: pa.Table) -> pa.Table:
@@ -121,12 +119,15 @@ def drop_repeats(scored: pa.Table) -> pa.Table:
 
 
 def join_plan_rows(scored: pa.Table, plan: Plan, context: PartContext) -> pa.Table:
-    """Every table row that these items answer for, with its item id in front of the table's columns."""
-    items = plan.items(ranges_of(scored["item_id"].to_numpy()), ["uri", "table_rows"])
+    """Rows of `schema.part_schema`: every table row that these items answer for.
+
+    `scored` may say itself when and where its rows were classified: `classified_at`, `carried_from`.
+    """
+    items = plan.items(ranges_of(scored["item_id"].to_numpy()), ["uri", "validator", "table_rows"])
     rows = items["table_rows"].combine_chunks()
     owners = pc.list_parent_indices(rows)
     results = scored.take(owners)
-    fields = _part_schema(plan.carried)
+    fields = schema.part_schema(plan.carried)
     constants = {
         "cattax": context.cattax,
         "model_id": context.model_id,
@@ -134,23 +135,23 @@ def join_plan_rows(scored: pa.Table, plan: Plan, context: PartContext) -> pa.Tab
         "run_id": context.run_id,
         "taxonomy": context.taxonomy,
         "classified_at": datetime.now(UTC),
+        schema.CARRIED_FROM.name: None,
     }
-    columns = {ITEM_ID: results["item_id"], "uri": items["uri"].take(owners)}
+    columns = {
+        name: pa.repeat(pa.scalar(value, fields.field(name).type), len(owners))
+        for name, value in constants.items()
+    }
+    columns |= {name: results[name] for name in scored.column_names if name in fields.names}
+    columns |= {f"__{name}": results[name] for name in schema.RESPONSE.names}
+    columns |= {ITEM_ID: results["item_id"], "uri": items["uri"].take(owners)}
+    columns["__validator"] = items["validator"].take(owners)
     given = rows.flatten()  # its fields by position: pyarrow takes a name like `.a` for a path
     columns |= {field.name: pc.struct_field(given, [index]) for index, field in enumerate(given.type)}
-    columns |= {name: results[name] for name in schema.PREDICTIONS_TAIL.names if name not in constants}
-    for name, value in constants.items():
-        columns[name] = pa.repeat(pa.scalar(value, fields.field(name).type), len(owners))
     return pa.table([columns[name] for name in fields.names], schema=fields)
 
 
-def _part_schema(carried: pa.Schema) -> pa.Schema:
-    """The schema of a part: the item id, then the published columns."""
-    return pa.schema([pa.field(ITEM_ID, pa.int64(), nullable=False), *schema.predictions_schema(carried)])
-
-
-def _store_part(table: pa.Table, state: Storage, generation: int) -> Part:
-    """Write rows of `_part_schema` under a fresh name in one atomic put."""
+def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
+    """Write rows of `schema.part_schema` under a fresh name in one atomic put."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     payload = buffer.getvalue()
@@ -162,7 +163,7 @@ def _store_part(table: pa.Table, state: Storage, generation: int) -> Part:
         bytes=len(payload),
         items=tuple(ranges_of(np.unique(table[ITEM_ID].to_numpy()))),
         rows=table.num_rows,
-        statuses=count_values(table["status"]),
+        statuses=_count_statuses(table["status"]),
         hosts=_count_failing_hosts(table),
     )
 
@@ -189,7 +190,7 @@ def _drop_items(part: Part, state: Storage, repeats: Sequence[Range], generation
         return None
     table = read_part(part, state)
     outside = pc.invert(pc.is_in(table[ITEM_ID], pa.array(ids_of(repeats))))
-    return _store_part(table.filter(outside), state, generation)
+    return store_part(table.filter(outside), state, generation)
 
 
 def count_values(column: pa.ChunkedArray) -> dict[str, int]:
@@ -199,9 +200,15 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted(pairs))
 
 
+def _count_statuses(statuses: pa.ChunkedArray) -> dict[str, int]:
+    """Rows by status; only results with labels are taken over from an earlier night."""
+    carried = pc.is_in(statuses, pa.array(sorted(CARRIED)))
+    return count_values(pc.if_else(carried, Status.OK.value, statuses))
+
+
 def _count_failing_hosts(table: pa.Table) -> dict[str, int]:
     """The hosts (or buckets) that most rows without a label come from."""
-    failed = table.filter(pc.not_equal(table["status"], Status.OK.value))
+    failed = table.filter(pc.invert(pc.is_in(table["status"], pa.array([Status.OK.value, *sorted(CARRIED)]))))
     by_host = count_values(pc.struct_field(pc.extract_regex(failed["uri"], _HOST), "host"))
     return dict(sorted(by_host.items(), key=lambda pair: -pair[1])[:HOSTS_KEPT])
 

@@ -37,7 +37,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import schema
 from pipelines.inventory.plan import Plan
 from pipelines.ledger.entries import LedgerState, Part, Phase, TableFile
 from pipelines.ledger.item_set import ItemSet, Range, ids_of, join_adjacent, ranges_of
@@ -52,7 +51,6 @@ from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import count_values, parts_folder, read_part
 from pipelines.ledger.republish import list_row_items, replace_rows
 from pipelines.messages import InputError, JobFailed
-from pipelines.schema import ITEM_ID
 from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage, sha256_of
 from pipelines.storage.uris import AlreadyExists, is_local, local_path
@@ -95,7 +93,7 @@ def publish(
         with ledger.detect_rival():
             _withdraw_marker(ledger, table, layout)
             for content in files_to_write(ledger, plan, state, table, layout):
-                _write_file(content, ledger, plan, state, table)
+                _write_file(content, layout.schema(plan.carried), ledger, state, table)
         ledger.publish()
     finish(ledger, state, table, layout)
 
@@ -180,14 +178,14 @@ def files_to_write(
     generation = ledger.state.generation
     if ledger.state.reopened:
         for file in _stale_files(ledger.state):
-            rows = replace_rows(file, ledger, plan, state, table)
+            rows = replace_rows(file, ledger, plan, state, table, layout)
             yield FileContent(rename_file(file, generation, layout), file.items, rows, replaces=file)
         return
     for number, parts in enumerate(assign_parts(ledger.state)):
         name = layout.name_file(number, generation)
         if name not in ledger.state.files:
             items = tuple(join_adjacent(span for part in parts for span in part.items))
-            rows = (read_part(part, state).drop_columns([ITEM_ID]) for part in parts)
+            rows = (layout.complete(read_part(part, state)) for part in parts)
             yield FileContent(name, items, rows)
 
 
@@ -218,14 +216,16 @@ def assign_parts(state: LedgerState) -> list[list[Part]]:
     return files
 
 
-def _write_file(content: FileContent, ledger: Ledger, plan: Plan, state: Storage, table: Storage) -> None:
+def _write_file(
+    content: FileContent, fields: pa.Schema, ledger: Ledger, state: Storage, table: Storage
+) -> None:
     """Write one table file under its final name in one atomic put, and enter it in the ledger.
 
     Raises:
         JobFailed: the file that it replaces is not the one that the ledger lists.
         AlreadyExists: another driver has written the file meanwhile.
     """
-    fields, generation = schema.predictions_schema(plan.carried), ledger.state.generation
+    generation = ledger.state.generation
     with _open_spool(state, generation) as spool:
         file = _encode_file(content, fields, generation, spool)
         seen = table.version(content.name)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import schema
 from pipelines.inventory.plan import Plan
 from pipelines.ledger.entries import Part, TableFile
 from pipelines.ledger.item_set import Range, ids_of
+from pipelines.ledger.layout import TableLayout
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.parts import read_part
 from pipelines.schema import ITEM_ID
@@ -46,14 +46,14 @@ def item_batches(items: Sequence[Range], plan: Plan) -> Iterator[pa.Table]:
 
 
 def replace_rows(
-    file: TableFile, ledger: Ledger, plan: Plan, state: Storage, table: Storage
+    file: TableFile, ledger: Ledger, plan: Plan, state: Storage, table: Storage, layout: TableLayout
 ) -> Iterator[pa.Table]:
     """The published file row group by row group, with the rerun items' rows replaced in place."""
     sequence = list_row_items(file.items, plan)
     changed = np.isin(sequence, ids_of(ledger.state.reopened))
-    fields = schema.predictions_schema(plan.carried)
-    fresh = _read_fresh_rows(ledger.state.parts, sequence[changed], state)
-    fresh = _sort_in_file_order(fresh, sequence[changed]).cast(fields)
+    fields = layout.schema(plan.carried)
+    fresh = layout.complete(_read_fresh_rows(ledger.state.parts, sequence[changed], state))
+    fresh = _sort_in_file_order(fresh, sequence[changed]).select(fields.names).cast(fields)
     source = pq.ParquetFile(table.open_input(file.name))
     start = used = 0
     for number in range(source.num_row_groups):
@@ -78,4 +78,4 @@ def _sort_in_file_order(fresh: pa.Table, item_ids: np.ndarray) -> pa.Table:
     """Rows put in the order in which their items follow each other in the file, without the item id."""
     distinct, first = np.unique(item_ids, return_index=True)
     rank = first[np.searchsorted(distinct, fresh[ITEM_ID].to_numpy())]
-    return fresh.take(np.argsort(rank, kind="stable")).drop_columns([ITEM_ID])
+    return fresh.take(np.argsort(rank, kind="stable"))

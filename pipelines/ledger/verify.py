@@ -237,7 +237,7 @@ def _check_rows(found: Predictions) -> Check:
 
 def _find_row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
     """What is wrong inside one file; one problem is enough."""
-    fields = schema.predictions_schema(found.plan.carried)
+    fields = detect_layout(found.ledger.state.files).schema(found.plan.carried)
     try:
         source = pq.ParquetFile(found.table.open_input(file.name))
         if not source.schema_arrow.equals(fields):

@@ -139,7 +139,7 @@ def small_graph(n_classes: int = 5, height: int = 4, width: int = 6) -> bytes:
     return model.SerializeToString()
 
 
-def small_bundle(uri: str | Path, *, certificates=None) -> Manifest:
+def small_bundle(uri: str | Path, *, certificates=None, thresholds=None) -> Manifest:
     """A bundle around `small_graph`, with a passing cpu-fp32 certificate unless others are given."""
     labels = pa.table(
         {
@@ -157,7 +157,9 @@ def small_bundle(uri: str | Path, *, certificates=None) -> Manifest:
     files = {MODEL_FILES[precision]: small_graph() for precision in sorted(precisions)}
     files["labels.parquet"] = bundle.labels_bytes(labels)
     manifest = Manifest(
-        model=ModelSpec(CLASS_IDS, "iab-content-3.1", ImageSpec(height=4, width=6), thresholds={"483": 0.5}),
+        model=ModelSpec(
+            CLASS_IDS, "iab-content-3.1", ImageSpec(height=4, width=6), thresholds=thresholds or {"483": 0.5}
+        ),
         cattax=9,
         temperatures=dict.fromkeys(precisions, 1.0),
         opset=23,

@@ -78,7 +78,7 @@ def small_run(uri: str | Path, n_items: int = 20, *, host: str = "host") -> Smal
     columns = {
         "uri": [f"https://{host}{item % 4}.example/{item}.jpg" for item in range(n_items)],
         "table_rows": rows,
-        **dict.fromkeys(["container", "offset", "length", "payload_column"], [None] * n_items),
+        **dict.fromkeys(["container", "offset", "length", "payload_column", "validator"], [None] * n_items),
     }
     items = pa.table(columns, schema=pa.schema([field for field in fields if field.name != "item_id"]))
     state = open_storage(join(str(uri), "state"))

@@ -1,0 +1,52 @@
+"""DuckDB over the Parquet files of a night, in bounded memory: what does not fit goes to a local folder."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from pipelines.machine import cores
+from pipelines.storage.storage import Storage
+from pipelines.storage.uris import is_local, local_path
+
+MEMORY_LIMIT = "1GB"
+MOST_THREADS = 4
+"""Each thread holds buffers of its own, so that more of them would need more memory."""
+
+
+@contextmanager
+def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An empty database that spills to a local folder."""
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": MEMORY_LIMIT,
+        "threads": min(MOST_THREADS, cores()),
+        "preserve_insertion_order": False,
+        "temp_directory": str(folder),
+    }
+    with duckdb.connect(config=settings) as database:
+        database.execute("SET TimeZone = 'UTC'")
+        yield database
+
+
+def create_view(
+    database: duckdb.DuckDBPyConnection, name: str, storage: Storage, paths: Sequence[str]
+) -> None:
+    """Make Parquet files of a storage the view `name`; there is at least one."""
+    if is_local(storage.uri):
+        files = [str(local_path(storage.uri) / path) for path in paths]
+        quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+        database.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet([{quoted}])")
+        return
+    filesystem, folder = storage.filesystem_and_path()
+    found = pads.dataset([f"{folder.rstrip('/')}/{path}" for path in paths], filesystem=filesystem)
+    database.register(name, found)
+
+
+def write_arrow(table: pa.Table, local: Path) -> None:
+    """An Arrow file of one batch, so that its columns can be mapped as they are."""
+    with pa.OSFile(str(local), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)

@@ -1,0 +1,105 @@
+"""Where the nights of a table are, and which are published.
+
+    TABLE/images/run_date=D/      the files of a night, `_SUCCESS` last
+    TABLE/state/run_date=D/       the run that made it; its reports, verdict.json
+    TABLE/state/run_date=D/g2/    the run that replaced it from generation 2 on, if one did
+
+Readers look at `images/` only. What is said here of a night comes from its `_SUCCESS` and its `run.json`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pipelines.ledger.layout import SUCCESS, decode_manifest
+from pipelines.ledger.ledger import RUN_JSON
+from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import join
+
+IMAGES, STATE = "images", "state"
+RESULT_KEY = ("model_id", "precision", "top_k", "max_pixels", "max_side")
+"""What a result follows from beside the image's bytes: only results of equal settings are carried over."""
+_MARKER = re.compile(rf"run_date=(\d{{4}}-\d\d-\d\d)/{SUCCESS}")
+_RUN = re.compile(r"g(\d+)/.*")
+
+
+@dataclass(frozen=True)
+class Night:
+    """One published date."""
+
+    date: date
+    table: Storage
+    state: Storage
+    """Of the run that published it."""
+    generation: int
+    files: tuple[str, ...]
+    n_rows: int
+    identity: Mapping[str, Any]
+    """As the run's ledger has it."""
+
+    @property
+    def result_key(self) -> tuple[object, ...]:
+        """The values of `RESULT_KEY`."""
+        return tuple(self.identity.get(name) for name in RESULT_KEY)
+
+
+@dataclass(frozen=True)
+class DateFolders:
+    """The folders of one date of a table."""
+
+    table_uri: str
+    date: date
+
+    @property
+    def images(self) -> Storage:
+        """The published files."""
+        return open_storage(join(self.table_uri, IMAGES, f"run_date={self.date}"))
+
+    @property
+    def root(self) -> Storage:
+        """The state of the date: its first run, and the reports of its last."""
+        return open_storage(join(self.table_uri, STATE, f"run_date={self.date}"))
+
+    def run(self, first_generation: int) -> Storage:
+        """The state of the run that begins with this generation."""
+        root = self.root
+        return root if first_generation == 1 else open_storage(join(root.uri, f"g{first_generation}"))
+
+    def runs(self) -> list[int]:
+        """The first generations of the runs that were begun, in order."""
+        paths = [entry.path for entry in self.root.list()]
+        replacing = {int(found[1]) for path in paths if (found := _RUN.fullmatch(path))}
+        first = {1} if any(path.startswith(("plan/", "ledger/")) for path in paths) else set()
+        return sorted(first | replacing)
+
+
+def find_nights(table_uri: str, *, until: date | None = None) -> list[Night]:
+    """The published nights by date, up to and including one."""
+    images = open_storage(join(table_uri, IMAGES))
+    found = (_MARKER.fullmatch(entry.path) for entry in images.list())
+    dates = sorted(date.fromisoformat(marker[1]) for marker in found if marker)
+    return [_read_night(DateFolders(table_uri, day)) for day in dates if until is None or day <= until]
+
+
+def _read_night(folders: DateFolders) -> Night:
+    manifest = decode_manifest(folders.images.read(SUCCESS))
+    first = max(run for run in folders.runs() if run <= manifest["generation"])
+    state = folders.run(first)
+    return Night(
+        date=folders.date,
+        table=folders.images,
+        state=state,
+        generation=manifest["generation"],
+        files=tuple(file["name"] for file in manifest["files"]),
+        n_rows=sum(file["rows"] for file in manifest["files"]),
+        identity=json.loads(state.read(RUN_JSON))["identity"],
+    )
+
+
+def find_reusable(nights: Sequence[Night], identity: Mapping[str, Any]) -> list[Night]:
+    """The nights whose results are those that a run of this identity would have."""
+    wanted = tuple(identity.get(name) for name in RESULT_KEY)
+    return [night for night in nights if night.result_key == wanted]
