@@ -18,9 +18,9 @@ cells finds small changes everywhere. The conditional test of two rates (Przybor
 all signals of a night p-values are corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979).
 
 Pictures come in series, so counts of nights vary more than those of independent draws. All counts are divided
-by the design effect: the median of the past nights' chi-squared over its median without series (Rao, Scott,
-Journal of the American Statistical Association 76, 1981). A median, so that one night of drift does not hide
-the next.
+by the design effect: chi-squared over its degrees of freedom, each past night against the others, on average
+(Rao and Scott, Journal of the American Statistical Association 76, 1981). The highest fifth of the nights is
+left out, so that a night of drift does not hide the next.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special, stats
+from scipy import special
 
 Counts = Mapping[str, int]
 """Images by category, or by another cell."""
@@ -40,6 +40,8 @@ MIN_IMAGES = 100
 """Images of tonight, and of the past nights together, below which nothing is said."""
 MIN_NIGHTS = 2
 """Past nights from which the design effect is estimated; with fewer it is 1."""
+TRIMMED = 5
+"""One night in so many is left out of the design effect, the one that differs most."""
 MIN_EXPECTED = 5.0
 """Smallest expected count of a cell of its own."""
 MAX_P = 0.001
@@ -149,13 +151,14 @@ def has_enough(signal: Signal) -> bool:
 
 def measure(signal: Signal) -> Drift:
     """The effect and the uncorrected p-value of one signal."""
+    if not has_enough(signal):
+        n_images = sum(signal.tonight.values())
+        return Drift(signal, n_images, _sum_past(signal), 0.0, 0.0, 0.0, 1.0, 1.0, ())
     ids = sorted({*signal.tonight, *(one for night in signal.past for one in night)})
     tonight = _as_array(signal.tonight, ids)
-    nights = np.array([_as_array(night, ids) for night in signal.past]).reshape(-1, len(ids))
+    nights = np.array([_as_array(night, ids) for night in signal.past])
     past = nights.sum(axis=0)
     n, m = float(tonight.sum()), float(past.sum())
-    if not has_enough(signal):
-        return Drift(signal, int(n), int(m), 0.0, 0.0, 0.0, 1.0, 1.0, ())
     effect = find_design_effect(nights)
     cells = pool_rare(np.stack([tonight, past]) / effect)
     cells_p = p_by_category(tonight / effect, past / effect)
@@ -182,15 +185,15 @@ def find_design_effect(nights: Array) -> float:
         nights: counts `[nights, categories]`.
     """
     nights = nights[nights.sum(axis=1) >= MIN_IMAGES]
-    if len(nights) < MIN_NIGHTS:
+    nights = nights[:, nights.any(axis=0)]
+    if len(nights) < MIN_NIGHTS or nights.shape[1] < 2:
         return 1.0
-    total = nights.sum(axis=0)
-    ratios = []
-    for night in nights:
-        cells = pool_rare(np.stack([night, total - night]))
-        if cells.shape[1] > 1 and cells.sum(axis=1).all():
-            ratios.append(_chi_squared(cells) / stats.chi2.median(cells.shape[1] - 1))
-    return max(1.0, float(np.median(ratios))) if ratios else 1.0
+    sizes, total = nights.sum(axis=1, keepdims=True), nights.sum()
+    expected = sizes * nights.sum(axis=0) / total
+    # Chi-squared against the other nights; its mean is the degrees of freedom, however small the counts are.
+    chi_squared = ((nights - expected) ** 2 / expected).sum(axis=1) / (1 - sizes[:, 0] / total)
+    ratios = np.sort(chi_squared) / (nights.shape[1] - 1)
+    return max(1.0, float(ratios[: len(ratios) - len(ratios) // TRIMMED].mean()))
 
 
 def pool_rare(counts: Array) -> Array:

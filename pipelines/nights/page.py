@@ -1,0 +1,79 @@
+"""Documents and pictures -> self-contained pages. The template engine escapes whatever comes from tables."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jinja2
+
+from pipelines.nights.pictures import Gallery, Picture
+from pipelines.taxonomy.taxonomy import SEPARATOR
+
+REPORT_HTML = "report.html"
+UNKNOWN = "–"
+
+
+def render_night(document: Mapping[str, Any], gallery: Gallery, name_of: Callable[[str], str]) -> str:
+    """The page of one night, from `report.describe` and its pictures."""
+    return _environment().get_template("night.html").render(d=document, g=gallery, name_of=name_of)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader("pipelines.nights"), jinja2.PackageLoader("pipelines.evaluation")]
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {
+        "count": count,
+        "decimal": decimal,
+        "duration": duration,
+        "groupby_in_order": group_by_category,
+        "leaf": lambda path: path.rsplit(SEPARATOR, maxsplit=1)[-1],
+        "p_value": p_value,
+        "percent": percent,
+        "points": points,
+        "words": lambda name: name.replace("_", " "),
+    }
+    return environment
+
+
+def group_by_category(pictures: Iterable[Picture]) -> list[tuple[str, list[Picture]]]:
+    """Pictures by Tier 1 category, in their order."""
+    groups = itertools.groupby(pictures, key=lambda picture: picture.tier1_id)
+    return [(tier1_id, list(group)) for tier1_id, group in groups]
+
+
+def count(value: float | None) -> str:
+    """12345 -> "12,345"; a dash where it is unknown."""
+    return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def decimal(value: float | None, places: int) -> str:
+    """0.81234 -> "0.812"; a dash where it is unknown."""
+    return UNKNOWN if value is None else f"{value:,.{places}f}"
+
+
+def percent(value: float | None) -> str:
+    """0.8123 -> "81.2 %"; a dash where it is unknown."""
+    return UNKNOWN if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float) -> str:
+    """0.0312 -> "+3.1"."""
+    return f"{100 * value + 0:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0")
+
+
+def p_value(value: float) -> str:
+    """A p-value, "< 0.0001" where it is smaller."""
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
+def duration(seconds: float) -> str:
+    """4000 -> "1 h 07 min"; 75 -> "1 min 15 s"; 3.21 -> "3.2 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
