@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NoReturn
 
 from jobs.cluster import quieten
+from jobs.logs import start_logging
 from jobs.signals import stoppable
 from pipelines.messages import CommandError, InputError, JobFailed, Refused, Stopped, redact
 
@@ -45,6 +46,9 @@ COMMANDS = {
         "jobs.evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"
     ),
     "predict": Command("jobs.predict_images", "PredictConfig", "label a few images on the terminal"),
+    "submit": Command(
+        "jobs.submit_job", "SubmitConfig", "run a command on a Ray cluster, and end as it ends"
+    ),
     "taxonomy": Command("jobs.show_taxonomy", "TaxonomyConfig", "list or search the categories"),
     "verify": Command("jobs.verify_output", "VerifyConfig", "prove that predictions or a bundle are whole"),
 }
@@ -102,14 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def start_logging() -> None:
-    """Our own progress at INFO; of the libraries only what is wrong."""
-    form = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=form, datefmt="%Y-%m-%dT%H:%M:%S%z")
-    for package in ("jobs", "export", "pipelines"):
-        logging.getLogger(package).setLevel(logging.INFO)
-
-
 def parse(name: str, argv: Sequence[str]) -> "JobConfig":
     """The settings of a command. Raises InputError."""
     if name not in COMMANDS:
@@ -121,7 +117,7 @@ def parse(name: str, argv: Sequence[str]) -> "JobConfig":
 
 
 def run(name: str, settings: "JobConfig") -> int:
-    start_logging()
+    start_logging(settings.log_format, name)
     quieten()
     module = importlib.import_module(COMMANDS[name].module)
     try:

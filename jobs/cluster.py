@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from jobs.signals import handlers_kept
 from pipelines.machine import cores
@@ -28,6 +29,17 @@ def quieten() -> None:
         os.environ.setdefault(name, value)
 
 
+def use_token() -> None:
+    """Send Ray's token where this user has one; Ray's clients do so only when `RAY_AUTH_MODE` says it.
+
+    A cluster on this machine writes `~/.ray/auth_token`, and every `ray start --head` after that asks for it.
+    Only before Ray is imported does it take effect.
+    """
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if "RAY_AUTH_TOKEN" in os.environ or file.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def joins_cluster(address: str | None) -> bool:
     """Whether a cluster that others started is joined, rather than one started on this machine."""
     return bool(address or os.environ.get("RAY_ADDRESS"))
@@ -40,6 +52,7 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     Without an address, `RAY_ADDRESS` decides (set by `ray job submit`), else a local cluster is started.
     A process that is connected already is left as it is.
     """
+    use_token()
     import ray
     import ray.data
 

@@ -4,10 +4,11 @@ A config is unpacked at the border: nothing below `jobs` ever sees one. How they
 """
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from export.settings import ParitySettings
@@ -312,6 +313,72 @@ class TaxonomyConfig(JobConfig):
     words: CliPositionalArg[list[str]] = Field(default_factory=list)
     """Words that a category's id or path must hold; none lists all."""
     taxonomy: str = field_of(DataSettings, "taxonomy")
+
+
+class Entrypoint(BaseModel, frozen=True, extra="forbid"):
+    """What a job's driver needs of the node that it runs on; its workers ask for their own."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    num_cpus: float = Field(default=0, ge=0)
+    """CPUs; 0 also runs on a head that takes no work."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs."""
+    memory_bytes: int = Field(default=0, ge=0)
+    """Memory."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources of a node."""
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments of Ray's client."""
+        return {
+            "entrypoint_num_cpus": self.num_cpus or None,
+            "entrypoint_num_gpus": self.num_gpus or None,
+            "entrypoint_memory": self.memory_bytes or None,
+            "entrypoint_resources": self.resources or None,
+        }
+
+
+class SubmitConfig(JobConfig):
+    """Run a command as a job of a Ray cluster: `submit [settings] COMMAND …`; or status, logs, stop."""
+
+    job: CliPositionalArg[list[str]]
+    """The command and its settings; or `status`, `logs`, `stop` and a submission id."""
+    address: str | None = None
+    """Job server, as http://HOST:8265; unset: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine's."""
+    working_dir: str | None = None
+    """Folder sent along with the job (or a zip's URI); unset: what is installed on the cluster runs."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment of the job and its workers."""
+    entrypoint: Entrypoint = Entrypoint()
+    """What the job's driver needs."""
+    detach: bool = False
+    """Return once the job is submitted."""
+    again: bool = False
+    """Start the job also when it succeeded before."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Headers of every request, for a proxy in front of the cluster."""
+    ca_file: str | None = None
+    """Certificates to check the server's TLS certificate with; unset: the system's."""
+    insecure: bool = False
+    """Do not check the server's TLS certificate."""
+    reconnect_s: float = Field(default=300, ge=0)
+    """How long a job server that does not answer is asked again, seconds."""
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], *, command: str) -> Self:
+        """Settings before the submitted command are submit's own, all after it the command's."""
+        own = leading_flags(argv)
+        return super().parse([*argv[:own], *(["--", *argv[own:]] if argv[own:] else [])], command=command)
+
+
+def leading_flags(argv: Sequence[str]) -> int:
+    """How many arguments come before the first that is neither a flag of submit nor a flag's value."""
+    switches = {"--detach", "--again", "--insecure", "--debug", "--help", "-h"}
+    at = 0
+    while at < len(argv) and argv[at].startswith("-") and argv[at] != "--":
+        at += 1 if "=" in argv[at] or argv[at].replace("--no-", "--") in switches else 2
+    return min(at, len(argv))
 
 
 class VerifyConfig(JobConfig):

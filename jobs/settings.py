@@ -27,6 +27,7 @@ from pydantic_settings import (
 )
 
 from jobs.help_text import HelpText
+from jobs.logs import LogFormat
 from pipelines.messages import InputError
 from pipelines.specs import wrong_setting
 from pipelines.storage.uris import is_local
@@ -75,6 +76,8 @@ class JobConfig(BaseSettings):
     """YAML file with any of these settings."""
     debug: bool = False
     """Show the traceback of a failure."""
+    log_format: LogFormat = "text"
+    """`json` writes one JSON object for each line of the log."""
 
     @classmethod
     def settings_customise_sources(
@@ -95,10 +98,9 @@ class JobConfig(BaseSettings):
         Raises:
             InputError: an unknown flag or key, a value of the wrong type or out of its limits.
         """
-        below = read_yaml(argv)
         refuse_unknown_variables()
         try:
-            below = merged(below, Environment(cls)())
+            below = given_settings(cls, argv)
             flags: CliSettingsSource[Any] = CliSettingsSource(
                 cls,
                 f"iab-vision {command}",
@@ -111,6 +113,11 @@ class JobConfig(BaseSettings):
             raise InputError("; ".join(told)) from error
         except SettingsError as error:
             raise InputError(explain_flags(str(error), cls, command)) from error
+
+
+def given_settings(cls: type[JobConfig], argv: Sequence[str]) -> dict[str, Any]:
+    """What the YAML file and the environment say for a command: everything below its flags."""
+    return merged(read_yaml(argv), Environment(cls)())
 
 
 class Environment(EnvSettingsSource):

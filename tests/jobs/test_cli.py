@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -291,16 +290,6 @@ def test_a_stopped_command_says_so_in_one_line(
 def test_the_worked_classify_settings_are_accepted_whole() -> None:
     config = ClassifyConfig.parse(["--config", str(JOBS / "configs" / "classify.yaml")], command="classify")
     assert (config.provider, config.precision) == ("cuda", "fp16")
-
-
-def test_the_cluster_manifests_start_commands_that_exist() -> None:
-    job = yaml.safe_load((JOBS / "cluster" / "rayjob.yaml").read_text())["spec"]
-    assert job["rayClusterSpec"]["rayVersion"] == metadata.version("ray")
-    python, module, package, command, flag, settings = job["entrypoint"].split()
-    assert (python, module, package, flag) == ("python", "-m", "jobs", "--config")
-    assert command in cli.COMMANDS and (JOBS.parent / settings).exists()
-    launcher = yaml.safe_load((JOBS / "cluster" / "ray-up.yaml").read_text())
-    assert launcher["head_node_type"] in launcher["available_node_types"]
 
 
 def test_an_unexpected_value_error_is_a_bug_and_not_wrong_input(

@@ -1,0 +1,258 @@
+"""Jobs on a Ray cluster's job server: submitted once, followed to their end, stopped.
+
+The server may be restarted and its log stream may end early (ray#60665): what is asked here is asked again
+until it is answered, for as long as `patience_s`.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from jobs.cluster import use_token
+from pipelines.messages import InputError, JobFailed, first_line, root_cause
+
+STOPPED = 130
+"""Exit code for a job that was stopped, as shells count an interrupted command."""
+POLL_S = 1.0
+STOP_WAIT_S = 60
+"""Time from a job's SIGTERM to its SIGKILL, seconds; Ray's own 3 s are too short for a ledger entry."""
+Answer = TypeVar("Answer")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a cluster's job server is reached."""
+
+    address: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    verify: bool | str = True
+    """Whether TLS certificates are checked, or the authority's file that they are checked with."""
+    patience_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What the cluster is to run."""
+
+    base_id: str
+    entrypoint: str
+    runtime_env: Mapping[str, Any]
+    resources: Mapping[str, Any]
+    """Keywords `entrypoint_*` of Ray's client."""
+
+
+class RayJobs:
+    """A connection to a job server."""
+
+    def __init__(self, server: Server) -> None:
+        use_token()
+        if server.address:  # Ray takes this variable before the address that it is given
+            os.environ["RAY_API_SERVER_ADDRESS"] = server.address
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger(JobSubmissionClient.__module__).setLevel(
+            logging.ERROR
+        )  # its levels are set at import
+        self._patience_s = server.patience_s
+        try:
+            self._client = JobSubmissionClient(
+                server.address, headers=dict(server.headers), verify=server.verify
+            )
+        except AuthenticationError as error:
+            raise InputError(
+                "the cluster asks for a token and refused ours; put the cluster's token into RAY_AUTH_TOKEN "
+                "or into the file ~/.ray/auth_token (`ray get-auth-token` on the head shows it)"
+            ) from error
+        except (ConnectionError, RuntimeError, ValueError, FileNotFoundError) as error:
+            raise InputError(
+                f"no Ray job server answers: {first_line(error)}; give its address as --address http://HOST:8265"
+            ) from error
+
+    def submit(self, job: Submission, *, again: bool) -> str:
+        """Start a job, or find the attempt of it that runs or succeeded already; its submission id.
+
+        Args:
+            again: start another attempt of a job that succeeded.
+        """
+        attempt = 1
+        while True:
+            name = attempt_id(job.base_id, attempt)
+            known = self.find(name)
+            if known is None and self._started(name, job):
+                log.info("submitted as %s", name)
+                return name
+            known = known or self.details(name)
+            if known.status in ("PENDING", "RUNNING"):
+                log.info("%s runs already: attached to it", name)
+                return name
+            if known.status == "SUCCEEDED" and not again:
+                log.info("%s is done already (--again starts it once more)", name)
+                return name
+            attempt += 1
+
+    def _started(self, name: str, job: Submission) -> bool:
+        """Whether the job was started; False where another submission of it was first."""
+
+        def start() -> bool:
+            try:
+                self._client.submit_job(
+                    entrypoint=job.entrypoint,
+                    submission_id=name,
+                    runtime_env=dict(job.runtime_env),
+                    **job.resources,
+                )
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return False
+                raise JobFailed(f"the cluster did not take the job: {root_cause(str(error))}") from error
+            except ValueError as error:
+                raise InputError(f"the job's environment is wrong: {first_line(error)}") from error
+            return True
+
+        return self._asked(start)
+
+    def find(self, name: str) -> Any:
+        """What the server knows of a job, None if nothing."""
+        try:
+            return self._asked(lambda: self._client.get_job_info(name))
+        except RuntimeError as error:
+            if "status code 404" in str(error):
+                return None
+            raise
+
+    def details(self, name: str) -> Any:
+        """What the server knows of a job. Raises JobFailed when it knows nothing."""
+        found = self.find(name)
+        if found is None:
+            raise JobFailed(
+                f"the cluster knows no job {name}; after a restart of its head the same command starts it"
+            )
+        return found
+
+    def latest(self, base_id: str) -> str:
+        """The last attempt of a job."""
+        attempt = 1
+        while self.find(attempt_id(base_id, attempt + 1)):
+            attempt += 1
+        return attempt_id(base_id, attempt)
+
+    def list(self, prefix: str) -> list[Any]:
+        """The jobs whose id starts so, oldest first."""
+        jobs = self._asked(self._client.list_jobs)
+        ours = [job for job in jobs if (job.submission_id or "").startswith(prefix)]
+        return sorted(ours, key=lambda job: job.start_time or 0)
+
+    def stop(self, name: str) -> Any:
+        """Ask a job to stop and wait for its end, which it may put off by `STOP_WAIT_S`; its details."""
+        if not self.details(name).status.is_terminal():
+            self._asked(lambda: self._client.stop_job(name))
+        deadline = time.monotonic() + STOP_WAIT_S + 30
+        while not (details := self.details(name)).status.is_terminal():
+            if time.monotonic() > deadline:
+                raise JobFailed(f"{name} has not stopped; `iab-vision submit logs` shows why")
+            time.sleep(POLL_S)
+        return details
+
+    def follow(self, name: str, write: Callable[[str], None]) -> Any:
+        """Pass on a job's log as it grows, each character once, until the job ends; its details."""
+        shown, told = Shown(write), ""
+        while True:
+            details = self.details(name)
+            if details.status.is_terminal():
+                shown.whole(self._asked(lambda: self._client.get_job_logs(name)))
+                return details
+            if details.status == "PENDING":
+                if details.message and details.message != told:
+                    log.info("waiting: %s", told := details.message)
+            else:
+                self._stream(name, shown)
+            time.sleep(POLL_S)
+
+    def _stream(self, name: str, shown: "Shown") -> None:
+        """Pass on the log until the stream ends, for whatever reason; the main thread stays interruptible."""
+
+        async def tail() -> None:
+            shown.restart()
+            async for text in self._client.tail_job_logs(name):
+                shown.add(text)
+
+        def run() -> None:
+            import aiohttp
+
+            try:
+                asyncio.run(tail())
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                log.debug("the log stream of %s ended: %s", name, error)
+
+        reader = threading.Thread(target=run, name="job log", daemon=True)
+        reader.start()
+        while reader.is_alive():
+            reader.join(POLL_S / 2)
+
+    def _asked(self, question: Callable[[], Answer]) -> Answer:
+        """The server's answer, once it can be reached. Raises JobFailed after `patience_s`."""
+        import requests
+
+        deadline, told = time.monotonic() + self._patience_s, False
+        while True:
+            try:
+                return question()
+            except (requests.RequestException, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "status code 5" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise JobFailed(
+                        f"the job server has not answered for {self._patience_s:.0f} s; the job may still "
+                        "run, and the same command attaches to it"
+                    ) from error
+                if not told:
+                    log.warning("the job server does not answer; asking again for %.0f s", self._patience_s)
+                told = True
+                time.sleep(POLL_S)
+
+
+class Shown:
+    """How much of a log was passed on; a stream begun again repeats it from its first character."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._shown = self._position = 0
+
+    def restart(self) -> None:
+        """The stream begins again."""
+        self._position = 0
+
+    def add(self, text: str) -> None:
+        """Pass on what is new in the next piece of the stream."""
+        if new := text[max(0, self._shown - self._position) :]:
+            self._write(new)
+        self._position += len(text)
+        self._shown = max(self._shown, self._position)
+
+    def whole(self, text: str) -> None:
+        """Pass on what is new in the whole log."""
+        self.restart()
+        self.add(text)
+
+
+def exit_code(details: Any) -> int:
+    """The command's own exit code, 0 to 3 (1 also for a driver that was killed); `STOPPED` if stopped."""
+    if details.status == "STOPPED":
+        return STOPPED
+    code = details.driver_exit_code
+    if details.status == "SUCCEEDED":
+        return 0
+    return code if code in (1, 2, 3) else 1
+
+
+def attempt_id(base_id: str, attempt: int) -> str:
+    """The submission id of a job's n-th attempt: the server takes each id once."""
+    return base_id if attempt == 1 else f"{base_id}-a{attempt}"

@@ -1,0 +1,177 @@
+"""`iab-vision submit COMMAND …`: run a command as a job of a Ray cluster, and end as it ends.
+
+    iab-vision submit --address http://127.0.0.1:8265 classify --inventory s3://b/in.parquet --bundle …
+    iab-vision submit status|logs|stop ID
+
+The settings are checked here, before the cluster is asked. The submission id follows from the command and its
+settings, so the same line given twice, by a person or a scheduler, runs one job: the second attaches to it.
+Exit codes are the command's own; 130 for a job that was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs import ray_jobs
+from jobs.logs import RUN
+from jobs.ray_jobs import RayJobs, Server, Submission
+from jobs.settings import ENVIRONMENT, JobConfig, given_settings
+from pipelines.messages import InputError, JobFailed, Stopped
+
+if TYPE_CHECKING:
+    from jobs.config import SubmitConfig
+
+PREFIX = "iab-vision"
+ACTIONS = ("status", "logs", "stop")
+NOT_IDENTITY = {"debug", "config", "log_format", "ray_address", "num_cpus"}
+"""Settings that do not decide what a command makes."""
+
+log = logging.getLogger(__name__)
+
+
+def run(config: "SubmitConfig") -> int:
+    """Submit, attach to, show or stop a job; its exit code."""
+    word, *rest = config.job
+    if word in ACTIONS:
+        jobs = RayJobs(server_of(config))
+        if word == "status" and not rest:
+            return show(jobs.list(PREFIX))
+        if not rest:
+            raise InputError(f"{word} takes a submission id, or the command and settings that were submitted")
+        name = named_job(jobs, rest)
+        return {"status": status, "logs": watch, "stop": stop}[word](jobs, name)
+    try:
+        job = submission(config, word, rest)
+    except SystemExit:  # argparse, after the command's --help
+        return 0
+    jobs = RayJobs(server_of(config))
+    name = jobs.submit(job, again=config.again)
+    return 0 if config.detach else watch(jobs, name)
+
+
+def server_of(config: "SubmitConfig") -> Server:
+    """Where the settings say that the cluster's job server is."""
+    verify = config.ca_file or not config.insecure
+    return Server(config.address, config.headers, verify, config.reconnect_s)
+
+
+def submission(config: "SubmitConfig", command: str, argv: Sequence[str]) -> Submission:
+    """The job that runs a command on the cluster with the settings that it would have here.
+
+    What a YAML file or the environment says here travels as variables of the job: neither exists there.
+    """
+    settings = parsed(command, argv)
+    variables = {
+        ENVIRONMENT + name.upper(): value if isinstance(value, str) else json.dumps(value)
+        for name, value in given_settings(type(settings), argv).items()
+        if name != "config" and value is not None
+    }
+    name = base_id(command, settings)
+    job = {"RAY_JOB_STOP_WAIT_TIME_S": str(ray_jobs.STOP_WAIT_S), RUN: name}
+    runtime_env: dict[str, Any] = {"env_vars": job | variables | config.env}
+    if config.working_dir:
+        runtime_env |= {"working_dir": config.working_dir, "excludes": [".git", ".venv"]}
+    return Submission(
+        base_id=name,
+        entrypoint=shlex.join(["exec", "python", "-m", "jobs", command, *without_config(argv)]),
+        runtime_env=runtime_env,
+        resources=config.entrypoint.keywords(),
+    )
+
+
+def parsed(command: str, argv: Sequence[str]) -> JobConfig:
+    """The settings of a command, checked. Raises InputError."""
+    from jobs.cli import parse
+
+    if command == "submit":
+        raise InputError("submit cannot submit itself")
+    return parse(command, argv)
+
+
+def without_config(argv: Sequence[str]) -> list[str]:
+    """The command line without `--config FILE`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(list(argv))[1]
+
+
+def base_id(command: str, settings: JobConfig) -> str:
+    """The same id for the same command and settings; for a night, for the same table and date."""
+    content = settings.model_dump(mode="json", exclude=NOT_IDENTITY)
+    date = str(content.get("date", ""))
+    if command == "nightly":
+        content = {"table": content["table"].rstrip("/"), "date": date, "replace": content.get("replace")}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return "-".join(part for part in (PREFIX, command, date, digest) if part)
+
+
+def named_job(jobs: RayJobs, words: Sequence[str]) -> str:
+    """The submission id that is given, or that of the last attempt of the command that is given."""
+    from jobs.cli import COMMANDS
+
+    if words[0] in COMMANDS:
+        return jobs.latest(base_id(words[0], parsed(words[0], words[1:])))
+    return words[0]
+
+
+def watch(jobs: RayJobs, name: str) -> int:
+    """Show a job's log until it ends; its exit code. Interrupted on a terminal, ask whether to stop it."""
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        details = jobs.follow(name, write)
+    except Stopped as stopped:
+        if str(stopped) == "SIGINT" and wants_stop(name):
+            return stop(jobs, name) or ray_jobs.STOPPED
+        raise JobFailed(
+            f"{name} runs on; the same command attaches to it, `iab-vision submit stop {name}` stops it"
+        ) from None
+    return ended(details)
+
+
+def wants_stop(name: str) -> bool:
+    """Whether the person at the terminal wants the job stopped; no, where there is no terminal."""
+    if not sys.stdin.isatty():
+        return False
+    answer = input(f"\nStop {name} on the cluster, too? [y/N] ")
+    return answer.strip().lower() in ("y", "yes")
+
+
+def ended(details: Any) -> int:
+    """Say how a job ended; its exit code."""
+    code = ray_jobs.exit_code(details)
+    if details.status == "STOPPED":
+        log.warning("%s was stopped", details.submission_id)
+    elif code and details.driver_exit_code not in (1, 2, 3):
+        log.error("%s: %s", details.submission_id, details.message)
+    return code
+
+
+def status(jobs: RayJobs, name: str) -> int:
+    """Print one job's state."""
+    return show([jobs.details(name)])
+
+
+def stop(jobs: RayJobs, name: str) -> int:
+    """Stop a job and wait until it has put its work away."""
+    details = jobs.stop(name)
+    print(f"{name}: {details.status}")
+    return 0
+
+
+def show(jobs: Sequence[Any]) -> int:
+    """Print jobs, one a line: id, status, exit code, seconds."""
+    for job in jobs:
+        code = ray_jobs.exit_code(job) if job.status.is_terminal() else "-"
+        seconds = ((job.end_time or time.time() * 1000) - job.start_time) / 1000 if job.start_time else 0
+        print(f"{job.submission_id}  {job.status}  exit code {code}  {seconds:,.0f} s")
+    return 0

@@ -1,0 +1,110 @@
+"""What `submit` sends to the cluster, and how a job's end becomes an exit code."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jobs import cli, ray_jobs
+from jobs.config import SubmitConfig
+from jobs.ray_jobs import Shown
+from jobs.submit_job import base_id, parsed, submission
+
+REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "s3://b/out"]
+
+
+def job(*argv: str) -> ray_jobs.Submission:
+    config = SubmitConfig.parse(argv, command="submit")
+    return submission(config, config.job[0], config.job[1:])
+
+
+def test_settings_before_the_command_are_submits_own_and_those_after_it_the_commands() -> None:
+    config = SubmitConfig.parse(
+        ["--detach", "--address", "http://head:8265", "classify", *REQUIRED, "--debug"], command="submit"
+    )
+    assert (config.detach, config.address, config.debug) == (True, "http://head:8265", False)
+    assert config.job == ["classify", *REQUIRED, "--debug"]
+
+
+def test_the_same_command_and_settings_make_the_same_id() -> None:
+    first, again = job("classify", *REQUIRED), job("classify", *REQUIRED, "--debug")
+    other = job("classify", *REQUIRED, "--top-k", "3")
+    assert first.base_id == again.base_id != other.base_id
+    assert first.base_id.startswith("iab-vision-classify-")
+
+
+def test_settings_of_the_file_and_the_environment_travel_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.yaml").write_text("top_k: 2\nfetch: {per_host: 3}\nbundle: b\n")
+    monkeypatch.setenv("IAB_VISION_FETCH__MAX_BYTES", "1000")
+    monkeypatch.setenv("IAB_VISION_TOP_K", "4")
+    sent = job("classify", "--config", str(tmp_path / "job.yaml"), "--inventory", "a b.csv", "--output", "o")
+    assert sent.entrypoint == "exec python -m jobs classify --inventory 'a b.csv' --output o"
+    variables = sent.runtime_env["env_vars"]
+    assert (variables["IAB_VISION_TOP_K"], variables["IAB_VISION_BUNDLE"]) == ("4", "b")
+    assert json.loads(variables["IAB_VISION_FETCH"]) == {"per_host": 3, "max_bytes": "1000"}
+    assert "IAB_VISION_CONFIG" not in variables
+
+
+def test_a_job_started_with_these_variables_gets_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.yaml").write_text(
+        "top_k: 2\nfetch: {per_host: 3}\ndrop_columns: [a, b]\nrename: {x: uri}\nkeep_plan: true\n"
+    )
+    argv = ["--config", str(tmp_path / "job.yaml"), *REQUIRED]
+    here, sent = parsed("classify", argv), job("classify", *argv)
+    for name, value in sent.runtime_env["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    there = parsed("classify", REQUIRED)
+    assert base_id("classify", there) == base_id("classify", here)
+
+
+def test_working_folder_environment_and_resources_are_passed_on() -> None:
+    sent = job(
+        "--working-dir", ".", "--env", "AWS_REGION=eu-west-1", "--entrypoint.num-cpus", "2",
+        "--entrypoint.resources", "head=1", "classify", *REQUIRED,
+    )  # fmt: skip
+    assert sent.runtime_env["working_dir"] == "."
+    assert sent.runtime_env["env_vars"]["AWS_REGION"] == "eu-west-1"
+    assert (sent.resources["entrypoint_num_cpus"], sent.resources["entrypoint_num_gpus"]) == (2, None)
+    assert sent.resources["entrypoint_resources"] == {"head": 1.0}
+
+
+def test_wrong_settings_are_refused_before_the_cluster_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", "--address", "http://127.0.0.1:1", "classify", "--inventory", "x"]) == 2
+    assert "--bundle is required" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", "--address", "http://127.0.0.1:1", "classify", *REQUIRED]) == 2
+    assert "no Ray job server answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["submit", "status", "clasify"])
+def test_words_that_are_no_job_are_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", "--address", "http://127.0.0.1:1", word]) == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 1, 1), ("FAILED", 2, 2), ("FAILED", 3, 3), ("FAILED", -9, 1),
+     ("FAILED", None, 1), ("STOPPED", None, 130)],
+)  # fmt: skip
+def test_a_jobs_end_keeps_the_exit_code_of_the_command(status: str, driver: int | None, code: int) -> None:
+    assert ray_jobs.exit_code(SimpleNamespace(status=status, driver_exit_code=driver)) == code
+
+
+def test_a_log_whose_stream_begins_again_is_shown_once() -> None:
+    written: list[str] = []
+    shown = Shown(written.append)
+    shown.restart()
+    shown.add("one\ntwo\n")
+    shown.restart()
+    shown.add("one\n")
+    shown.add("two\nthree\n")
+    shown.whole("one\ntwo\nthree\nfour\n")
+    assert "".join(written) == "one\ntwo\nthree\nfour\n"

@@ -1,0 +1,147 @@
+"""`submit` against a real head that asks for a token: exit codes, races, stops, outages."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.builders import models
+from tests.builders.flaky_proxy import FlakyProxy
+from tests.builders.ray_head import Head, start_head
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SCRIPTED = """
+import os, signal, sys, time
+
+def put_away(number, frame):
+    time.sleep(5)  # longer than the 3 s that Ray waits by itself
+    print("put away", flush=True)
+    sys.exit(1)
+
+signal.signal(signal.SIGTERM, put_away)
+print("pid", os.getpid(), flush=True)
+for second in range(int(os.environ["SECONDS"])):
+    print("second", second, flush=True)
+    time.sleep(1)
+sys.exit(int(os.environ["CODE"]))
+"""
+"""Stands in for `python -m jobs`, by way of the job's working folder."""
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = start_head(tmp_path_factory.mktemp("home"))
+    yield head
+    head.kill()
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """The arguments of a job that lasts so long and ends so."""
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "jobs").mkdir()
+    (folder / "jobs" / "__main__.py").write_text(SCRIPTED)
+
+    def arguments(word: str, *, code: int = 0, seconds: int = 0) -> list[str]:
+        env = f"CODE={code},SECONDS={seconds}"
+        return ["--working-dir", str(folder), "--env", env, "taxonomy", word]
+
+    return arguments
+
+
+def wait_for_line(process, start: str) -> str:
+    """The first line of a job's log that starts so."""
+    for line in process.stdout:
+        if line.startswith(start):
+            return line
+    raise AssertionError(f"no line {start!r}: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_the_exit_code_is_the_commands_own(head, scripted, code) -> None:
+    process = head.submit(*scripted(f"code{code}", code=code, seconds=1))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert out.count("second 0") == 1
+
+
+def test_a_driver_that_is_killed_has_failed(head, scripted) -> None:
+    process = head.submit(*scripted("killed", seconds=60))
+    os.kill(int(wait_for_line(process, "pid").split()[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "iab-vision-taxonomy" in err
+
+
+def test_a_stopped_job_puts_its_work_away_and_ends_as_stopped_and_the_same_command_starts_it_again(
+    head, scripted
+) -> None:
+    process = head.submit(*scripted("stopped", seconds=60))
+    wait_for_line(process, "second 1")
+    stopping = head.submit("stop", "taxonomy", "stopped")
+    assert "STOPPED" in stopping.communicate(timeout=90)[0]
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, stopping.returncode) == (130, 0), err
+    assert "put away" in out
+    again = head.submit(*scripted("stopped", seconds=0))
+    assert again.communicate(timeout=60) and again.returncode == 0
+
+
+def test_a_second_submission_attaches_and_both_end_alike(head, scripted) -> None:
+    both = [head.submit(*scripted("raced", code=3, seconds=4)) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [3, 3]
+    assert sum("attached" in err for _, err in outputs) == 1
+    assert all(out.count("second 3") == 1 for out, _ in outputs)
+
+
+def test_an_outage_of_the_server_costs_no_line_of_the_log(head, scripted) -> None:
+    with FlakyProxy(head.address) as proxy:
+        process = head.submit("--address", proxy.url, *scripted("outage", code=2, seconds=12))
+        wait_for_line(process, "second 1")
+        proxy.take_down()
+        time.sleep(3)
+        proxy.bring_back()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert [line for line in out.splitlines() if line.startswith("second")] == [
+        f"second {number}" for number in range(2, 12)
+    ]
+    assert "asking again" in err
+
+
+def test_a_submitter_that_is_ended_leaves_the_job_running(head, scripted) -> None:
+    process = head.submit(*scripted("left", seconds=8))
+    wait_for_line(process, "second 0")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and "runs on" in err
+    again = head.submit("logs", "taxonomy", "left")
+    out, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and "second 7" in out
+
+
+def test_a_real_classification_runs_on_the_cluster(head, tmp_path: Path) -> None:
+    images = models.dataset(tmp_path / "images", 20)
+    models.small_bundle(tmp_path / "bundle")
+    classify = ["classify", "--inventory", str(images), "--bundle", str(tmp_path / "bundle"), "--output"]
+    process = head.submit(*classify, str(tmp_path / "out"), "--inventory-type", "images")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    assert pq.read_table(tmp_path / "out" / "table").num_rows == 20
+    refused = head.submit(*classify, str(tmp_path / "strict"), "--bundle", str(tmp_path / "nowhere"))
+    out, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+
+
+def test_without_the_token_the_cluster_refuses_and_the_message_says_where_it_goes(
+    head, scripted, tmp_path
+) -> None:
+    stranger = Head(head.address, head.metrics, {**head.environment, "HOME": str(tmp_path)}, head.process)
+    process = stranger.submit(*scripted("stranger"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "RAY_AUTH_TOKEN" in err
