@@ -71,7 +71,7 @@ def test_a_resume_must_agree_with_the_settings_that_decide_rows(
 ) -> None:
     bundle: Any = SimpleNamespace(model_id="m")
     plan: Any = SimpleNamespace(hash="p")
-    first, second = (identity(bundle, plan, run_settings(parse(*each))) for each in ((), setting))
+    first, second = (identity(bundle, plan, run_settings(parse(*each), bundle)) for each in ((), setting))
     assert (first != second) == decides
 
 
