@@ -44,7 +44,7 @@ def random_bundle(folder: Path, vit: Vit) -> Path:
 
     drawn_files(folder / "samples", count=24, size=None)
     bundle = folder / "bundle"
-    few = ParitySettings(sample_images=16)
+    few = ParitySettings(sample_images=16, min_images=16)
     release.export(
         str(checkpoint(folder / "checkpoint", vit)), str(folder / "samples"), str(bundle), settings=few
     )

@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from export import images, parity, report
+from export import images, independent, parity, published, report
 from export.images import Sample
-from export.parity import LIMITS, Outputs
+from export.parity import Outputs
+from export.published import Contract
 from export.reference import Network, activation, named
 from pipelines.bundle import bundle, session
 from pipelines.bundle.bundle import Bundle
+from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.manifest import CERTIFICATES
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.datasets.splits import TRAIN
 from pipelines.messages import InputError
 from pipelines.specs import ImageSpec, ModelSpec, Precision, Provider
 from pipelines.storage import storage
@@ -52,8 +55,15 @@ class Reference:
     undecodable: tuple[str, ...]
     outputs: Outputs
     targets_nc: np.ndarray
+    contract: Contract
+    """What it publishes."""
     description: str
     """What the reference is, in words."""
+
+    @property
+    def own(self) -> int:
+        """How many of the images are the user's."""
+        return sum(not one.edge_case for one in self.sample)
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,15 @@ class Candidate:
     """One way of running a bundle: everything between encoded bytes and the top k."""
 
     model: OnnxModel
-    spec: ModelSpec
+    contract: Contract
+    """What it publishes; the temperature in its spec is that of the precision."""
     decode: Decode = images.decode
     calibrated_on: frozenset[str] = frozenset()
     """Fingerprints of the images that its int8 ranges come from."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.contract.spec
 
 
 def run_reference(
@@ -72,7 +87,7 @@ def run_reference(
     targets_nc: np.ndarray,
     *,
     network: Network,
-    spec: ModelSpec,
+    contract: Contract,
     description: str,
 ) -> Reference:
     """The reference's pixels, logits and probabilities; images that do not decode are left out.
@@ -80,6 +95,7 @@ def run_reference(
     Raises:
         InputError: none decodes.
     """
+    spec = contract.spec
     decoded = images.decode([one.payload for one in sample], spec.image_spec)
     kept = [index for index, pixels in enumerate(decoded) if pixels is not None]
     if not kept:
@@ -92,6 +108,7 @@ def run_reference(
         undecodable=tuple(one.image_id for one, p in zip(sample, decoded, strict=True) if p is None),
         outputs=Outputs(spec, pixels_nhwc, logits_nc, probabilities_nc),
         targets_nc=targets_nc[kept],
+        contract=contract,
         description=description,
     )
 
@@ -99,10 +116,11 @@ def run_reference(
 def load_candidate(opened: Bundle, runtime: RuntimeSpec) -> Candidate:
     """The bundle as a reader of it would run it."""
     manifest, precision = opened.manifest, runtime.precision
+    contract = published.contract_in(opened)
     notes = manifest.source.get("precisions", {}).get(precision, {})
     return Candidate(
         session.load(opened, runtime),
-        replace(opened.spec, temperature=manifest.temperatures[precision]),
+        replace(contract, spec=replace(contract.spec, temperature=manifest.temperatures[precision])),
         calibrated_on=frozenset(notes.get("calibrated_on", ())),
     )
 
@@ -114,7 +132,19 @@ def measure(reference: Reference, candidate: Candidate, precision: Precision) ->
     outputs = run_candidate(reference.sample, candidate)
     metrics = parity.compare(reference.outputs, outputs, limits, reference.targets_nc)
     batches = parity.batch_invariance(candidate.model, outputs.pixels_nhwc)
-    failures = parity.failures(metrics, batches, limits)
+    columns = published.compare(
+        reference.contract,
+        candidate.contract,
+        reference_nc=reference.outputs.probabilities_nc,
+        candidate_nc=outputs.probabilities_nc,
+        limits=limits,
+    )
+    decoding = _decode_again(reference)
+    failures = [
+        *parity.failures(metrics, batches, limits),
+        *parity.published_failures(columns, limits),
+        *parity.decode_failures(decoding),
+    ]
     document = {
         "passed": not failures,
         "failures": [asdict(failure) for failure in failures],
@@ -123,6 +153,8 @@ def measure(reference: Reference, candidate: Candidate, precision: Precision) ->
         "calibration": _count_calibration(reference.sample, candidate.calibrated_on),
         "limits": asdict(limits),
         "metrics": metrics,
+        "published": columns,
+        "independent_decode": decoding,
         "batches": batches,
         "speed": _measure_speed(candidate.model, outputs.pixels_nhwc),
         "worst": _worst(reference, outputs),
@@ -169,16 +201,36 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _decode_again(reference: Reference) -> dict[str, Any]:
+    """How far the pixels of both sides are from those of a second way of decoding."""
+    own = [row for row, one in enumerate(reference.sample) if not one.edge_case]
+    chosen = {
+        "own": own[: independent.IMAGES_OF_USER],
+        "edge_cases": [row for row, one in enumerate(reference.sample) if one.edge_case],
+    }
+    outputs = reference.outputs
+    return {
+        name: independent.compare(
+            [reference.sample[row].payload for row in rows],
+            outputs.pixels_nhwc[rows],
+            outputs.spec.image_spec,
+        )
+        for name, rows in chosen.items()
+    }
+
+
 def _count_images(reference: Reference) -> dict[str, Any]:
     """How many images of which kind, and a hash over all of their bytes."""
     digest = hashlib.sha256()
     for one in reference.sample:
         digest.update(hashlib.sha256(one.payload).digest())
-    edge_cases = sum(one.edge_case for one in reference.sample)
+    splits = [one.split for one in reference.sample]
     return {
         "compared": len(reference.sample),
-        "own": len(reference.sample) - edge_cases,
-        "edge_cases": edge_cases,
+        "own": reference.own,
+        "held_out": sum(split in images.HELD_OUT for split in splits),
+        "trained_on": splits.count(TRAIN),
+        "edge_cases": len(reference.sample) - reference.own,
         "undecodable": list(reference.undecodable),
         "sha256": digest.hexdigest(),
     }

@@ -6,33 +6,39 @@ dataset (its validation and test splits where it has them), a table of URIs, or 
 
 import hashlib
 import io
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from pipelines.datasets import readers
+from pipelines.datasets.dataset import rename_labels
 from pipelines.datasets.pixels import fetcher
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns
+from pipelines.datasets.splits import ALIASES, TEST, TRAIN, VALIDATION
 from pipelines.fetch.source import LOCATION, Source
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import ORIENTATION_TAG, is_image_name
 from pipelines.inventory import tables
+from pipelines.inventory.listing import absolute
 from pipelines.messages import InputError, redact
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
 from pipelines.storage import storage, uris
 from pipelines.taxonomy.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
+from pipelines.training import runs
 
-HELD_OUT = ("validation", "test")
+HELD_OUT = (VALIDATION, TEST)
 """Splits that training never saw, so accuracy on them means something."""
 DATASET_TABLE = "labels.csv"
 """A folder that holds this file is a labelled dataset, and the file says which image is what."""
 DECODE_BATCH = 64
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Sample:
     labels: tuple[str, ...] = ()
     """As the dataset has them; none for an unlabelled image or an edge case."""
     edge_case: bool = False
+    split: str | None = None
+    """Where the dataset or the model's run has it, if they say."""
 
     @property
     def fingerprint(self) -> str:
@@ -59,31 +67,61 @@ class Place:
     labels: tuple[str, ...] = ()
     source: Source | None = None
     """Where the bytes are, unless at `uri`."""
+    split: str | None = None
+    """`train`, `validation` or `test`, if the dataset or the model's run says."""
 
 
-def draw(images_uri: str, *, count: int, seed: int) -> list[Sample]:
-    """`count` of the images at a URI: the same ones for the same seed, however storage orders them."""
-    places = find(images_uri)
+def draw(images_uri: str, *, count: int, seed: int, run: str | None = None) -> list[Sample]:
+    """`count` of the images at a URI that can be read: the same ones for the same seed, held-out ones first.
+
+    Args:
+        run: folder of the model's run; what it recorded says which images are held out, and its columns.
+    """
+    places = find(images_uri, run)
     if not places:
         raise InputError(f"{redact(images_uri)} holds no image; give a folder, a table or a dataset")
-    ranked = sorted(places, key=lambda place: hashlib.sha256(f"{seed}:{place.uri}".encode()).digest())
-    return _read(ranked[:count])
+    ranked = sorted(places, key=lambda one: (one.split == TRAIN, _draw_key(one, seed)))
+    return _read(ranked, count)
 
 
-def find(images_uri: str) -> list[Place]:
-    """Every image that may be drawn: the held-out ones of a labelled dataset, or all of them."""
+def _draw_key(place: Place, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{place.uri}".encode()).digest()
+
+
+def find(images_uri: str, run: str | None = None) -> list[Place]:
+    """Every image that may be drawn, in the split that the model's run recorded, else that of the dataset."""
+    recorded = (runs.recorded_splits(run) if run else None) or {}
+    return [
+        replace(place, split=recorded.get(redact(place.uri), place.split))
+        for place in _find(absolute(images_uri), *_settings(images_uri, run))
+    ]
+
+
+def _settings(images_uri: str, run: str | None) -> tuple[Columns, str | None]:
+    """Columns and label map that the run was given, if it had this dataset."""
+    recorded = runs.recorded_data_settings(run) if run else {}
+    if recorded.get("uri") not in (redact(images_uri), redact(absolute(images_uri))):
+        return Columns(), None
+    return Columns(**recorded.get("columns", {})), recorded.get("label_map")
+
+
+def _find(images_uri: str, columns: Columns, label_map: str | None) -> list[Place]:
     is_table = tables.format_of(images_uri) is not None
     if not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
-        return find(uris.join(images_uri, DATASET_TABLE))
+        return _find(uris.join(images_uri, DATASET_TABLE), columns, label_map)
     try:
-        rows, _ = readers.read(images_uri, Columns())
+        rows, _ = readers.read(images_uri, columns)
     except DatasetError:  # no labels: the images alone will do
         return _in_table(images_uri) if is_table else _in_folder(images_uri)
-    held_out = rows.filter(pa.compute.is_in(rows["split"], pa.array(HELD_OUT)))
-    rows = held_out if held_out.num_rows else rows
+    labels = rename_labels(rows["labels"].to_pylist(), label_map)
     return [
-        Place(row["uri"], tuple(row["labels"] or ()), Source(*(row[name] for name in LOCATION)))
-        for row in rows.to_pylist()
+        Place(
+            row["uri"],
+            tuple(names or ()),
+            Source(*(row[name] for name in LOCATION)),
+            ALIASES.get(str(row["split"]).strip().lower()),
+        )
+        for row, names in zip(rows.to_pylist(), labels, strict=True)
     ]
 
 
@@ -128,14 +166,31 @@ def _resolved(label: str, taxonomy: Taxonomy) -> str:
         return ""
 
 
-def _read(places: Sequence[Place]) -> list[Sample]:
+def _read(places: Sequence[Place], count: int) -> list[Sample]:
+    """The first `count` that can be read; the others are logged, and the next are taken for them."""
+    found: list[Sample] = []
+    for start in range(0, len(places), count):
+        found += _read_all(places[start : start + count])
+        if len(found) >= count:
+            break
+    if not found:
+        raise InputError(f"none of {len(places)} images can be read, such as {redact(places[0].uri)}")
+    return found[:count]
+
+
+def _read_all(places: Sequence[Place]) -> list[Sample]:
     payloads: dict[int, bytes] = {}
     sources = [place.source or Source(place.uri) for place in places]
     for index, fetched in fetcher().fetch_many(sources):
         if fetched.payload is None:
-            raise InputError(f"{redact(places[index].uri)} cannot be read: {fetched.status} {fetched.error}")
-        payloads[index] = bytes(fetched.payload)
-    return [Sample(place.uri, payloads[index], place.labels) for index, place in enumerate(places)]
+            logger.warning("left out %s: %s %s", redact(places[index].uri), fetched.status, fetched.error)
+        else:
+            payloads[index] = bytes(fetched.payload)
+    return [
+        Sample(place.uri, payloads[index], place.labels, split=place.split)
+        for index, place in enumerate(places)
+        if index in payloads
+    ]
 
 
 def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None]:
@@ -151,7 +206,7 @@ def decode(payloads: Sequence[bytes], spec: ImageSpec) -> list[np.ndarray | None
 
 @cache
 def edge_cases(seed: int = 0) -> tuple[Sample, ...]:
-    """Pictures that have broken pipelines: tiny, huge, long, grey, CMYK, 16-bit, transparent, rotated."""
+    """Pictures that have broken pipelines: tiny, huge, long, of one colour, CMYK, 16-bit, rotated, …"""
     picture = _picture(seed)
     grey, cmyk = picture.convert("L"), picture.convert("CMYK")
     made = {
@@ -168,6 +223,8 @@ def edge_cases(seed: int = 0) -> tuple[Sample, ...]:
         "one-bit.png": _png(picture.convert("1")),
         "first-frame.gif": _gif(picture),
         **{f"rotated-{value}.jpg": _jpeg(picture, orientation=value) for value in (3, 6, 8)},
+        **{f"{name}.png": _png(Image.new("RGB", picture.size, name)) for name in ("black", "white", "teal")},
+        "checkerboard.png": _png(_checkerboard()),
         **{f"mirrored-{value}.jpg": _jpeg(picture, orientation=value) for value in (2, 5)},
     }
     return tuple(Sample(f"edge_case/{name}", payload, edge_case=True) for name, payload in made.items())
@@ -178,6 +235,12 @@ def _picture(seed: int) -> Image.Image:
     coarse_hwc = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     coarse_hwc[:2, :3] = (250, 40, 10)
     return Image.fromarray(coarse_hwc).resize((320, 240), Image.Resampling.BICUBIC)
+
+
+def _checkerboard() -> Image.Image:
+    """Squares of one pixel: grey when they are averaged, and anything but grey when they are picked."""
+    squares_hw = np.indices((480, 640)).sum(axis=0) % 2 * 255
+    return Image.fromarray(squares_hw.astype(np.uint8))
 
 
 def _transparent(picture: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
-"""How close a released model comes to the checkpoint, and the limits that it must keep.
+"""How close a released model comes to the checkpoint, and whether that is within the limits.
 
 Pure functions of arrays: the outputs of both sides over the same images become metrics, metrics and
-limits become a verdict. Every limit is stated here, once, with its reason.
+limits become a verdict.
 """
 
 from collections.abc import Sequence
@@ -10,54 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from export import independent
 from export.reference import activation, top
+from pipelines.bundle.limits import Limits
 from pipelines.bundle.session import OnnxModel
 from pipelines.evaluation import metrics
-from pipelines.specs import ModelSpec, Precision
+from pipelines.specs import ModelSpec
 
 TOP_K = 5
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that a precision may differ; None is measured but not limited."""
-
-    max_logit: float | None
-    """Largest |Δ logit| over all images and classes."""
-    max_relative_logit: float
-    """L2 norm of the centred logits' difference over that of the reference, whole sample. Softmax ignores a
-    constant, so both are centred; and unlike the absolute limit it means the same for small logits."""
-    max_probability: float | None
-    """Largest |Δ probability|."""
-    max_activation_error: float
-    """Largest |probability - activation(own logits / temperature)|: the graph's tail against float64."""
-    min_top1_agreement: float
-    """Share of images with the reference's best label, ties apart."""
-    min_topk_agreement: float | None
-    """Share of images with the reference's ordered top 5, ties apart."""
-    tie_margin: float
-    """Two labels whose reference logits are closer than this are a tie: fixed beforehand, twice the
-    logit noise that the precision is granted."""
-    max_accuracy_loss: float
-    """Accuracy lost, as a share; a single image is always granted, being the least that can be lost."""
-    max_calibration_change: float
-    """Largest change of the expected calibration error. What answers that turned right or wrong can cause,
-    each an image's share, is granted: top-1 agreement judges them, and a better model would be refused."""
-    max_batch_change: float
-    """Largest |Δ probability| of one image between batch sizes, paddings and batch-mates."""
-
-
-LIMITS: dict[Precision, Limits] = {
-    # float32 in another order of summation: 1e-6 is measured (onnx against torch), torch float32 against
-    # float64 gives as much. 1e-5 leaves room for other CPUs and sees 0.1 % in one layer's weights.
-    "fp32": Limits(1e-3, 1e-5, 5e-4, 1e-6, 1.0, 1.0, 2e-3, 0.0, 1e-3, 1e-5),
-    # 11 bits of mantissa: 0.7e-3 to 2e-3 relative is measured on ViT-tiny to base; bfloat16 would be 1.2e-2.
-    "fp16": Limits(None, 5e-3, 1e-2, 1e-6, 0.999, 0.99, 0.04, 0.002, 5e-3, 1e-2),
-    # 8 bits: 3e-2 relative is a well-behaved ViT. What counts is labels, so no tie is excused. Static
-    # quantisation does not look at batch-mates; what it leaves in float32 has the noise of one addition,
-    # 1.2e-7 of a probability (BEiT, DINOv2), where a dynamically quantised model changes by 1e-2.
-    "int8": Limits(None, 0.25, None, 1e-6, 0.98, None, 0.0, 0.005, 0.01, 1e-6),
-}
 
 
 @dataclass(frozen=True)
@@ -97,6 +57,8 @@ def compare(reference: Outputs, candidate: Outputs, limits: Limits, targets_nc: 
         "relative_logit": relative(logits_nc, reference.logits_nc),
         "max_probability": float(probability_change.max()),
         "mean_probability": float(probability_change.mean()),
+        "confidence_change": confidence_change(reference.probabilities_nc, probabilities_nc),
+        "temperature_change": abs(candidate.spec.temperature / reference.spec.temperature - 1),
         "activation_error": activation_error(candidate),
         "top1": agreement(reference.logits_nc, logits_nc, 1, limits.tie_margin),
         "topk": {"k": k, **agreement(reference.logits_nc, logits_nc, k, limits.tie_margin)},
@@ -132,6 +94,11 @@ def relative(values_nc: np.ndarray, reference_nc: np.ndarray) -> float:
         for v in (values_nc, reference_nc)
     )
     return float(np.linalg.norm(centred - expected) / max(float(np.linalg.norm(expected)), 1e-30))
+
+
+def confidence_change(reference_nc: np.ndarray, candidate_nc: np.ndarray) -> float:
+    """How much the mean probability of each image's best label changes."""
+    return abs(float(candidate_nc.max(axis=1).mean() - reference_nc.max(axis=1).mean()))
 
 
 def activation_error(outputs: Outputs) -> float:
@@ -221,6 +188,8 @@ def failures(measured: dict[str, Any], batches: dict[str, Any], limits: Limits) 
         "max_logit": limits.max_logit,
         "relative_logit": limits.max_relative_logit,
         "max_probability": limits.max_probability,
+        "confidence_change": limits.max_confidence_change,
+        "temperature_change": limits.max_temperature_change,
         "activation_error": limits.max_activation_error,
     }
     found = [Failure(n, measured[n], u) for n, u in upper.items() if u is not None and not measured[n] <= u]
@@ -230,6 +199,34 @@ def failures(measured: dict[str, Any], batches: dict[str, Any], limits: Limits) 
     if not batches["max_change"] <= limits.max_batch_change:
         found.append(Failure("batch change", batches["max_change"], limits.max_batch_change))
     return [*found, *_labelled_failures(measured["labelled"], limits)]
+
+
+def published_failures(measured: dict[str, Any], limits: Limits) -> list[Failure]:
+    """What of the published columns, and of the facts that decide them, is not as the checkpoint has it."""
+    exact = (
+        "thresholds_differ",
+        "cattax_differs",
+        "label_rows_differ",
+        "categories_differ",
+        "spec_differs",
+        "published_differ",
+    )
+    found = [Failure(name, measured[name], 0) for name in exact if measured[name]]
+    for name in ("tier1", "cat"):
+        share = (measured[name] or {"share": 0.0})["share"]
+        if share < limits.min_published_agreement:
+            found.append(Failure(f"{name} agreement", share, limits.min_published_agreement))
+    return found
+
+
+def decode_failures(measured: dict[str, Any]) -> list[Failure]:
+    """Whether the pixels that both sides share are those of a second way of decoding."""
+    limits = {"own": independent.MAX_OF_OWN, "edge_cases": independent.MAX_OF_EDGE_CASES}
+    return [
+        Failure(f"independent decode of {name}", measured[name]["max"], limit)
+        for name, limit in limits.items()
+        if not measured[name]["max"] <= limit
+    ]
 
 
 def _labelled_failures(measured: dict[str, Any] | None, limits: Limits) -> list[Failure]:

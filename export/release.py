@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import pyarrow as pa
 
-from export import card, certificate, checkpoint, convert, images, quantize, report
+from export import card, certificate, checkpoint, convert, images, published, quantize, report
 from export.certificate import Certificates, Reference
 from export.checkpoint import Checkpoint
 from export.images import Sample
@@ -26,6 +26,7 @@ from pipelines.bundle import bundle, categories, providers
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.manifest import MODEL_FILES, Manifest, record
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.datasets.splits import TRAIN
 from pipelines.machine import library_versions
 from pipelines.messages import InputError, Refused, redact
 from pipelines.specs import ImageSpec, Precision, Provider
@@ -60,9 +61,10 @@ def export(
         raise InputError(f"{redact(output_uri)} exists; name another output, or remove it first")
     with tempfile.TemporaryDirectory(prefix="iab-vision-bundle-") as folder:
         with checkpoint.open_checkpoint(checkpoint_uri) as trained:
-            own, further = draw_images(images_uri, settings, calibrating="int8" in precisions)
+            run = run_folder(checkpoint_uri)
+            own, further = draw_images(images_uri, settings, calibrating="int8" in precisions, run=run)
             network = trained.network()
-            reference = reference_of_checkpoint(trained, network, own, settings.seed)
+            reference = reference_of_checkpoint(trained, network, own, settings)
             graphs = dict(make_graphs(trained, network, precisions, further))
             files, manifest = contents(trained, graphs)
         bundle.write_bundle(folder, files, manifest, {})
@@ -116,13 +118,23 @@ def certify(
 
 
 def draw_images(
-    images_uri: str, settings: ParitySettings, *, calibrating: bool
+    images_uri: str, settings: ParitySettings, *, calibrating: bool, run: str | None = None
 ) -> tuple[list[Sample], list[Sample]]:
-    """The images to compare, and further ones to calibrate on: all of them where too few are left."""
+    """The images to compare, and further ones to calibrate on: all of them where too few are left.
+
+    Images that the model was trained on are compared only where fewer than `min_images` are held out.
+    """
     count = settings.sample_images + (settings.calibration_images if calibrating else 0)
-    drawn = images.draw(images_uri, count=count, seed=settings.seed)
-    own, further = drawn[: settings.sample_images], drawn[settings.sample_images :]
-    return own, further if len(further) >= quantize.MIN_CALIBRATION_IMAGES else drawn
+    drawn = images.draw(images_uri, count=count, seed=settings.seed, run=run)
+    held_out = sum(one.split != TRAIN for one in drawn)
+    compared = min(settings.sample_images, max(held_out, settings.min_images))
+    further = drawn[compared:]
+    return drawn[:compared], further if len(further) >= quantize.MIN_CALIBRATION_IMAGES else drawn
+
+
+def run_folder(checkpoint_uri: str) -> str:
+    """The run of a checkpoint given as the run itself or its `best/`."""
+    return checkpoint_uri.rstrip("/").removesuffix("/best")
 
 
 def make_graphs(
@@ -149,7 +161,9 @@ def make_graphs(
 def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[dict[str, bytes], Manifest]:
     """Every file of the bundle but the certificates, and the manifest that lists them."""
     files = {MODEL_FILES[name]: graph.payload for name, graph in graphs.items()}
-    files[bundle.LABELS_FILE] = bundle.labels_bytes(labels_table(trained))
+    files[bundle.LABELS_FILE] = bundle.labels_bytes(
+        published.labels_table(trained.spec.class_ids, trained.taxonomy)
+    )
     files[categories.FILE] = categories.categories_bytes(trained.spec, trained.taxonomy)
     files[card.FILE] = card.render(trained, list(graphs))
     if trained.taxonomy_table is not None:
@@ -172,20 +186,6 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
     return files, manifest
 
 
-def labels_table(trained: Checkpoint) -> pa.Table:
-    """The classes in graph order, with their position in the taxonomy."""
-    nodes = [trained.taxonomy.node(class_id) for class_id in trained.spec.class_ids]
-    columns = {
-        "class_index": range(len(nodes)),
-        "id": [node.id for node in nodes],
-        "parent_id": [node.parent_id for node in nodes],
-        "name": [node.name for node in nodes],
-        "path": [trained.taxonomy.path(node.id) for node in nodes],
-        "tier": [node.tier for node in nodes],
-    }
-    return pa.table({name: list(values) for name, values in columns.items()}, schema=bundle.LABELS)
-
-
 def runtime_spec(settings: ParitySettings, provider: Provider, precision: Precision) -> RuntimeSpec:
     """Classify's own session options."""
     return RuntimeSpec(
@@ -205,19 +205,40 @@ def measure_all(reference: Reference, opened: Bundle, runtimes: Iterable[Runtime
         found[runtime.provider, runtime.precision] = certificate.measure(
             reference, candidate, runtime.precision
         )
+    if trained_on := sum(one.split == TRAIN for one in reference.sample):
+        logger.warning(
+            "%d of the %d images compared were trained on: accuracy and ECE flatter the model; give --images "
+            "that were held out",
+            trained_on,
+            reference.own,
+        )
     _warn_of_calibration(found)
     return found
 
 
-def reference_of_checkpoint(trained: Checkpoint, network: Any, own: Sequence[Sample], seed: int) -> Reference:
+def reference_of_checkpoint(
+    trained: Checkpoint, network: Any, own: Sequence[Sample], settings: ParitySettings
+) -> Reference:
     """The user's images and the edge cases as the checkpoint sees them in PyTorch."""
-    sample = [*own, *images.edge_cases(seed)]
-    return certificate.run_reference(
+    sample = [*own, *images.edge_cases(settings.seed)]
+    reference = certificate.run_reference(
         sample,
         images.targets(sample, trained.spec.class_ids, trained.taxonomy),
         network=torch_reference(network),
-        spec=trained.spec,
+        contract=published.contract_of(trained.spec, trained.taxonomy),
         description=f"{trained.architecture} of {trained.source} in PyTorch, float32, eager, CPU",
+    )
+    return refuse_few(reference, settings.min_images)
+
+
+def refuse_few(reference: Reference, least: int) -> Reference:
+    """The same reference; raises InputError where it has too few of the user's images."""
+    if reference.own >= least:
+        return reference
+    lost = len(reference.undecodable)
+    raise InputError(
+        f"{reference.own} of your images can be compared ({lost} more cannot be decoded); a certificate "
+        f"needs {least}: give more with --images, or ask for fewer with --parity.min-images"
     )
 
 
@@ -231,8 +252,8 @@ def _reference_of_run(
                 f"{trained.source} has sha256 {trained.sha256}, but {redact(opened.uri)} was exported from "
                 f"sha256 {stated}; give that one with --checkpoint, or export this one"
             )
-        own = images.draw(images_uri, count=settings.sample_images, seed=settings.seed)
-        return reference_of_checkpoint(trained, trained.network(), own, settings.seed)
+        own, _ = draw_images(images_uri, settings, calibrating=False, run=run_folder(checkpoint_uri))
+        return reference_of_checkpoint(trained, trained.network(), own, settings)
 
 
 def _reference_of_bundle(
@@ -245,19 +266,21 @@ def _reference_of_bundle(
         )
     opened.certificate_for("cpu", "fp32")
     candidate = certificate.load_candidate(opened, RuntimeSpec(threads=settings.threads))
-    own = images.draw(images_uri, count=settings.sample_images, seed=settings.seed)
+    own, _ = draw_images(images_uri, settings, calibrating=False)
     sample = [*own, *images.edge_cases(settings.seed)]
 
     def network(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
         return candidate.model.run(np.ascontiguousarray(pixels_nhwc))[0]
 
-    return certificate.run_reference(
+    taxonomy = opened.taxonomy()
+    reference = certificate.run_reference(
         sample,
-        images.targets(sample, opened.spec.class_ids, opened.taxonomy()),
+        images.targets(sample, opened.spec.class_ids, taxonomy),
         network=network,
-        spec=candidate.spec,
+        contract=published.contract_of(candidate.spec, taxonomy),
         description=f"model.onnx of {opened.model_id} on cpu, certified against PyTorch",
     )
+    return refuse_few(reference, settings.min_images)
 
 
 def has_gpu(device_id: int) -> bool:

@@ -11,6 +11,8 @@ class ParitySettings:
 
     sample_images: PositiveInt = 256
     """Images of the user that are compared; awkward ones made by the project come on top."""
+    min_images: PositiveInt = 32
+    """Least images of the user that must be compared; with fewer nothing is certified."""
     calibration_images: PositiveInt = 512
     """Images of the user that int8 ranges come from: others than those compared, while there are others."""
     seed: int = 0
@@ -21,3 +23,10 @@ class ParitySettings:
     """CPU threads of a session; what classify uses."""
     device_id: NonNegativeInt = 0
     """GPU of a CUDA session."""
+
+    def __post_init__(self) -> None:
+        if self.sample_images < self.min_images:
+            raise ValueError(
+                f"sample_images {self.sample_images} is below min_images {self.min_images}; "
+                "a certificate needs that many"
+            )

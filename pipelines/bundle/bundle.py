@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.bundle.coverage import find_gap
 from pipelines.bundle.manifest import (
     CERTIFICATES,
     MANIFEST_FILE,
@@ -124,12 +125,11 @@ class Bundle:
         )
 
     def certificate_covering(self, spec: RuntimeSpec) -> Certificate:
-        """The passing certificate that was measured in the batch sizes of `spec`; raises `NotCertified`."""
+        """The passing certificate that measured what would run here; raises `NotCertified`."""
         found = self.certificate_for(spec.provider, spec.precision)
-        if gap := found.gap(spec):
+        if gap := find_gap(found, spec):
             raise NotCertified(
-                f"{redact(self.uri)}/{found.name} does not cover this: {gap}. Give the --batch-size "
-                "that was measured, or measure this one on a machine that has the provider: "
+                f"{redact(self.uri)}/{found.name} does not cover this: {gap}. Measure it where it is to run: "
                 f"{self._command(spec.provider, spec.precision)} --parity.batch-size {spec.batch_size}"
             )
         return found

@@ -6,11 +6,10 @@ Parses and checks documents; it opens no folder and runs no model.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import InputError
 from pipelines.specs import ModelSpec, Precision, Provider
 
@@ -144,21 +143,6 @@ class Certificate:
         """Path of the certificate inside the bundle."""
         return f"{CERTIFICATES}/{self.provider}-{self.precision}.json"
 
-    def gap(self, spec: RuntimeSpec) -> str:
-        """What a session of `spec` would do that was not measured; empty when all of it was.
-
-        On CPU a certificate covers smaller batches than its own, as it proves that they change nothing. On a
-        GPU every batch size has kernels of its own.
-        """
-        measured = self.content.get("environment", {})
-        sizes = measured.get("buckets") or [0]
-        on_cpu = spec.provider == "cpu"
-        if spec.batch_size > max(sizes) or not (on_cpu or set(spec.buckets) <= set(sizes)):
-            return f"it measured batches of {_listed(sizes)} images, and {_listed(spec.buckets)} would run"
-        if not on_cpu and measured.get("allow_tf32") is not spec.allow_tf32:
-            return f"it was measured with TF32 {measured.get('allow_tf32')}, and {spec.allow_tf32} would run"
-        return ""
-
     @classmethod
     def from_json(cls, payload: bytes, path: str) -> Self:
         """Parse a certificate; raises `BundleDamaged` when it is none, was altered or contradicts itself.
@@ -212,7 +196,3 @@ def parse_json(payload: bytes, name: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BundleDamaged(f"{name} holds a {type(document).__name__}; expected an object")
     return document
-
-
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))

@@ -6,6 +6,7 @@ Options and placement of the nodes. It runs no model, and everything but `gpu_na
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import onnxruntime as ort
@@ -18,6 +19,9 @@ EP_NAMES: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
 }
+_FLAGS = ("flags", "Features")
+"""How lines of /proc/cpuinfo begin that list a CPU's instructions, on x86 and on ARM."""
+_INT8_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
 _QUIET = 3  # errors only: the warnings about shape nodes come once per session and mean nothing to a user
 
 
@@ -100,6 +104,22 @@ def cpu_name() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
+
+
+@cache
+def vector_extensions() -> list[str]:
+    """The instructions of this CPU that int8 products depend on; empty where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(_FLAGS)), [])
+    return [name for name in _INT8_EXTENSIONS if name in flags]
+
+
+def onnxruntime_version() -> str:
+    """The version of the installed ONNX Runtime."""
+    return str(ort.__version__)
 
 
 def gpu_name(device_id: int) -> str:

@@ -76,6 +76,7 @@ class OnnxModel:
             "batch_size": self.batch_size,
             "buckets": self.spec.buckets,
             "threads": self.spec.threads,
+            "vector_extensions": providers.vector_extensions(),
             "allow_tf32": self.spec.allow_tf32,
             "machine": providers.cpu_name() if on_cpu else providers.gpu_name(self.spec.device_id),
             "nodes": {name: len(kinds) for name, kinds in providers.placement(session).items()},

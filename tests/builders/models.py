@@ -9,12 +9,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pyarrow as pa
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from pipelines.bundle import bundle
+from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.manifest import MODEL_FILES, Manifest, record
+from pipelines.bundle.providers import vector_extensions
 from pipelines.specs import ImageSpec, ModelSpec
 
 CLASS_IDS = ("483", "1", "v9i3On", "425", "552")
@@ -23,7 +26,15 @@ TEMPERATURE = 1.3
 PASSED = {
     "passed": True,
     "failures": [],
-    "environment": {"batch_size": 16, "buckets": [1, 2, 4, 8, 16], "allow_tf32": False},
+    "environment": {
+        "batch_size": 16,
+        "buckets": [1, 2, 4, 8, 16],
+        "allow_tf32": False,
+        "onnxruntime": onnxruntime.__version__,
+        "vector_extensions": vector_extensions(),
+    },
+    "limits": dataclasses.asdict(LIMITS["fp32"]),
+    "images": {"own": 32},
 }
 """What of a certificate the readers of a bundle look at."""
 COLOURS = ((220, 60, 40), (40, 200, 60), (50, 70, 230), (230, 210, 40), (200, 60, 210))

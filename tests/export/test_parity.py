@@ -16,9 +16,9 @@ from PIL import Image
 from export import certificate, convert, images, parity, release
 from export.certificate import Candidate
 from export.checkpoint import open_checkpoint
-from export.parity import LIMITS, Limits
 from jobs.cli import main
 from pipelines.bundle.bundle import open_bundle
+from pipelines.bundle.limits import LIMITS, Limits
 from pipelines.specs import ImageSpec, ModelSpec
 from tests.builders.models import CLASS_IDS, checkpoint, dataset
 
@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dataset(tmp_path_factory.mktemp("pictures") / "dataset", 25)
+    return dataset(tmp_path_factory.mktemp("pictures") / "dataset", 40)
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +46,13 @@ def test_faithful_export_passes_with_accuracy_and_agreement_stated(trained, pict
     assert export(trained, pictures, tmp_path / "bundle") == 0
     certificate = open_bundle(str(tmp_path / "bundle")).certificate_for("cpu", "fp32").content
     metrics = certificate["metrics"]
-    assert certificate["images"]["own"] == 25
+    assert certificate["images"]["own"] == 40
     assert certificate["images"]["edge_cases"] == len(images.edge_cases())
     assert metrics["max_logit"] <= 1e-3
     assert metrics["top1"]["different"] == metrics["topk"]["different"] == 0
     assert metrics["labelled"]["accuracy"]["reference"] == metrics["labelled"]["accuracy"]["candidate"] > 0.8
     assert certificate["batches"]["max_change"] <= 1e-5
-    assert "fp32 on cpu: passed on 42 images" in capsys.readouterr().out
+    assert "fp32 on cpu: passed on 61 images" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_unlabelled_images_say_nothing_of_accuracy():
 
 
 def test_what_turned_answers_do_to_calibration_is_granted_and_no_more() -> None:
-    limits = parity.LIMITS["int8"]
+    limits = LIMITS["int8"]
     assert not _labelled_failures(lost=0, limits=limits, gained=1, calibration_change=0.019)
     assert _labelled_failures(lost=0, limits=limits, gained=1, calibration_change=0.021)
     assert not _labelled_failures(lost=1, limits=limits, gained=2, calibration_change=0.059)

@@ -10,6 +10,7 @@ import pytest
 from export import convert, images, parity, quantize
 from export.checkpoint import open_checkpoint
 from export.reference import activation
+from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import InputError
@@ -160,7 +161,7 @@ def test_gpu_stays_within_the_limits_of_its_precision(network, graph, pixels_nhw
     payload = quantize.half(network, MODEL_SPEC, {}).payload if name == "fp16" else graph
     model = OnnxModel(payload, RuntimeSpec("cuda", name, batch_size=32))
     logits_nc, _ = model.run(pixels_nhwc)
-    assert parity.relative(logits_nc, expected_nc) <= parity.LIMITS[name].max_relative_logit
+    assert parity.relative(logits_nc, expected_nc) <= LIMITS[name].max_relative_logit
 
 
 def test_checkpoint_fixture_is_not_all_near_ties(expected_nc):

@@ -25,7 +25,9 @@ from tests.builders import models
 from tests.builders.models import CLASS_IDS, SPEC
 
 TABLES = ("labels.parquet", "categories.parquet")
-QUICK = ["--parity.sample-images", "20", "--parity.calibration-images", "40"]
+FEW = ParitySettings(sample_images=5, min_images=5)
+FLAGS = ["--parity.sample-images", "5", "--parity.min-images", "5"]
+QUICK = ["--parity.sample-images", "20", "--parity.min-images", "5", "--parity.calibration-images", "40"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_labels_table_gives_each_class_its_place_in_the_taxonomy(exported):
 
 def test_same_export_elsewhere_has_the_same_model_id(exported, trained, pictures, tmp_path):
     elsewhere = Path(shutil.copytree(trained, tmp_path / "moved"))
-    settings = ParitySettings(sample_images=20, calibration_images=40)
+    settings = ParitySettings(sample_images=20, min_images=5, calibration_images=40)
     again = release.export(
         str(elsewhere),
         str(pictures),
@@ -159,11 +161,19 @@ def test_export_that_fails_while_writing_can_simply_be_repeated(trained, picture
     monkeypatch.setattr(LocalStorage, "put", disk_full)
     with pytest.raises(OSError, match="No space left"):
         release.export(
-            str(trained), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5)
+            str(trained),
+            str(pictures),
+            str(tmp_path / "b"),
+            settings=FEW,
         )
     assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
     monkeypatch.undo()
-    release.export(str(trained), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5))
+    release.export(
+        str(trained),
+        str(pictures),
+        str(tmp_path / "b"),
+        settings=FEW,
+    )
 
 
 def test_certify_adds_this_machines_certificate_and_keeps_the_model(copied, pictures, capsys):
@@ -172,7 +182,7 @@ def test_certify_adds_this_machines_certificate_and_keeps_the_model(copied, pict
     with pytest.raises(NotCertified, match="iab-vision certify"):
         open_bundle(str(copied)).certificate_for("cpu", "int8")
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
-    assert main([*command, "--parity.sample-images", "20"]) == 0
+    assert main([*command, "--parity.sample-images", "20", "--parity.min-images", "5"]) == 0
     after = open_bundle(str(copied))
     certificate = after.certificate_for("cpu", "int8")
     assert after.model_id == before
@@ -194,7 +204,7 @@ def test_float32_model_is_not_certified_against_itself(copied, pictures, capsys)
     """The difference would be 0.0, and would replace what the export proved against PyTorch."""
     before = contents_of(copied)
     command = ["certify", str(copied), "--images", str(pictures)]
-    assert main([*command, "--parity.sample-images", "5"]) == 2
+    assert main([*command, *FLAGS]) == 2
     assert "compared with itself. Name the run" in capsys.readouterr().err
     assert contents_of(copied) == before
 
@@ -202,7 +212,7 @@ def test_float32_model_is_not_certified_against_itself(copied, pictures, capsys)
 def test_float32_model_is_certified_anew_against_its_checkpoint(copied, pictures, trained):
     (copied / "certificates" / "cpu-fp32.json").unlink()
     command = ["certify", str(copied), "--images", str(pictures), "--checkpoint", str(trained)]
-    assert main([*command, "--parity.sample-images", "5"]) == 0
+    assert main([*command, *FLAGS]) == 0
     content = open_bundle(str(copied)).certificate_for("cpu", "fp32").content
     assert "in PyTorch" in content["reference"]
     assert content["metrics"]["max_logit"] > 0
@@ -227,7 +237,7 @@ def test_combination_that_cannot_run_is_refused_before_anything_is_measured(copi
 
 @pytest.mark.parametrize(("compared", "calibrated"), [(20, 40), (27, 33), (40, 60), (60, 60)])
 def test_images_that_are_compared_calibrate_too_where_too_few_are_left(pictures, compared, calibrated):
-    settings = ParitySettings(sample_images=compared, calibration_images=60)
+    settings = ParitySettings(sample_images=compared, min_images=20, calibration_images=60)
     own, further = release.draw_images(str(pictures), settings, calibrating=True)
     assert (len(own), len(further)) == (compared, calibrated)
     alone = {one.fingerprint for one in own}.isdisjoint(one.fingerprint for one in further)
@@ -243,14 +253,14 @@ def test_int8_certificate_says_what_it_was_calibrated_on(exported, copied, pictu
     assert main([*command, "--parity.sample-images", "60"]) == 0
     certificate = open_bundle(str(copied)).certificate_for("cpu", "int8")
     assert certificate.content["calibration"] == {"images": 40, "compared_too": 40}
-    assert "measured on 40 images that it was calibrated on, of 77" in caplog.text
+    assert "measured on 40 images that it was calibrated on, of 81" in caplog.text
     assert "int8 was calibrated on 40 images; use 500 or more" in caplog.text
 
 
 def reference_of(trained: Path, pictures: Path) -> certificate.Reference:
     own = samples.draw(str(pictures), count=5, seed=0)
     with checkpoint.open_checkpoint(str(trained)) as found:
-        return release.reference_of_checkpoint(found, found.network(), own, 0)
+        return release.reference_of_checkpoint(found, found.network(), own, FEW)
 
 
 def test_gpu_certificates_join_those_of_the_cpu(copied, trained, pictures, monkeypatch, caplog):
@@ -285,7 +295,7 @@ def test_export_on_a_gpu_that_fails_keeps_the_bundle(trained, pictures, tmp_path
     monkeypatch.setattr(release, "has_gpu", lambda device_id: True)
     monkeypatch.setattr(session, "load", broken)
     command = ["export", "--checkpoint", str(trained), "--images", str(pictures)]
-    assert main([*command, "--output", str(tmp_path / "b"), "--parity.sample-images", "5"]) == 0
+    assert main([*command, "--output", str(tmp_path / "b"), *FLAGS]) == 0
     assert open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32").passed
     assert "fp32 is not certified on cuda: CUDA failure 700" in caplog.text
 
@@ -303,7 +313,7 @@ def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, p
     for each in before.certificates:
         bundle.add_certificate(str(copied), altered, "cpu", each.precision, each.content)
     command = ["certify", str(copied), "--images", str(pictures), "--precisions", "int8"]
-    assert main([*command, "--parity.sample-images", "20"]) == 3
+    assert main([*command, "--parity.sample-images", "20", "--parity.min-images", "5"]) == 3
     assert "int8 on cpu is refused" in capsys.readouterr().err
     with pytest.raises(NotCertified, match="failed parity"):
         open_bundle(str(copied)).certificate_for("cpu", "int8")
@@ -388,7 +398,10 @@ def test_taxonomy_of_the_users_own_travels_with_the_bundle(trained, pictures, tm
     settings = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": str(own)}))
     made = release.export(
-        str(folder), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5)
+        str(folder),
+        str(pictures),
+        str(tmp_path / "b"),
+        settings=FEW,
     )
     own.unlink()
     found = open_bundle(str(tmp_path / "b")).taxonomy()
@@ -400,7 +413,12 @@ def test_flat_labels_are_their_own_taxonomy(trained, pictures, tmp_path):
     folder = Path(shutil.copytree(trained, tmp_path / "checkpoint"))
     settings = json.loads((folder / "iab_vision.json").read_text())
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": "labels"}))
-    release.export(str(folder), str(pictures), str(tmp_path / "b"), settings=ParitySettings(sample_images=5))
+    release.export(
+        str(folder),
+        str(pictures),
+        str(tmp_path / "b"),
+        settings=FEW,
+    )
     assert open_bundle(str(tmp_path / "b")).taxonomy().node("v9i3On").parent_id is None
 
 
@@ -414,7 +432,8 @@ def test_sample_is_the_same_for_a_seed_and_prefers_held_out_images(pictures, tmp
     lines = (mixed / "labels.csv").read_text().splitlines()
     trained_on = [line.replace("validation", "train") for line in lines[1:51]]
     (mixed / "labels.csv").write_text("\n".join([lines[0], *trained_on, *lines[51:]]))
-    assert len(samples.find(str(mixed))) == 10
+    drawn = samples.draw(str(mixed), count=40, seed=1)
+    assert [one.split for one in drawn] == ["validation"] * 10 + ["train"] * 30
 
 
 @pytest.mark.parametrize("column", ["uri", "file"])

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 
-from export import certificate, convert, images, parity, quantize
+from export import certificate, convert, images, parity, published, quantize
 from export.certificate import Candidate
 from export.reference import torch_reference
+from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.specs import ImageSpec, ModelSpec
+from pipelines.taxonomy import taxonomy
 from tests.builders import models
 
 pytestmark = pytest.mark.slow
@@ -69,18 +71,19 @@ def _no_speed_measured(monkeypatch) -> None:
 def test_architecture_exports_and_passes(name, multi_label):
     class_ids = tuple(f"class {index}" for index in range(N_CLASSES))
     spec = ModelSpec(class_ids, "labels", spec_of(name), multi_label, temperature=1.7)
+    contract = published.contract_of(spec, taxonomy.flat(class_ids))
     network = classifier(name)
     sample = images.edge_cases()
     reference = certificate.run_reference(
         sample,
         np.full((len(sample), N_CLASSES), -1),
         network=torch_reference(network),
-        spec=spec,
+        contract=contract,
         description=name,
     )
     payload = convert.convert(network, spec, {})
     model = OnnxModel(payload, RuntimeSpec(batch_size=4))
-    document = certificate.measure(reference, Candidate(model, spec), "fp32")
+    document = certificate.measure(reference, Candidate(model, contract), "fp32")
     assert document["passed"], document["failures"]
     assert document["images"]["compared"] == len(sample)
     total = reference.outputs.probabilities_nc.sum(axis=1)
@@ -107,6 +110,6 @@ def test_smaller_precisions_of_an_architecture_stay_close_and_ignore_batch_mates
     }
     for kind, graph in graphs.items():
         model = OnnxModel(graph.payload, RuntimeSpec(batch_size=4))
-        limits = parity.LIMITS[kind]
+        limits = LIMITS[kind]
         assert parity.relative(model.run(pixels_nhwc)[0], expected_nc) <= limits.max_relative_logit, kind
         assert parity.batch_invariance(model, pixels_nhwc)["max_change"] <= limits.max_batch_change, kind
