@@ -23,12 +23,14 @@ from jobs.errors import checking_input
 from jobs.progress import ClassifyProgress
 from jobs.settings import part_of
 from pipelines.bundle.bundle import Bundle, open_bundle
+from pipelines.bundle.categories import FILE
 from pipelines.bundle.precision import choose_precision
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import report
 from pipelines.classify import run as runs
 from pipelines.classify.passes import Passes
-from pipelines.classify.run import ErrorBudget, Run, RunSettings
+from pipelines.classify.run import Engine, ErrorBudget, Run, RunSettings
+from pipelines.classify.sizing import size_pools
 from pipelines.inventory import inventory
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger import publish
@@ -46,23 +48,23 @@ KEPT = "what is recorded stays recorded, and the same command continues it"
 
 def run(config: ClassifyConfig) -> int:
     """Prepare, classify what is missing, publish, report; or say that it is all done."""
-    with explaining_failures():
+    with explaining_failures("the same command starts it again"):
         prepared = prepare(config)
-        with hold_run(prepared.ledger, prepared.state, take_over=config.take_over):
-            return carry_out(prepared, config)
+    with explaining_failures(), hold_run(prepared.ledger, prepared.state, take_over=config.take_over):
+        return carry_out(prepared, config)
 
 
 @contextmanager
-def explaining_failures() -> Iterator[None]:
+def explaining_failures(kept: str = KEPT) -> Iterator[None]:
     """Report failures of storage and requests to stop as a `JobFailed` that says what is kept."""
     try:
         yield
     except (OSError, BaseError) as error:  # BaseError: obstore's, from below pyarrow's readers
-        raise JobFailed(f"{first_line(error)}; {KEPT}") from error
+        raise JobFailed(f"{first_line(error)}; {kept}") from error
     except Stopped as stop:
-        raise JobFailed(f"stopped by {stop}; {KEPT}") from None
+        raise JobFailed(f"stopped by {stop}; {kept}") from None
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
-        raise JobFailed(f"stopped while Ray started; {KEPT}") from None
+        raise JobFailed(f"stopped while Ray started; {kept}") from None
 
 
 def prepare(config: ClassifyConfig) -> Run:
@@ -79,8 +81,8 @@ def prepare(config: ClassifyConfig) -> Run:
         plan = inventory.plan(config.inventory, state, options=part_of(config, InventoryOptions))
     details = describe_run(config, certified=certified)
     identity = runs.identity(bundle, plan, settings)
-    ledger = Ledger.open(state, identity, n_items=plan.n_items, details=details, lease_s=config.lease_s)
     with checking_input():
+        ledger = Ledger.open(state, identity, n_items=plan.n_items, details=details, lease_s=config.lease_s)
         publish.refuse_foreign_files(ledger, table)
     warn_if_unfenced(state)
     seconds = {"plan": time.monotonic() - started}
@@ -94,12 +96,14 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
     elif not (config.retry_failed and runs.reopen_failed(run)):
         if not report.is_current(run.state, run.ledger):  # the driver died before it could report
             runs.write_report(run)
-        print(report.one_line(run.ledger, run.plan, run.table))
+        print(f"complete already, nothing was done. {report.one_line(run.ledger, run.plan, run.table)}")
         return 0
     classify_missing(run, config)
     runs.write_categories(run, open_storage(config.output))
     runs.publish_table(run)
     print(report.one_line(run.ledger, run.plan, run.table))
+    output = redact(config.output.rstrip("/"))
+    print(f"read {output}/table; names of ids: {output}/{FILE}; report: {output}/state/report.json")
     return 0
 
 
@@ -114,8 +118,23 @@ def classify_missing(run: Run, config: ClassificationConfig) -> None:
         provider=config.provider,
         folders=(run.state.uri, run.bundle.uri),
     ) as engine:
+        log.info("%s", describe_start(run, engine, config))
         progress = ClassifyProgress(run.ledger.done.n_items, len(run.ledger.done))
         runs.classify_missing(run, engine, progress)
+
+
+def describe_start(run: Run, engine: Engine, config: ClassificationConfig) -> str:
+    """One line: how much of what is classified, by which model, to where, and with what."""
+    runtime, missing = run.settings.runtime, run.plan.n_items - len(run.ledger.done)
+    pools = size_pools(
+        config.workers, engine.resources, runtime, n_items=missing, local_cores=engine.local_cores
+    )
+    return (
+        f"{run.plan.n_rows:,} rows, {run.plan.n_items:,} images ({missing:,} to classify) of "
+        f"{redact(config.inventory)}; bundle {redact(config.bundle)} ({run.bundle.model_id}, "
+        f"{runtime.precision} on {runtime.provider}); table {redact(run.table.uri)}; engine {engine.name}: "
+        f"{pools.load_actors} loaders, {pools.infer_actors} sessions"
+    )
 
 
 def runtime_spec(config: ClassificationConfig, bundle: Bundle) -> RuntimeSpec:

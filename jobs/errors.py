@@ -7,15 +7,18 @@ from pydantic import ValidationError
 
 from pipelines.messages import InputError
 from pipelines.specs import wrong_settings
+from pipelines.storage.uris import StorageRefused
 
 
 @contextmanager
 def checking_input() -> Iterator[None]:
-    """Report wrong settings, and a path that is not there or may not be read, as an `InputError`."""
+    """Report wrong settings, and a path that is not there or may not be used, as an `InputError`."""
     try:
         yield
     except ValidationError as error:
         raise InputError(wrong_settings(error)) from error
+    except StorageRefused as error:
+        raise InputError(str(error)) from error
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         reason = (error.strerror or "").lower()
         raise InputError(

@@ -74,7 +74,8 @@ class ClassifyProgress(LiveProgress):
         """Update the bar, or write a line when it is time for one."""
         rate = (self._done - self._before) / max(time.monotonic() - self._started, 1e-9)
         note = f"{rate:,.0f} images/s, {self._errors:,} rows without label"
-        waiting = f", {self._waiting:,} for retry" if self._waiting else ""
+        left = min(self._waiting, self._total - self._done)  # one that fails again was counted before
+        waiting = f", {left:,} for retry" if left else ""
         self.update(self._done, self._total, note + waiting)
 
 

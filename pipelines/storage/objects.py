@@ -7,8 +7,10 @@ sentence.
 
 import contextlib
 import errno
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,10 +24,21 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.messages import redact
-from pipelines.storage.uris import AlreadyExists, Entry, StorageError, Version, join, scheme_of
+from pipelines.storage.uris import (
+    AlreadyExists,
+    Entry,
+    StorageError,
+    StorageRefused,
+    Version,
+    join,
+    scheme_of,
+)
 
 PATIENCE_S = 120.0
 """How long a request is repeated while the server answers 5xx or nothing, seconds."""
+
+SILENCE_S = 8.0
+"""After so long without an answer the store is named in the log, seconds."""
 
 REQUEST_S = 60
 """Time limit of one request, seconds; an upload of a large file gets more."""
@@ -41,6 +54,9 @@ OBJECT_SCHEMES = {
     "az": "az", "azure": "az", "abfs": "abfs", "abfss": "abfss",
 }  # fmt: skip
 """URI schemes that go through obstore -> the name that obstore knows each by."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,15 +183,36 @@ class ObjectStorage:
         from obstore.exceptions import BaseError, NotFoundError
 
         try:
-            yield
+            with self._named_when_silent(path):
+                yield
         except passed:
             raise
         except (NotFoundError, FileNotFoundError) as error:
             if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
-                raise StorageError(self._message(path, error)) from error
+                raise StorageRefused(self._message(path, error)) from error
             raise FileNotFoundError(errno.ENOENT, "no such object", join(self.uri, path)) from error
         except BaseError as error:
-            raise StorageError(self._message(path, error)) from error
+            # Not by type: a listing that is refused raises GenericError.
+            refused = re.search(r"status code: 40[13]|NoSuchBucket|PermissionDenied", str(error))
+            raise (StorageRefused if refused else StorageError)(self._message(path, error)) from error
+
+    @contextlib.contextmanager
+    def _named_when_silent(self, path: str) -> Iterator[None]:
+        """Log once that a request has no answer yet: it is repeated for minutes."""
+        timer = threading.Timer(SILENCE_S, self._log_silence, (path,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _log_silence(self, path: str) -> None:
+        log.warning(
+            "no answer from %s for %.0f s; the request is repeated for up to %.0f s. Check the endpoint (%s)",
+            redact(join(self.uri, path)), SILENCE_S, self.patience_s,
+            os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the store's own",
+        )  # fmt: skip
 
     def _message(self, path: str, error: Exception) -> str:
         reason = str(error).split("\n\nDebug source", maxsplit=1)[0]

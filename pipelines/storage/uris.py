@@ -18,6 +18,10 @@ class StorageError(OSError):
     """The storage refused or could not be reached; the message names the URI and what to check."""
 
 
+class StorageRefused(StorageError):
+    """There is no such bucket, or the credentials do not permit this: asking again does not help."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One stored file as a listing shows it; `path` is relative to the storage's root."""

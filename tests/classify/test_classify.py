@@ -84,9 +84,14 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(engine, images, bundle, tmp_path):
+def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(
+    engine, images, bundle, tmp_path, caplog, capsys
+):
     output = tmp_path / "out"
     assert main(command(images, bundle, output, "--engine", engine)) == 0
+    assert f"60 rows, 60 images (60 to classify) of {images}; bundle {bundle}" in caplog.text
+    assert f"engine {engine}: " in caplog.text
+    assert f"report: {output}/state/report.json" in capsys.readouterr().out
     rows = published(output)
     assert Counter(rows["status"].to_pylist()) == {"ok": 54, "not_an_image": 6}
     assert sorted(rows["uri"].to_pylist()) == sorted(str(path) for path in images.iterdir())
@@ -99,6 +104,7 @@ def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(engine, 
     assert (output / "table" / "_SUCCESS").exists()
     before = written_at(output)
     assert main(command(images, bundle, output)) == 0
+    assert "complete already, nothing was done" in capsys.readouterr().out
     assert written_at(output) == before
     assert main(["verify", str(output)]) == 0
 
