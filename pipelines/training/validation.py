@@ -1,7 +1,7 @@
 """Metrics of the validation images during training, computed by all workers together."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from pipelines.training.losses import Criterion
 from pipelines.training.optimizer import autocast
 from pipelines.training.task import Task, Worker
 
+Value = TypeVar("Value")
+
 
 def validate(
     model: Any,
@@ -26,12 +28,15 @@ def validate(
     criterion: Criterion,
     precision: str,
 ) -> dict[str, float]:
-    """Loss and metrics over the batches of all workers, the same on each."""
+    """Loss and metrics over the batches of all workers, computed by the leading one and the same on each."""
     logits, targets = compute_logits(model, batches, task, precision=precision)
     logits_nc, targets_nc = gather(logits, worker), gather(targets, worker)
-    truth = targets_nc.astype(np.uint8) if task.classes.multi_label else targets_nc.argmax(1)
-    loss = criterion(torch.from_numpy(logits_nc), torch.from_numpy(targets_nc)).mean()
-    return {"validation_loss": float(loss), **metrics.classification(logits_nc, truth)}
+    measured: dict[str, float] = {}
+    if worker.is_main:
+        truth = targets_nc.astype(np.uint8) if task.classes.multi_label else targets_nc.argmax(1)
+        loss = criterion(torch.from_numpy(logits_nc), torch.from_numpy(targets_nc)).mean()
+        measured = {"validation_loss": float(loss), **metrics.classification(logits_nc, truth)}
+    return from_main(measured, worker)
 
 
 def compute_logits(
@@ -59,3 +64,12 @@ def gather(mine: npt.NDArray[Any], worker: Worker) -> npt.NDArray[Any]:
     parts: list[Any] = [None] * worker.world_size
     distributed.all_gather_object(parts, mine)
     return np.concatenate(parts)
+
+
+def from_main(value: Value, worker: Worker) -> Value:
+    """The leading worker's value, on every worker."""
+    if worker.world_size == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, device=worker.device)
+    return values[0]

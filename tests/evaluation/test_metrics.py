@@ -19,6 +19,17 @@ def scored() -> tuple[np.ndarray, np.ndarray]:
     return logits_nc, targets
 
 
+@pytest.mark.parametrize("decimals", [8, 1])
+def test_ranking_per_class_equals_scikit_learn_with_and_without_ties(decimals: int) -> None:
+    random = np.random.default_rng(0)
+    scores_nc = random.random((300, 4), np.float32).round(decimals)
+    targets_nc = (random.random((300, 4)) < [0.02, 0.2, 0.5, 0.9]).astype(np.uint8)
+    roc, average_precision = metrics.ranking_per_class(scores_nc, targets_nc)
+    columns = list(zip(targets_nc.T, scores_nc.T, strict=True))
+    np.testing.assert_allclose(roc, [sk.roc_auc_score(*column) for column in columns])
+    np.testing.assert_allclose(average_precision, [sk.average_precision_score(*column) for column in columns])
+
+
 def test_accuracy_at_k_counts_the_true_class_among_the_best_k() -> None:
     scores_nc = np.array([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.5, 0.2, 0.3]])
     targets = np.array([0, 0, 1])

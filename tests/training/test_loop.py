@@ -24,7 +24,7 @@ from pipelines.datasets.settings import DataSettings, ImageCache, Splits
 from pipelines.evaluation import metrics
 from pipelines.messages import InputError, JobFailed
 from pipelines.storage import uris
-from pipelines.training import checkpoints, decoded, fit, runs
+from pipelines.training import checkpoints, decoded, fit, runs, validation
 from pipelines.training.decoded import epoch_order
 from pipelines.training.loop import Diverged
 from pipelines.training.optimizer import build_ema, learning_rate_factor
@@ -106,6 +106,18 @@ def test_streamed_validation_measures_the_same_images_as_kept_ones():
     expected, truth = logits_of(kept, [kept.batches.validation.take(np.array([3, 4, 40]))])
     np.testing.assert_allclose(logits, expected, atol=1e-6)
     assert (targets == truth).all() and stream.batches.tally.unreadable == 1
+
+
+def test_only_the_leading_worker_computes_the_metrics_of_all(monkeypatch):
+    made = trainer(RECIPE, LABELS, worker=Worker(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(validation, "gather", lambda mine, worker: mine)
+    monkeypatch.setattr(metrics, "classification", lambda *_: pytest.fail("computed on another worker"))
+
+    def receive(values, **_) -> None:
+        values[0] = {"accuracy": 0.5}
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    assert made.evaluate(made.model) == {"accuracy": 0.5}
 
 
 def test_averaged_weights_follow_the_weights_at_their_decay():
