@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install lint check test demo bench clean
+.PHONY: install lint check test demo bench peers clean
 
 install: $(STAMP)
 
@@ -34,5 +34,9 @@ bench: install  ## the benchmarks that need no data and finish within minutes; e
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/classify_throughput.py
 
+peers: install  ## an environment for the peers that benchmarks/peers.py compares with
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet 'daft>=0.7,<0.8' onnxruntime pillow numpy
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) .venv-peers demo-output
