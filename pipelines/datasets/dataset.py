@@ -50,7 +50,7 @@ class LabelledData:
     def indices(self, split: str) -> npt.NDArray[np.int64]:
         return np.flatnonzero(self.splits == split)
 
-    def divided_as(self, known: Mapping[str, str]) -> Self:
+    def with_splits(self, known: Mapping[str, str]) -> Self:
         """The same images, each in the split that its recorded URI is known by, if it is known."""
         own = self.rows["split"].to_pylist()
         chosen = [known.get(uri, split) for uri, split in zip(self.recorded_uris(), own, strict=True)]
@@ -104,11 +104,9 @@ def load(settings: DataSettings) -> LabelledData:
     labelled = [names for names, kept in zip(labels, keep, strict=True) if names is not None and kept]
     dropped = {"without a label": int((~keep).sum())}
     known, ids = resolve_labels(labelled, settings.taxonomy, settings.tier)
-    classes = tuple(in_order(known, {name for names in ids for name in names}))
-    rows, divided_here = divided(found, ids, classes, settings.splits)
-    return LabelledData(
-        rows, classes, known, with_absolute_taxonomy(settings), multi_label, dropped, divided_here
-    )
+    classes = tuple(order_classes(known, {name for names in ids for name in names}))
+    rows, divided_here = divide_rows(found, ids, classes, settings.splits)
+    return LabelledData(rows, classes, known, locate_taxonomy(settings), multi_label, dropped, divided_here)
 
 
 def refuse_untrainable(data: LabelledData) -> None:
@@ -126,7 +124,7 @@ def refuse_untrainable(data: LabelledData) -> None:
             )
 
 
-def with_absolute_taxonomy(settings: DataSettings) -> DataSettings:
+def locate_taxonomy(settings: DataSettings) -> DataSettings:
     """The settings as a process with another working folder needs them."""
     name = settings.taxonomy
     is_local_table = name.endswith(".csv") and "://" not in name
@@ -179,7 +177,7 @@ def resolve_labels(
     guesses: dict[str, str | None] = {}
     for name in distinct:
         try:
-            ids[name] = at_tier(known, known.resolve(name), tier)
+            ids[name] = lift_to_tier(known, known.resolve(name), tier)
         except (UnknownLabel, AmbiguousLabel):
             guesses[name] = next(iter(known.suggest(name)), None)
     if guesses:
@@ -209,37 +207,37 @@ class UnknownLabels(DatasetError):
         return text.getvalue().encode()
 
 
-def at_tier(known: Taxonomy, node_id: str, tier: int | None) -> str:
+def lift_to_tier(known: Taxonomy, node_id: str, tier: int | None) -> str:
     """The node itself, or its ancestor of that tier when it lies deeper."""
     if tier is None or known.node(node_id).tier <= tier:
         return node_id
     return next(ancestor for ancestor in known.ancestors(node_id) if known.node(ancestor).tier == tier)
 
 
-def in_order(known: Taxonomy, ids: set[str]) -> list[str]:
+def order_classes(known: Taxonomy, ids: set[str]) -> list[str]:
     """The classes in the taxonomy's own order, so that siblings stand together in every report."""
     return [node.id for node in known.nodes if node.id in ids]
 
 
-def divided(
+def divide_rows(
     found: pa.Table, ids: list[list[str]], classes: Sequence[str], division: Splits
 ) -> tuple[pa.Table, frozenset[str]]:
     """The rows with class indices and a split each, reduced to `division.limit`; and the splits made here."""
     index = {node_id: i for i, node_id in enumerate(classes)}
     indices = [sorted(index[node_id] for node_id in names) for names in ids]
     table = found.append_column("classes", pa.array(indices, pa.list_(pa.int32()))).drop_columns(["labels"])
-    strata = rarest(indices, len(classes))
-    names, groups = grouped(table)
+    strata = assign_strata(indices, len(classes))
+    names, groups = number_groups(table)
     if division.limit and division.limit < len(strata):
         whole = table["split"].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy() + 1
         kept = splits.sample(strata * (whole.max() + 1) + whole, division.limit, seed=division.seed)
         table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
-    chosen, divided_here = chosen_splits(table, strata, groups, names, division)
+    chosen, divided_here = choose_splits(table, strata, groups, names, division)
     rows = table.drop_columns(["split", "group"])
     return rows.append_column("split", pa.array(chosen.tolist(), pa.string())), divided_here
 
 
-def chosen_splits(
+def choose_splits(
     table: pa.Table,
     strata: npt.NDArray[np.int64],
     groups: npt.NDArray[np.int64],
@@ -259,22 +257,22 @@ def chosen_splits(
         raise DatasetError(
             f"{given.count(None) + given.count('')} rows have no split; give all rows one, or none"
         )
-    named = splits.named(given)
+    named = splits.parse_splits(given)
     splits.refuse_straddling(named, groups, group_names)
-    completed = splits.complete(
+    completed = splits.carve_validation(
         named, strata, groups, validation_of_train=division.validation_of_train, seed=division.seed
     )
     moved = completed != named
     return completed, frozenset([*named[moved].tolist(), *completed[moved].tolist()])
 
 
-def rarest(indices: Sequence[Sequence[int]], n_classes: int) -> npt.NDArray[np.int64]:
+def assign_strata(indices: Sequence[Sequence[int]], n_classes: int) -> npt.NDArray[np.int64]:
     """Each row's stratum: its rarest class; rows without any share one of their own."""
     counts = np.bincount([i for row in indices for i in row], minlength=n_classes)
     return np.array([min(row, key=lambda i: counts[i]) if row else n_classes for row in indices], np.int64)
 
 
-def grouped(table: pa.Table) -> tuple[list[str], npt.NDArray[np.int64]]:
+def number_groups(table: pa.Table) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Names of the groups, and each row's group; a row without a group is one of its own."""
     group = table["group"].combine_chunks()
     alone = pa.array([f"row {row}" for row in range(len(group))])

@@ -19,44 +19,35 @@ import pyarrow as pa
 
 from pipelines.datasets.settings import ImageCache
 from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.load import decode_here, load
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import LOCATION, Source
-from pipelines.images import prepare
-from pipelines.images.prepare import Prepared
+from pipelines.images.pixels import pixels_of
+from pipelines.images.prepare import Pixels
 from pipelines.messages import JobFailed
-from pipelines.schema import LOADED, pixels_type
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
 
-Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
 SHUFFLE_ROWS = 4096
 """Rows that are shuffled together when images arrive as a stream already in random order."""
 
-
-def schema_of(spec: ImageSpec) -> pa.Schema:
-    """One decoded image: what became of it, its classes, its pixels."""
-    return pa.schema(
-        [
-            *LOADED,
-            pa.field("classes", pa.list_(pa.int32())),
-            pa.field("pixels", pixels_type(spec.height, spec.width)),
-        ]
-    )
+CLASSES = pa.field("classes", pa.list_(pa.int32()))
+"""What decoded rows have besides `schema.LOADED` and their pixels."""
 
 
-def enlarged(spec: ImageSpec, margin: float) -> ImageSpec:
+def enlarge(spec: ImageSpec, margin: float) -> ImageSpec:
     """The spec of stored training images, so that a crop does not have to be blown up."""
     return replace(spec, height=math.ceil(spec.height * margin), width=math.ceil(spec.width * margin))
 
 
-def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: ImageCache) -> Any:
-    """A lazy Ray Dataset of these row numbers of `rows`, in this order, in the schema `schema_of(spec)`."""
+def decode_dataset(rows: pa.Table, order: Rows, spec: ImageSpec, cache: ImageCache) -> Any:
+    """A lazy Ray Dataset of these row numbers of `rows`, in this order: `decode_batch` of them."""
     import ray
 
     table = rows.take(pa.array(order)).append_column("item_id", pa.array(order, pa.int64()))
-    step = how.images_per_task
+    step = cache.images_per_task
     chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
     return ray.data.from_arrow(chunks).map_batches(
         decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}
@@ -65,34 +56,14 @@ def decoded(rows: pa.Table, order: Rows, spec: ImageSpec, how: ImageCache) -> An
 
 def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits | None = None) -> pa.Table:
     """Fetch and decode; an image that cannot be used keeps its row and its reason."""
-    pixels = np.zeros((batch.num_rows, spec.height * spec.width * 3), np.uint8)
-    found: list[Prepared] = [Prepared(Status.NOT_FOUND)] * batch.num_rows
-    digests: list[str | None] = [None] * batch.num_rows
-    for index, fetched in fetcher().fetch_many(sources(batch)):
-        digests[index] = fetched.sha256
-        if fetched.payload is None:
-            found[index] = Prepared(fetched.status, fetched.error)
-            continue
-        outcome = prepare.prepare(fetched.payload, spec, limits)
-        if outcome.pixels_hwc is not None:
-            pixels[index] = outcome.pixels_hwc.reshape(-1)
-        found[index] = replace(outcome, pixels_hwc=None)
-    return pa.table(
-        {
-            "item_id": batch["item_id"],
-            "status": [str(outcome.status) for outcome in found],
-            "error": [outcome.error for outcome in found],
-            "sha256": digests,
-            "width_px": [outcome.width_px for outcome in found],
-            "height_px": [outcome.height_px for outcome in found],
-            "format": [outcome.format for outcome in found],
-            "classes": batch["classes"],
-            "pixels": pa.FixedSizeBinaryArray.from_buffers(
-                pixels_type(spec.height, spec.width), batch.num_rows, [None, pa.py_buffer(pixels)]
-            ),
-        },
-        schema=schema_of(spec),
+    loaded = load(
+        fetcher(),
+        sources_of(batch),
+        item_ids=batch["item_id"].to_pylist(),
+        spec=spec,
+        decode=decode_here(spec, limits),
     )
+    return loaded.add_column(loaded.num_columns - 1, CLASSES, batch["classes"])
 
 
 @functools.cache
@@ -104,13 +75,13 @@ def fetcher() -> Fetcher:
     return Fetcher(FetchLimits(allow_private_addresses=True))
 
 
-def sources(batch: pa.Table) -> list[Source]:
+def sources_of(batch: pa.Table) -> list[Source]:
     """Where the bytes of each row are: a file of their own, or a row or a byte range of another."""
     columns = (batch[name].to_pylist() for name in LOCATION)
     return [Source(*place) for place in zip(*columns, strict=True)]
 
 
-def outcomes(dataset: Any) -> pa.Table:
+def list_outcomes(dataset: Any) -> pa.Table:
     """Status, error and sha256 of every row of a decoded dataset, without its pixels."""
     import ray
 
@@ -118,7 +89,7 @@ def outcomes(dataset: Any) -> pa.Table:
     return pa.concat_tables(ray.get(kept.to_arrow_refs()))
 
 
-def unreadable(outcome: pa.Table, uris: Sequence[str], *, max_fraction: float) -> list[dict[str, str]]:
+def list_unreadable(outcome: pa.Table, uris: Sequence[str], *, max_fraction: float) -> list[dict[str, str]]:
     """The images that could not be used, with their reasons.
 
     Raises:
@@ -150,35 +121,27 @@ class Room:
     disk: int
 
 
-def room(ingest: ImageCache) -> Room:
+def measure_room(cache: ImageCache) -> Room:
     """What this cluster can keep: the smallest node's object store, and the free disk behind it."""
     import ray
 
     stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
     free = shutil.disk_usage(tempfile.gettempdir()).free
-    return Room(int(min(stores) * ingest.memory_fraction), int(free * ingest.disk_fraction))
+    return Room(int(min(stores) * cache.memory_fraction), int(free * cache.disk_fraction))
 
 
-def mode_for(ingest: ImageCache, n_bytes: int, room: Room) -> str:
+def choose_mode(cache: ImageCache, n_bytes: int, room: Room) -> str:
     """How to keep decoded images of this size: the way asked for, or the fastest that fits."""
-    if ingest.mode != "auto":
-        return ingest.mode
+    if cache.mode != "auto":
+        return cache.mode
     if n_bytes <= room.memory:
         return "memory"
     return "disk" if n_bytes <= room.disk else "stream"
 
 
-def repeated(batch: pa.Table, times: npt.NDArray[np.int64]) -> pa.Table:
+def repeat_rows(batch: pa.Table, times: npt.NDArray[np.int64]) -> pa.Table:
     """Each row as often as `times[item_id]` says: 0 drops it, 2 draws it twice."""
     return batch.take(pa.array(np.repeat(np.arange(batch.num_rows), times[batch["item_id"].to_numpy()])))
-
-
-def pixels_of(batch: pa.Table, spec: ImageSpec) -> Pixels:
-    """The pixel column as uint8 [n, height, width, 3], without copying one chunk."""
-    column = batch["pixels"].combine_chunks() if batch["pixels"].num_chunks != 1 else batch["pixels"].chunk(0)
-    side = spec.height * spec.width * 3
-    flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * side, column.offset * side)
-    return flat.reshape(len(column), spec.height, spec.width, 3)
 
 
 def class_matrix(classes: pa.Array | pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.uint8]:
@@ -190,7 +153,7 @@ def class_matrix(classes: pa.Array | pa.ChunkedArray, n_classes: int) -> npt.NDA
     return targets_nc
 
 
-def dense(classes: pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.float32]:
+def dense_targets(classes: pa.ChunkedArray, n_classes: int) -> npt.NDArray[np.float32]:
     """Class lists as the loss takes them: float32 [n, classes]."""
     return class_matrix(classes, n_classes).astype(np.float32)
 
@@ -204,8 +167,8 @@ class PixelStore:
             for block in iterator.iter_batches(batch_size=None, batch_format="pyarrow")
             if block.num_rows
         ]
-        self.pixels = [pixels_of(block, spec) for block in blocks]
-        self.targets_nc = np.concatenate([dense(block["classes"], n_classes) for block in blocks])
+        self.pixels = [pixels_of(block["pixels"], spec) for block in blocks]
+        self.targets_nc = np.concatenate([dense_targets(block["classes"], n_classes) for block in blocks])
         self.item_ids = np.concatenate([block["item_id"].to_numpy() for block in blocks])
         self.first = np.cumsum([0, *(len(pixels) for pixels in self.pixels)])
         self.place = np.argsort(self.item_ids)
@@ -264,7 +227,7 @@ def stream_batches(
         if len(places):
             last = batch.take(pa.array(np.resize(places, batch_size)))
         for _ in range(owed if last is not None else 0):
-            yield arrays(last, spec, n_classes)
+            yield to_arrays(last, spec, n_classes)
             owed -= 1
     if last is None:
         raise JobFailed(
@@ -282,9 +245,9 @@ def evaluation_batches(
         wanted = batch.filter(rows[np.searchsorted(rows, ids).clip(max=len(rows) - 1)] == ids)
         found = wanted.take(pa.array(tally.readable(wanted)))
         if found.num_rows:
-            yield arrays(found, spec, n_classes)
+            yield to_arrays(found, spec, n_classes)
 
 
-def arrays(batch: pa.Table, spec: ImageSpec, n_classes: int) -> tuple[Pixels, npt.NDArray[np.float32]]:
+def to_arrays(batch: pa.Table, spec: ImageSpec, n_classes: int) -> tuple[Pixels, npt.NDArray[np.float32]]:
     """Pixels [n, height, width, 3] that torch may own, and targets [n, classes]."""
-    return pixels_of(batch, spec).copy(), dense(batch["classes"], n_classes)
+    return pixels_of(batch["pixels"], spec).copy(), dense_targets(batch["classes"], n_classes)

@@ -162,8 +162,8 @@ def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     return make_found(
         locate(uri, schema, raw, columns),
         labels,
-        split=as_text(raw, columns.split) or [split_of_path(uri)] * len(labels),
-        group=as_text(raw, columns.group),
+        split=text_of(raw, columns.split) or [split_of_path(uri)] * len(labels),
+        group=text_of(raw, columns.group),
     ), several
 
 
@@ -245,11 +245,14 @@ def _name_of(value: Any, names: Sequence[str] | None) -> str:
     return str(names[value])
 
 
-def as_text(raw: pa.Table, column: str) -> pa.ChunkedArray | None:
+def text_of(raw: pa.Table, column: str) -> pa.ChunkedArray | None:
     """The column as text with null for the empty text, which is how CSV spells it; None without one."""
     if column not in raw.column_names:
         return None
-    texts = raw[column].cast(pa.string())
+    try:
+        texts = raw[column].cast(pa.string())
+    except pa.ArrowNotImplementedError as error:
+        raise DatasetError(f"column {column!r} is {raw[column].type}; it must hold text") from error
     return pa.compute.if_else(pa.compute.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
@@ -323,10 +326,17 @@ def class_names(uri: str, column: str) -> list[str] | None:
     if tables.format_of(uri) != "parquet":
         return None
     metadata = (pq.ParquetFile(open_input(uri)).schema_arrow.metadata or {}).get(b"huggingface")
-    features = json.loads(metadata)["info"]["features"] if metadata else {}
-    feature = features.get(column, {})
-    feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
-    names = feature.get("names")
+    if metadata is None:
+        return None
+    try:
+        feature = json.loads(metadata)["info"]["features"].get(column, {})
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        names = feature.get("names")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # JSON of any other shape
+        raise DatasetError(
+            f"the Hugging Face metadata of {redact(uri)} cannot be read: {type(error).__name__} {error}; "
+            "write the file again with the datasets library, or without that metadata"
+        ) from error
     return list(names) if names else None
 
 

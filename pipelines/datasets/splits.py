@@ -41,7 +41,7 @@ def divide(
     wanted_sc = np.outer(list(shares.values()), np.bincount(strata))
     filled_sc = np.zeros_like(wanted_sc)
     chosen = np.zeros(len(strata), np.int64)
-    for members in shuffled_groups(groups, seed):
+    for members in shuffle_groups(groups, seed):
         counts = np.bincount(strata[members], minlength=wanted_sc.shape[1])
         main = counts.argmax()
         lacking = np.floor(wanted_sc[:, main] - filled_sc[:, main] + ROUNDING)
@@ -53,7 +53,7 @@ def divide(
     return np.array(names)[chosen]
 
 
-def shuffled_groups(groups: npt.NDArray[np.int64], seed: int) -> list[npt.NDArray[np.int64]]:
+def shuffle_groups(groups: npt.NDArray[np.int64], seed: int) -> list[npt.NDArray[np.int64]]:
     """Row indices of each group, larger groups first, equal ones in an order fixed by `seed`."""
     order = np.random.default_rng(seed).permutation(len(groups))
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
@@ -79,7 +79,7 @@ def sample(strata: npt.NDArray[np.int64], limit: int, *, seed: int) -> npt.NDArr
     return np.sort(order[rank < wanted[strata[order]]])
 
 
-def named(values: Sequence[str]) -> npt.NDArray[np.str_]:
+def parse_splits(values: Sequence[str]) -> npt.NDArray[np.str_]:
     """The dataset's split column in our words.
 
     Raises:
@@ -108,7 +108,7 @@ def refuse_straddling(
         )
 
 
-def complete(
+def carve_validation(
     splits: npt.NDArray[np.str_],
     strata: npt.NDArray[np.int64],
     groups: npt.NDArray[np.int64],
@@ -131,7 +131,7 @@ def complete(
     return completed
 
 
-def duplicates_to_drop(sha256: Sequence[str | None], splits: npt.NDArray[np.str_]) -> npt.NDArray[np.bool_]:
+def find_leaking_copies(sha256: Sequence[str | None], splits: npt.NDArray[np.str_]) -> npt.NDArray[np.bool_]:
     """Rows whose very bytes are also in a split that comes first: test before validation before train.
 
     Equal images within one split stay: they are the dataset's own weighting, and leak nothing.

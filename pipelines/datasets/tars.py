@@ -54,4 +54,6 @@ def _parse(uri: str, payload: bytes, names: Sequence[str]) -> Any:
         content = json.loads(payload)
     except ValueError as error:
         raise InputError(f"the label {redact(uri)} cannot be read: {error}") from error
-    return next((content[name] for name in names if name in content), None) if content else None
+    if not isinstance(content, dict):
+        raise InputError(f"the label {redact(uri)} is {type(content).__name__}; it must be a JSON object")
+    return next((content[name] for name in names if name in content), None)

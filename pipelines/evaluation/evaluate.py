@@ -37,7 +37,7 @@ def evaluate_model(
         InputError: the split is empty, or its labels are not the model's.
         JobFailed: no image can be decoded.
     """
-    data = data.divided_as(recorded or {})
+    data = data.with_splits(recorded or {})
     eval_set = build_eval_set(
         data, split, model.spec.class_ids, model.taxonomy, multi_label=model.spec.multi_label
     )

@@ -13,6 +13,7 @@ from pipelines.evaluation import attention
 from pipelines.evaluation.evaluation import Scored, choose_images
 from pipelines.evaluation.metrics import Array
 from pipelines.evaluation.report import ReportExtras, ReportImage, caption_images
+from pipelines.images.pixels import pixels_of
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
 from pipelines.taxonomy.taxonomy import Taxonomy
@@ -46,7 +47,7 @@ def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[ReportImage]
     if "item_id" not in chosen.column_names:
         chosen = chosen.append_column("item_id", pa.array(rows, pa.int64()))
     loaded = pixels.decode_batch(chosen, spec, DecodeLimits())
-    pixels_nhwc = pixels.pixels_of(loaded, spec)
+    pixels_nhwc = pixels_of(loaded["pixels"], spec)
     return [
         ReportImage(int(row), uri, pixels_hwc)
         for row, uri, pixels_hwc, status in zip(

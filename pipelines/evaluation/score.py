@@ -17,6 +17,7 @@ from pipelines.datasets import pixels
 from pipelines.evaluation.eval_set import EvalSet
 from pipelines.evaluation.evaluation import Scored
 from pipelines.evaluation.metrics import Array
+from pipelines.images.pixels import pixels_of
 from pipelines.messages import JobFailed
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
@@ -43,7 +44,7 @@ class EvalResult:
 
 def predict_batch(batch: pa.Table, predict: Predict, spec: ImageSpec) -> pa.Table:
     """Logits and probabilities of decoded images; those of an image without pixels mean nothing."""
-    outputs = predict(pixels.pixels_of(batch, spec))
+    outputs = predict(pixels_of(batch["pixels"], spec))
     logits, scores = (pa.FixedSizeListArray.from_arrays(pa.array(nc.ravel()), nc.shape[1]) for nc in outputs)
     head = batch.select(["item_id", "status", "error"])
     return head.append_column("logits", logits).append_column("probabilities", scores)

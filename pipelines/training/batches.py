@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.datasets import pixels
-from pipelines.datasets.pixels import Pixels
+from pipelines.images.prepare import Pixels
 from pipelines.training.decoded import epoch_order
 from pipelines.training.task import Task, Worker, step_seed
 

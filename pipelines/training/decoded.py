@@ -85,7 +85,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
     Raises:
         JobFailed: too many images are unreadable, or a split has none left.
     """
-    stored = pixels.enlarged(spec, how.margin)
+    stored = pixels.enlarge(spec, how.margin)
     mode = chosen_mode(data, spec, stored, how)
     decoded = {}
     for name in (splits.TRAIN, splits.VALIDATION, splits.TEST):
@@ -93,17 +93,19 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
         if name == splits.TRAIN and mode != "memory":
             # A stream is shuffled within a window only, so it starts from a random order.
             order = np.random.default_rng(seed).permutation(order)
-        dataset = pixels.decoded(data.rows, order, stored if name == splits.TRAIN else spec, how)
+        dataset = pixels.decode_dataset(data.rows, order, stored if name == splits.TRAIN else spec, how)
         decoded[name] = dataset if mode == "stream" else dataset.materialize()
-    outcome = pa.concat_tables([pixels.outcomes(dataset) for dataset in decoded.values()]).sort_by("item_id")
-    unreadable = pixels.unreadable(
+    outcome = pa.concat_tables([pixels.list_outcomes(dataset) for dataset in decoded.values()]).sort_by(
+        "item_id"
+    )
+    unreadable = pixels.list_unreadable(
         outcome, data.rows["uri"].to_pylist(), max_fraction=how.max_unreadable_fraction
     )
     for image in unreadable[:LISTED]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
     readable = pa.compute.equal(outcome["status"], "ok").to_numpy()
     # An unreadable copy is counted once, as unreadable.
-    repeated = splits.duplicates_to_drop(outcome["sha256"].to_pylist(), data.splits) & readable
+    repeated = splits.find_leaking_copies(outcome["sha256"].to_pylist(), data.splits) & readable
     usable = readable & ~repeated
     rows = {name: data.indices(name)[usable[data.indices(name)]] for name in decoded}
     refuse_empty(rows)
@@ -119,7 +121,7 @@ def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ima
     n_train = len(data.indices(splits.TRAIN))
     n_measured = data.rows.num_rows - n_train
     n_bytes = 3 * (n_train * stored.height * stored.width + n_measured * spec.height * spec.width)
-    mode = pixels.mode_for(how, n_bytes, pixels.room(how))
+    mode = pixels.choose_mode(how, n_bytes, pixels.measure_room(how))
     size = f"{n_bytes / 1e9:.2f} GB at {stored.width}x{stored.height}"
     log.info("%d images decode to %s, kept in %s", data.rows.num_rows, size, KEPT_IN[mode])
     return mode
@@ -140,7 +142,7 @@ def training_shards(corpus: DecodedData, balance: ClassBalance, *, seed: int) ->
     drawn = one_pass(corpus.strata(), balance, np.random.default_rng(seed))
     np.add.at(times, corpus.rows[splits.TRAIN][drawn], 1)
     return trains.map_batches(
-        pixels.repeated, batch_size=None, batch_format="pyarrow", fn_kwargs={"times": times}
+        pixels.repeat_rows, batch_size=None, batch_format="pyarrow", fn_kwargs={"times": times}
     )
 
 
@@ -153,7 +155,7 @@ def validation_shards(corpus: DecodedData, workers: int) -> list[Any]:
         parts: list[Any] = dataset.split(workers)
         return parts
     return [
-        pixels.decoded(corpus.data.rows, rows[rank::workers], corpus.spec, corpus.how)
+        pixels.decode_dataset(corpus.data.rows, rows[rank::workers], corpus.spec, corpus.how)
         for rank in range(workers)
     ]
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipelines.datasets import pixels as decoded_pixels
 from pipelines.datasets.normalize import standardize
-from pipelines.datasets.pixels import Pixels, PixelStore
+from pipelines.datasets.pixels import PixelStore
+from pipelines.images.prepare import Pixels
 from pipelines.messages import InputError
 from pipelines.training import augment, checkpoints, layers
 from pipelines.training.batches import Batches, MicroBatch, Targets

@@ -7,6 +7,8 @@ import torch
 from pipelines.datasets import pixels, splits
 from pipelines.evaluation.eval_set import take_images
 from pipelines.evaluation.report import ReportImage
+from pipelines.images.pixels import pixels_of
+from pipelines.images.prepare import Pixels
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
 from pipelines.training import augment
@@ -24,7 +26,7 @@ def augmented_samples(corpus: DecodedData, recipe: Recipe) -> list[ReportImage]:
     table = take_images(corpus.data, chosen)
     decoded = pixels.decode_batch(table, corpus.stored_spec)
     readable = pa.compute.equal(decoded["status"], Status.OK)
-    pixels_nhwc = pixels.pixels_of(decoded.filter(readable), corpus.stored_spec)
+    pixels_nhwc = pixels_of(decoded["pixels"].filter(readable), corpus.stored_spec)
     changed = change_pixels(pixels_nhwc, recipe, corpus.spec)
     uris = table["uri"].filter(readable).to_pylist()
     return [
@@ -32,10 +34,10 @@ def augmented_samples(corpus: DecodedData, recipe: Recipe) -> list[ReportImage]:
     ]
 
 
-def change_pixels(pixels_nhwc: pixels.Pixels, recipe: Recipe, spec: ImageSpec) -> pixels.Pixels:
+def change_pixels(pixels_nhwc: Pixels, recipe: Recipe, spec: ImageSpec) -> Pixels:
     """uint8 [n, height, width, 3] after one draw of the recipe's augmentation."""
     generator = torch.Generator().manual_seed(recipe.seed)
     draws = augment.draw(recipe.augment, len(pixels_nhwc), generator)
     images = augment.apply(torch.from_numpy(pixels_nhwc.copy()), draws, height=spec.height, width=spec.width)
-    changed: pixels.Pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    changed: Pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
     return changed

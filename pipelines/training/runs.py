@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.machine import git_revision, library_versions
-from pipelines.messages import InputError, redacted
+from pipelines.messages import InputError, first_line, redacted
 from pipelines.storage import storage, uris
 from pipelines.training.recipe import Recipe
 
@@ -79,7 +79,9 @@ def read_json(folder: storage.Storage, name: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(folder.read(name))
     except ValueError as error:
-        raise InputError(f"{folder.uri}/{name} is not JSON ({error}); give another --output") from error
+        raise InputError(
+            f"{folder.uri}/{name} is not JSON ({error}); restore it, or give another folder"
+        ) from error
     return content
 
 
@@ -115,7 +117,7 @@ def begin(output: str, recipe: Recipe, data: LabelledData) -> None:
 def recorded_data_settings(output: str) -> dict[str, Any]:
     """The data settings that a run was given, without credentials; none where there is no run."""
     folder = storage.open_storage(output)
-    content = json.loads(folder.read(RECIPE)) if folder.exists(RECIPE) else {}
+    content = read_json(folder, RECIPE) if folder.exists(RECIPE) else {}
     return dict(content.get("dataset", {}))
 
 
@@ -127,7 +129,11 @@ def recorded_splits(output: str) -> dict[str, str] | None:
     folder = storage.open_storage(output)
     if not folder.exists(SPLITS):
         return None
-    table = pq.read_table(pa.BufferReader(folder.read(SPLITS)))
+    payload = folder.read(SPLITS)
+    try:
+        table = pq.read_table(pa.BufferReader(payload)).select(["uri", "split"])
+    except (pa.ArrowException, OSError, KeyError) as error:  # OSError: a damaged footer
+        raise InputError(f"{output}/{SPLITS} cannot be read: {first_line(error)}") from error
     found: dict[str, str] = {}
     for split in (splits.TRAIN, splits.VALIDATION, splits.TEST):
         of_split = table.filter(pa.compute.equal(table["split"], split))

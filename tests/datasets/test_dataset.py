@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.datasets import dataset, splits
-from pipelines.datasets import pixels as ingest
+from pipelines.datasets import dataset, pixels, splits
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
+from pipelines.images.pixels import pixels_of
 from pipelines.messages import InputError, JobFailed
 from pipelines.specs import ImageSpec
 from pipelines.taxonomy import taxonomy
@@ -294,7 +294,7 @@ def test_webdataset_shards_are_read_with_their_labels_and_bytes(tmp_path):
     assert Counter(data.splits.tolist()) == {"train": 6, "test": 6}
     chosen = np.arange(12)
     batch = data.rows.append_column("item_id", pa.array(chosen))
-    decoded = ingest.decode_batch(batch, SPEC)
+    decoded = pixels.decode_batch(batch, SPEC)
     assert decoded["status"].to_pylist() == ["ok"] * 12
     assert decoded["sha256"].to_pylist() == [hashlib.sha256(payload).hexdigest() for payload, _ in images] * 2
     assert load(shards / "train-000.tar").rows.num_rows == 6
@@ -335,15 +335,32 @@ def test_hugging_face_parquet_is_read_with_its_label_names_and_bytes(tmp_path):
     assert set(data.classes) == {"1", "483", "v9i3On"}
     chosen = np.array([0, 7, 20])
     batch = data.rows.take(pa.array(chosen)).append_column("item_id", pa.array(chosen))
-    decoded = ingest.decode_batch(batch, SPEC)
+    decoded = pixels.decode_batch(batch, SPEC)
     assert decoded["status"].to_pylist() == ["ok"] * 3
-    pixels = ingest.pixels_of(decoded, SPEC)
+    pixels_nhwc = pixels_of(decoded["pixels"], SPEC)
     labels = [data.classes[i] for (i,) in decoded["classes"].to_pylist()]
     names = ["483", "1", "v9i3On"]
     quarters = {name: divmod(i, 2) for i, name in enumerate(names)}
-    for one, label in zip(pixels, labels, strict=True):
+    for one, label in zip(pixels_nhwc, labels, strict=True):
         y, x = quarters[label]
         assert one[y * 8 + 2 : y * 8 + 6, x * 8 + 2 : x * 8 + 6].std(axis=(0, 1)).max() < 20
+
+
+@pytest.mark.parametrize("metadata", [b"{", b"[]", b'{"info": {"features": {"label": 3}}}'])
+def test_hugging_face_metadata_that_cannot_be_read_is_wrong_input(tmp_path, metadata):
+    table = pa.table({"uri": ["a.jpg"], "label": [0]})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": metadata}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"Hugging Face metadata of .*train.parquet cannot be read"):
+        load(tmp_path / "train.parquet", taxonomy="labels")
+
+
+def test_run_folder_that_cannot_be_read_is_wrong_input(tmp_path):
+    (tmp_path / "recipe.json").write_text("{")
+    (tmp_path / "splits.parquet").write_bytes(b"PAR1 but not really PAR1")
+    with pytest.raises(InputError, match=r"recipe\.json is not JSON"):
+        runs.recorded_data_settings(str(tmp_path))
+    with pytest.raises(InputError, match=r"splits\.parquet cannot be read"):
+        runs.recorded_splits(str(tmp_path))
 
 
 def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
@@ -493,14 +510,14 @@ def test_the_report_counts_the_images_that_were_used_and_names_all_that_was_done
 def test_copies_in_two_splits_stay_where_they_are_measured():
     digests = ["a", "a", "b", "b", "c", "c", None, None]
     where = np.array(["train", "test", "train", "validation", "train", "train", "train", "test"])
-    assert splits.duplicates_to_drop(digests, where).tolist() == [True, False, True, False] + [False] * 4
+    assert splits.find_leaking_copies(digests, where).tolist() == [True, False, True, False] + [False] * 4
 
 
 def test_the_way_of_keeping_images_follows_their_size():
-    room = ingest.Room(memory=100, disk=1000)
-    chosen = [ingest.mode_for(ImageCache(), size, room) for size in (100, 101, 1000, 1001)]
+    room = pixels.Room(memory=100, disk=1000)
+    chosen = [pixels.choose_mode(ImageCache(), size, room) for size in (100, 101, 1000, 1001)]
     assert chosen == ["memory", "disk", "disk", "stream"]
-    assert ingest.mode_for(ImageCache(mode="stream"), 1, room) == "stream"
+    assert pixels.choose_mode(ImageCache(mode="stream"), 1, room) == "stream"
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.datasets import dataset, pixels
 from pipelines.datasets.settings import DataSettings, ImageCache
+from pipelines.images.pixels import pixels_of
 from pipelines.specs import ImageSpec
 from pipelines.training import preview
 from pipelines.training.decoded import DecodedData
@@ -23,7 +24,7 @@ def corpus(tmp_path) -> DecodedData:
     folder = image_folder(tmp_path / "images")
     data = dataset.load(DataSettings(str(folder)))
     rows = {"train": data.indices("train")[:12]}
-    return DecodedData(data, SPEC, pixels.enlarged(SPEC, 1.5), {}, rows, "memory", ImageCache(), [], {})
+    return DecodedData(data, SPEC, pixels.enlarge(SPEC, 1.5), {}, rows, "memory", ImageCache(), [], {})
 
 
 def test_the_sheet_shows_different_training_images_changed_and_at_the_models_size(corpus):
@@ -46,7 +47,7 @@ def test_without_augmentation_the_sheet_shows_the_images_themselves(corpus):
     for one in preview.augmented_samples(corpus, RECIPE):
         index = rows["uri"].to_pylist().index(one.uri)
         table = rows.slice(index, 1).append_column("item_id", [[index]])
-        [original] = pixels.pixels_of(pixels.decode_batch(table, SPEC), SPEC)
+        [original] = pixels_of(pixels.decode_batch(table, SPEC)["pixels"], SPEC)
         assert np.abs(one.pixels_hwc.astype(int) - original).mean() < 25
 
 
