@@ -35,6 +35,9 @@ class Command:
 
 COMMANDS = {
     "demo": Command("jobs.run_demo", "DemoConfig", "the whole story on pictures drawn here"),
+    "inspect": Command(
+        "jobs.inspect_dataset", "InspectConfig", "look at labelled images before training on them"
+    ),
     "train": Command("jobs.train_vit", "TrainConfig", "fine-tune a Vision Transformer on labelled images"),
     "tune": Command("jobs.tune_vit", "TuneConfig", "search for a better training recipe"),
     "export": Command("jobs.export_onnx", "ExportConfig", "turn a checkpoint into a certified ONNX bundle"),

@@ -307,6 +307,24 @@ class EvaluateConfig(JobConfig):
     """Judge a precision and provider that no certificate covers; the report says so."""
 
 
+class InspectConfig(JobConfig):
+    """Look at a labelled dataset before training: counts, pictures, unreadable images, duplicates."""
+
+    dataset: CliPositionalArg[str]
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
+    output: str = "inspection"
+    """Folder for `inspection.html` and `inspection.json`."""
+    taxonomy: str = field_of(DataSettings, "taxonomy")
+    label_map: str | None = field_of(DataSettings, "label_map")
+    tier: int | None = field_of(DataSettings, "tier")
+    columns: Columns = field_of(DataSettings, "columns")
+    splits: Splits = field_of(DataSettings, "splits")
+    max_distance: int = Field(default=4, ge=0, le=16)
+    """Bits of 64 in which the perceptual hashes of two copies of a picture may differ."""
+    threads: int = Field(default=0, ge=0)
+    """Threads that fetch and decode; 0 is one per core."""
+
+
 class TaxonomyConfig(JobConfig):
     """List a taxonomy, or search it."""
 

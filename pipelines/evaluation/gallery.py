@@ -32,8 +32,8 @@ def gallery(
             patches in it, there are none.
     """
     sample, worst = choose_images(scored)
-    shown = {name: fetched(images, rows, spec) for name, rows in (("sample", sample), ("worst", worst))}
-    looked = with_attention(shown["sample"][:ATTENTION_MAPS], spec, network) if network is not None else []
+    shown = {name: fetch_images(images, rows, spec) for name, rows in (("sample", sample), ("worst", worst))}
+    looked = add_attention(shown["sample"][:ATTENTION_MAPS], spec, network) if network is not None else []
     return ReportExtras(
         sample=caption_images(scored, taxonomy, shown["sample"]),
         worst=caption_images(scored, taxonomy, shown["worst"]),
@@ -41,7 +41,7 @@ def gallery(
     )
 
 
-def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[ReportImage]:
+def fetch_images(images: pa.Table, rows: Array, spec: ImageSpec) -> list[ReportImage]:
     """These rows' images as the model saw them; one that cannot be read again is left out."""
     chosen = images.take(pa.array(rows))
     if "item_id" not in chosen.column_names:
@@ -57,7 +57,7 @@ def fetched(images: pa.Table, rows: Array, spec: ImageSpec) -> list[ReportImage]
     ]
 
 
-def with_attention(images: list[ReportImage], spec: ImageSpec, network: Any) -> list[ReportImage]:
+def add_attention(images: list[ReportImage], spec: ImageSpec, network: Any) -> list[ReportImage]:
     """The images with their roll-out maps; none for a model that has no attention over patches."""
     if not images:
         return []

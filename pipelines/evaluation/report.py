@@ -132,14 +132,14 @@ def page(document: Mapping[str, Any], material: ReportExtras) -> str:
         tiles=[tile for tile in TILES if tile[0] in document["overall"]],
         has_tree=any(one["tier1"] != one["id"] for one in document["classes"]),
         classes=sorted(document["classes"], key=lambda one: one["path"]),
-        confusions=listed_confusions(document),
-        plots=drawn(document, material),
+        confusions=list_confusions(document),
+        plots=draw_plots(document, material),
         thumbnail=thumbnail,
         overlay=overlay,
     )
 
 
-def drawn(document: Mapping[str, Any], material: ReportExtras) -> dict[str, str | None]:
+def draw_plots(document: Mapping[str, Any], material: ReportExtras) -> dict[str, str | None]:
     """Every plot of the page by name; None where there is nothing to draw."""
     classes, cells, curves = document["classes"], document["confusions"], document["curves"]
     roc, precision_recall = plots.curves(curves, classes) if curves else (None, None)
@@ -156,7 +156,7 @@ def drawn(document: Mapping[str, Any], material: ReportExtras) -> dict[str, str 
     }
 
 
-def listed_confusions(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+def list_confusions(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The most frequent mistakes: which class was taken for which, and how near the two are in the tree."""
     classes = document["classes"]
     mistakes = sorted(
@@ -187,7 +187,7 @@ def relation(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def thumbnail(image: ReportImage) -> str:
     """The image as a JPEG `data:` URI, `PICTURE_SIDE` pixels on its longer side."""
-    return _jpeg(_small(image.pixels_hwc))
+    return jpeg_uri(np.asarray(_small(image.pixels_hwc)))
 
 
 def overlay(image: ReportImage) -> str:
@@ -200,7 +200,7 @@ def overlay(image: ReportImage) -> str:
     colour_hwc = mpl.colormaps["inferno"](heat)[..., :3] * 255
     share = 0.25 + 0.5 * heat[..., None]
     mixed_hwc = np.asarray(small) * (1 - share) + colour_hwc * share
-    return _jpeg(Image.fromarray(mixed_hwc.astype(np.uint8)))
+    return jpeg_uri(mixed_hwc.astype(np.uint8))
 
 
 def _small(pixels_hwc: Array) -> Image.Image:
@@ -210,9 +210,10 @@ def _small(pixels_hwc: Array) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _jpeg(image: Image.Image) -> str:
+def jpeg_uri(pixels_hwc: Array) -> str:
+    """uint8 RGB as a JPEG `data:` URI."""
     sink = io.BytesIO()
-    image.save(sink, format="JPEG", quality=85)
+    Image.fromarray(np.asarray(pixels_hwc, np.uint8)).save(sink, format="JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
