@@ -1,4 +1,4 @@
-"""`iab-vision verify`: proves that a predictions folder or a bundle is whole and unaltered.
+"""`iab-vision verify`: proves that a predictions folder, a table of nights or a bundle is whole.
 
 Exit code 0 when every check passes, 1 when one fails, 2 when the path is neither.
 """
@@ -14,7 +14,7 @@ def run(config: VerifyConfig) -> int:
     with checking_input():
         folder = storage.open_storage(config.path)
         is_bundle = folder.exists(MANIFEST_FILE)
-    checks = bundle_checks(config.path) if is_bundle else predictions_checks(config.path)
+    checks = bundle_checks(config.path) if is_bundle else predictions_checks(folder.uri)
     print_checks(checks)
     return 0 if all(passed for _, passed, _ in checks) else 1
 
@@ -45,8 +45,10 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
 
 def predictions_checks(uri: str) -> list[tuple[str, bool, str]]:
     from pipelines.ledger.verify import verify
+    from pipelines.nights.verify import is_table, verify_nights
 
-    return [(check.name, check.ok, check.detail) for check in verify(uri).checks]
+    checks = verify_nights(uri) if is_table(uri) else verify(uri).checks
+    return [(check.name, check.ok, check.detail) for check in checks]
 
 
 def print_checks(checks: list[tuple[str, bool, str]]) -> None:

@@ -23,6 +23,7 @@ IMAGES, STATE = "images", "state"
 RESULT_KEY = ("model_id", "precision", "top_k", "max_pixels", "max_side")
 """What a result follows from beside the image's bytes: only results of equal settings are carried over."""
 _MARKER = re.compile(rf"run_date=(\d{{4}}-\d\d-\d\d)/{SUCCESS}")
+_DATE = re.compile(r"run_date=(\d{4}-\d\d-\d\d)/")
 _RUN = re.compile(r"g(\d+)/.*")
 
 
@@ -82,6 +83,13 @@ def find_nights(table_uri: str, *, until: date | None = None) -> list[Night]:
     found = (_MARKER.fullmatch(entry.path) for entry in images.list())
     dates = sorted(date.fromisoformat(marker[1]) for marker in found if marker)
     return [_read_night(DateFolders(table_uri, day)) for day in dates if until is None or day <= until]
+
+
+def list_dates(table_uri: str) -> list[date]:
+    """The dates that were begun or published, in order."""
+    state = open_storage(join(table_uri, STATE))
+    found = {path[1] for entry in state.list() if (path := _DATE.match(entry.path))}
+    return sorted(date.fromisoformat(day) for day in found)
 
 
 def _read_night(folders: DateFolders) -> Night:

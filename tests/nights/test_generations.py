@@ -1,0 +1,220 @@
+"""Dates are published whole, once, and replaced without a mixture; what is old is removed as it is listed."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+import pyarrow.dataset as pads
+import pytest
+
+from jobs import run_nightly
+from jobs.cli import main, parse
+from pipelines.nights.folders import DateFolders
+from pipelines.storage.local import LocalStorage
+from tests.builders.etag_server import EtagServer
+from tests.nights.conftest import Nights, picture
+
+FIRST, SECOND, THIRD = "2026-11-19", "2026-11-20", "2026-11-21"
+
+
+@pytest.fixture
+def three(nights: Nights, server: EtagServer) -> Nights:
+    """Images to publish."""
+    server.images = {f"/{number}.png": picture(number) for number in range(5)}
+    nights.list_images([server.url(path) for path in server.images], etag=list("abcde"))
+    return nights
+
+
+def written_at(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_published_date_repeats_its_verdict_and_reads_no_inventory(three: Nights, capsys) -> None:
+    assert three.make(FIRST) == 0
+    said, before = capsys.readouterr().out, written_at(three.table)
+    (three.folder / "inventory.parquet").unlink()
+    assert three.make(FIRST) == 0
+    assert capsys.readouterr().out == said
+    assert written_at(three.table) == before
+    verdict = three.table / "state" / f"run_date={FIRST}" / "verdict.json"
+    verdict.write_text(json.dumps(json.loads(verdict.read_text()) | {"exit_code": 3}))
+    assert three.make(FIRST) == 3
+
+
+def test_three_readers_see_every_night_with_its_date_from_the_path(three: Nights) -> None:
+    for day in (FIRST, SECOND, THIRD):
+        assert three.make(day) == 0
+    pattern = f"{three.table}/images/run_date=*/*.parquet"
+    expected = {FIRST: 5, SECOND: 5, THIRD: 5}
+    by_duckdb = duckdb.sql(
+        f"SELECT run_date, count(*) FROM read_parquet('{pattern}', hive_partitioning = true) GROUP BY 1"
+    )
+    assert {str(day): n for day, n in by_duckdb.fetchall()} == expected
+    by_polars = pl.scan_parquet(pattern, hive_partitioning=True).select("run_date").collect()
+    assert Counter(map(str, by_polars["run_date"])) == expected
+    by_arrow = pads.dataset(three.table / "images", format="parquet", partitioning="hive").to_table()
+    assert Counter(by_arrow["run_date"].to_pylist()) == expected
+
+
+def test_replace_publishes_another_generation_and_removes_the_first(
+    three: Nights, server: EtagServer
+) -> None:
+    assert three.make(FIRST) == 0
+    server.images["/9.png"] = picture(9)
+    three.list_images([server.url("/0.png"), server.url("/9.png")], etag=["a", "z"])
+    assert three.make(FIRST) == 0  # as published
+    assert len(three.rows(FIRST)) == 5
+    assert three.make(FIRST, "--replace") == 0
+    folder = three.table / "images" / f"run_date={FIRST}"
+    manifest = json.loads((folder / "_SUCCESS").read_text())
+    assert manifest["generation"] == 2
+    names = {file["name"] for file in manifest["files"]}
+    assert {path.name for path in folder.iterdir()} == {*names, "_SUCCESS"}
+    assert all(name.endswith("-g2.parquet") for name in names)
+    for file in manifest["files"]:
+        assert hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+    assert len(three.rows(FIRST)) == 2
+    assert set(three.carried(FIRST).values()) == {None}
+    assert three.report(FIRST)["generation"] == 2
+    assert main(["verify", str(three.table)]) == 0
+    assert three.make(SECOND) == 0
+    assert set(three.carried(SECOND).values()) == {FIRST}
+
+
+def test_retry_failed_writes_a_generation(three: Nights, server: EtagServer) -> None:
+    late = picture(50)
+    uris = [server.url(path) for path in server.images]
+    refused = "http://127.0.0.2:9/x.png"
+    three.list_images([*uris, refused])
+    assert three.make(FIRST, "--retry-passes", "0") == 0
+    server.images["/late.png"] = late
+    assert three.make(FIRST, "--retry-failed", "--retry-passes", "0") == 0
+    manifest = json.loads((three.table / "images" / f"run_date={FIRST}" / "_SUCCESS").read_text())
+    assert manifest["generation"] == 2
+    assert len(three.rows(FIRST)) == 6
+    assert main(["verify", str(three.table)]) == 0
+    server.forget()
+    assert three.make(SECOND, "--retry-passes", "0") == 0
+    assert server.answers == {304: 5}
+
+
+def test_a_late_date_is_made_from_the_nights_before_it(three: Nights) -> None:
+    assert three.make(FIRST) == 0
+    assert three.make(THIRD) == 0
+    assert three.make(SECOND) == 0
+    assert set(three.carried(SECOND).values()) == {FIRST}
+
+
+@pytest.mark.parametrize("day", ["2026-13-01", "yesterday", "20261121T"])
+def test_a_date_that_is_none_is_wrong_input(three: Nights, day: str, capsys) -> None:
+    assert three.make(day) == 2
+    assert "--date" in capsys.readouterr().err
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], int]:
+    """Die at the n-th write to storage; returns how many there were."""
+    writes = 0
+
+    def counting(name: str) -> None:
+        proceed = getattr(LocalStorage, name)
+
+        def call(self: LocalStorage, *args: Any) -> Any:
+            nonlocal writes
+            writes += 1
+            if writes == number:
+                raise Crash
+            return proceed(self, *args)
+
+        monkeypatch.setattr(LocalStorage, name, call)
+
+    for name in ("put", "put_file", "create", "delete"):
+        counting(name)
+    return lambda: writes
+
+
+def make_here(nights: Nights, day: str, *settings: str) -> int:
+    """The command in this process, without the border that turns a crash into an exit code."""
+    return run_nightly.run(parse("nightly", nights.command(day, *settings)[1:]))
+
+
+def read_generation(folder: Path) -> tuple[int, int] | None:
+    """What a careful reader sees: generation and rows of the files that `_SUCCESS` lists; None: not there."""
+    if not (folder / "_SUCCESS").exists():
+        return None
+    manifest = json.loads((folder / "_SUCCESS").read_text())
+    files = [folder / file["name"] for file in manifest["files"]]
+    rows = sum(pl.read_parquet(path).height for path in files)
+    return manifest["generation"], rows
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_write_leaves_a_generation_whole_or_absent(
+    three: Nights, server: EtagServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three.list_images([server.url("/0.png"), server.url("/1.png")], etag=["a", "b"])
+    assert make_here(three, FIRST) == 0
+    three.list_images([server.url(path) for path in server.images], etag=["a", *"vwxy"])
+    folder = three.table / "images" / f"run_date={FIRST}"
+    original = three.folder / "original"
+    shutil.copytree(three.table, original)
+    number = 0
+    while True:
+        number += 1
+        shutil.rmtree(three.table)
+        shutil.copytree(original, three.table)
+        with monkeypatch.context() as patched:
+            crash_at(patched, number)
+            try:
+                code = make_here(three, FIRST, "--replace")
+            except Crash:
+                code = None
+        assert read_generation(folder) in (None, (1, 2), (2, 5)), number
+        if code == 0:
+            break
+        begun = DateFolders(str(three.table), date.fromisoformat(FIRST)).runs()
+        again = [] if begun[-1] == 2 else ["--replace"]
+        assert make_here(three, FIRST, *again) == 0, number
+        assert read_generation(folder) == (2, 5), number
+        assert {path.name for path in folder.iterdir()} == {"_SUCCESS", "part-00000-g2.parquet"}, number
+    assert number > 10
+
+
+def test_prune_removes_what_the_ledgers_list_and_nothing_else(three: Nights, capsys) -> None:
+    for day in ("2026-10-01", "2026-10-02", FIRST, SECOND):
+        assert three.make(day) == 0
+    foreign = three.table / "images" / "run_date=2026-10-02" / "notes.txt"
+    foreign.write_text("mine")
+    before = written_at(three.table)
+    assert main(["prune", str(three.table), "--keep-days", "28", "--dry-run"]) == 0
+    assert written_at(three.table) == before
+    assert "2026-10-01: would remove" in capsys.readouterr().out
+    assert main(["prune", str(three.table), "--keep-days", "28"]) == 0
+    assert "notes.txt" in capsys.readouterr().out
+    left = {path for path in before if path.exists()}
+    assert foreign in left
+    assert {path for path in left if "2026-10" in str(path)} == {foreign}
+    assert not (three.table / "state" / "run_date=2026-10-01").exists()
+    assert main(["verify", str(three.table)]) == 0
+    assert three.make(THIRD) == 0  # carried from a night that is gone, by those that are left
+    assert set(three.carried(THIRD).values()) == {"2026-10-01"}
+
+
+def test_verify_notices_a_changed_file_and_an_unfinished_date(three: Nights, capsys) -> None:
+    assert three.make(FIRST) == 0
+    assert main(["verify", str(three.table)]) == 0
+    (three.table / "images" / f"run_date={FIRST}" / "_SUCCESS").unlink()
+    assert main(["verify", str(three.table)]) == 1
+    assert "_SUCCESS is missing" in " ".join(capsys.readouterr().out.split())
+    assert three.make(FIRST) == 0
+    assert main(["verify", str(three.table)]) == 0
