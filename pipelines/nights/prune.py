@@ -21,7 +21,7 @@ from pipelines.storage.uris import is_local, local_path
 log = logging.getLogger(__name__)
 
 OWN = re.compile(
-    r"known/[\w.-]+|driver\.json|report\.(json|html)|hosts\.json|validators\.parquet|verdict\.json"
+    r"known/[\w.-]+|counts\.json|driver\.json|report\.(json|html)|hosts\.json|validators\.parquet|verdict\.json"
     r"|categories\.parquet|pages/.+|gallery/.+"
 )
 """What a night leaves in its state beside plan and ledger; each name has one meaning there."""
