@@ -7,6 +7,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipelines import metrics
+
 LINE_EVERY_S = 15.0
 NARROW = 100
 """Columns of a terminal below which the figures alone are shown, so that they fit."""
@@ -71,7 +73,11 @@ class ClassifyProgress(LiveProgress):
         self._waiting += images
 
     def show(self) -> None:
-        """Update the bar, or write a line when it is time for one."""
+        """Update the bar, or write a line when it is time for one; the same figures go to Prometheus."""
+        metrics.put("run_images", self._total)
+        metrics.put("run_images_carried", self._before)
+        metrics.put("run_images_recorded", self._done)
+        metrics.put("run_images_deferred", self._waiting)
         rate = (self._done - self._before) / max(time.monotonic() - self._started, 1e-9)
         note = f"{rate:,.0f} images/s, {self._errors:,} rows without label"
         left = min(self._waiting, self._total - self._done)  # one that fails again was counted before

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from pipelines import metrics
 from pipelines.ledger.item_set import count
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.ledger.parts import Committer, WriteResult, read_result
@@ -114,6 +115,8 @@ def take(written: WriteResult | None, committer: Committer, progress: Progress) 
     """One arrival into the ledger and onto the screen; None is the clock's."""
     kept = committer.add(written.part) if written and written.part else None
     if kept:
+        for status, rows in kept.statuses.items():
+            metrics.count("rows", rows, status=status)
         progress.advance(count(kept.items), kept.rows - kept.statuses.get(Status.OK.value, 0))
     if written:
         progress.defer(count(written.deferred))

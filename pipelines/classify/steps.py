@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipelines import metrics
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.predictor import open_predictor
 from pipelines.bundle.settings import RuntimeSpec
@@ -107,14 +108,16 @@ class Loader:
         for ranges in batches["ranges"].to_pylist():
             items = self._plan.items([(span["start"], span["stop"]) for span in ranges])
             item_ids = items["item_id"].to_pylist()
-            yield load(
-                self._fetcher,
-                self._known.put_earlier(sources_of(items), item_ids),
-                item_ids=item_ids,
-                spec=self._source.image_spec,
-                decode=self._decode,
-                knows=self._known.knows,
-            )
+            with metrics.timed("load"):
+                loaded = load(
+                    self._fetcher,
+                    self._known.put_earlier(sources_of(items), item_ids),
+                    item_ids=item_ids,
+                    spec=self._source.image_spec,
+                    decode=self._decode,
+                    knows=self._known.knows,
+                )
+            yield loaded
 
     def close(self) -> None:
         """End the connections and the decoder process."""
@@ -147,4 +150,5 @@ class Classifier:
 
     def __call__(self, loaded: pa.Table) -> pa.Table:
         """Rows of `schema.SCORED`, in the order of `loaded`."""
-        return self._predictor.score(loaded)
+        with metrics.timed("infer"):
+            return self._predictor.score(loaded)

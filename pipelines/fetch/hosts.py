@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
+from pipelines import metrics
 from pipelines.fetch.retry import FetchError
 from pipelines.fetch.settings import FetchLimits
 from pipelines.status import Status
@@ -143,6 +144,8 @@ class Host:
         if not self._failures:
             self._failing_since = _now()
         self._failures += 1
+        if self._failures == self._limits.breaker_failures:
+            metrics.count("hosts_given_up")
         self._last_error = error
 
     def _check_circuit(self) -> None:

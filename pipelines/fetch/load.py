@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
+from pipelines import metrics
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.source import Batch, Fetched, Source
 from pipelines.images.pixels import black_pixels, pixels_column
@@ -78,6 +79,7 @@ def _load_batch(
     payloads = {
         index: fetched.payload for index, fetched in batch if fetched.payload is not None and not known[index]
     }
+    metrics.count("bytes_fetched", sum(map(len, payloads.values())))
     prepared = decode(list(payloads.values()), pixels_nhwc, list(payloads)) if payloads else ()
     images = dict(zip(payloads, prepared, strict=True))
     return [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from pipelines import metrics
 from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import redact
 from pipelines.status import TRANSIENT, Status
@@ -105,5 +106,6 @@ class Retry:
         deadline = self.timeout.when()
         if deadline is not None and asyncio.get_running_loop().time() + wait_s >= deadline:
             return False
+        metrics.count("retries")
         await asyncio.sleep(wait_s)
         return True

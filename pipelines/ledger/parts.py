@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import schema
+from pipelines import metrics, schema
 from pipelines.inventory.plan import Plan, open_plan
 from pipelines.ledger.entries import Part, read_part_entry, read_ranges
 from pipelines.ledger.item_set import ItemSet, Range, count, ids_of, ranges_of
@@ -65,9 +65,10 @@ class WriteResult:
 
 def write_batch(scored: pa.Table, context: PartContext) -> pa.Table:
     """One batch of `schema.SCORED` -> part files -> for each a row of text columns for the driver."""
-    state, plan = _open_state(context.state_uri)
-    pieces = split_by_rows(drop_repeats(scored), plan)
-    written = [write_part(piece, plan, state, context) for piece in pieces]
+    with metrics.timed("write"):
+        state, plan = _open_state(context.state_uri)
+        pieces = split_by_rows(drop_repeats(scored), plan)
+        written = [write_part(piece, plan, state, context) for piece in pieces]
     parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
     deferred = [json.dumps(one.deferred) for one in written]
     return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
@@ -251,6 +252,7 @@ class Committer:
         else:
             self._ledger.check()
         self._written_at = self._clock()
+        metrics.put("commit_time_seconds", time.time())
 
     def flush(self) -> None:
         """Write what is pending now. Safe to call again after it was interrupted anywhere."""
