@@ -64,6 +64,7 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "500",
     }
     options = {
         "--port": free_port(),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import requests
 
 from tests.builders import models
 from tests.builders.flaky_proxy import FlakyProxy
@@ -45,6 +46,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
     """The arguments of a job that lasts so long and ends so."""
     folder = tmp_path_factory.mktemp("code")
     (folder / "jobs").mkdir()
+    (folder / "jobs" / "__init__.py").touch()  # or the installed package would come first
     (folder / "jobs" / "__main__.py").write_text(SCRIPTED)
 
     def arguments(word: str, *, code: int = 0, seconds: int = 0) -> list[str]:
@@ -65,8 +67,8 @@ def wait_for_line(process, start: str) -> str:
 @pytest.mark.parametrize("code", [0, 1, 2, 3])
 def test_the_exit_code_is_the_commands_own(head, scripted, code) -> None:
     process = head.submit(*scripted(f"code{code}", code=code, seconds=1))
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == code
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, out + err
     assert out.count("second 0") == 1
 
 
@@ -125,14 +127,34 @@ def test_a_submitter_that_is_ended_leaves_the_job_running(head, scripted) -> Non
     assert again.returncode == 0 and "second 7" in out
 
 
-def test_a_real_classification_runs_on_the_cluster(head, tmp_path: Path) -> None:
-    images = models.dataset(tmp_path / "images", 20)
+METRICS = (
+    "rows_total", "bytes_fetched_total", "run_images", "run_images_recorded", "run_images_carried",
+    "run_images_deferred", "commit_time_seconds", "stage_seconds_bucket",
+)  # fmt: skip
+
+
+def scraped(head: Head) -> str:
+    try:
+        return requests.get(head.metrics, timeout=10).text
+    except requests.RequestException:
+        return ""
+
+
+def test_a_real_classification_runs_on_the_cluster_and_prometheus_sees_it(head, tmp_path: Path) -> None:
+    images = models.dataset(tmp_path / "images", 1500)
     models.small_bundle(tmp_path / "bundle")
     classify = ["classify", "--inventory", str(images), "--bundle", str(tmp_path / "bundle"), "--output"]
-    process = head.submit(*classify, str(tmp_path / "out"), "--inventory-type", "images")
+    settings = ["--inventory-type", "images", "--commit-interval-s", "1", "--workers.rows-per-file", "100"]
+    process = head.submit(*classify, str(tmp_path / "out"), *settings)
+    missing = {f"ray_iab_vision_{name}" for name in METRICS}
+    while process.poll() is None:
+        text = scraped(head)
+        missing = {name for name in missing if name not in text}
+        time.sleep(0.5)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
-    assert pq.read_table(tmp_path / "out" / "table").num_rows == 20
+    assert pq.read_table(tmp_path / "out" / "table").num_rows == 1500
+    assert not missing
     refused = head.submit(*classify, str(tmp_path / "strict"), "--bundle", str(tmp_path / "nowhere"))
     out, _ = refused.communicate(timeout=120)
     assert refused.returncode == 2
