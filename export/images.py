@@ -79,7 +79,9 @@ def draw(images_uri: str, *, count: int, seed: int, run: str | None = None) -> l
     """
     places = find(images_uri, run)
     if not places:
-        raise InputError(f"{redact(images_uri)} holds no image; give a folder, a table or a dataset")
+        raise InputError(
+            f"{redact(images_uri)} does not exist or holds no image; give a folder, a table or a dataset"
+        )
     ranked = sorted(places, key=lambda one: (one.split == TRAIN, _draw_key(one, seed)))
     return _read(ranked, count)
 

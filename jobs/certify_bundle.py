@@ -9,6 +9,7 @@ float32 model on CPU; that one itself can only be certified against its run: `--
 
 from jobs.config import CertifyConfig
 from jobs.errors import checking_input
+from pipelines.messages import redact
 
 
 def run(config: CertifyConfig) -> int:
@@ -25,4 +26,5 @@ def run(config: CertifyConfig) -> int:
         )
     for (provider, precision), document in certificates.items():
         print(report.one_line(provider, precision, document))
+    print(f"report: {redact(config.bundle.rstrip('/'))}/certificates/{config.provider}.html")
     return 0

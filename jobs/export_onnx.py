@@ -9,6 +9,7 @@ differs too much from the checkpoint; the report is then at OUTPUT-refused.
 
 from jobs.config import ExportConfig
 from jobs.errors import checking_input
+from pipelines.messages import redact
 
 
 def run(config: ExportConfig) -> int:
@@ -28,5 +29,7 @@ def run(config: ExportConfig) -> int:
     spec = bundle.spec
     listed = categories.list_categories(bundle.taxonomy(), spec.class_ids, spec.thresholds)
     print(f"published at the thresholds: {categories.count_published(listed)}")
-    print(f"bundle {config.output}, model {bundle.model_id}")
+    output = redact(config.output.rstrip("/"))
+    print(f"bundle {output}, model {bundle.model_id}; report: {output}/certificates/cpu.html")
+    print(f"next: iab-vision classify --inventory IMAGES --bundle {output} --output PREDICTIONS")
     return 0

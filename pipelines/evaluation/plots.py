@@ -334,7 +334,7 @@ def _bars(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -
     axes.set_yticks(range(len(ranked)), [shortened(one["name"]) for one in ranked])
     axes.invert_yaxis()
     axes.set(title="Class balance", xlabel="images", ylabel="class")
-    axes.legend(loc="lower right")
+    axes.figure.legend(loc="outside lower center", ncols=3)
 
 
 def _ranks(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:

@@ -28,10 +28,11 @@ from pipelines.ledger.ledger import RUN_JSON, Ledger
 from pipelines.ledger.parts import count_values
 from pipelines.ledger.publish import row_groups
 from pipelines.ledger.republish import item_batches
-from pipelines.messages import InputError, first_line
+from pipelines.messages import InputError, first_line, redact
 from pipelines.storage.storage import Storage, open_storage, sha256_of
 from pipelines.storage.uris import join
 
+UNCHECKED = "nothing is published that could be checked"
 REPORT_JSON = "report.json"
 _KEYS = schema.PREDICTIONS_HEAD
 _UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, binascii.Error, pa.ArrowException)
@@ -81,7 +82,12 @@ def verify(predictions_uri: str) -> Report:
         InputError: classify did not write the folder, or another version of it did.
     """
     root = open_storage(predictions_uri).uri
-    return verify_table(open_storage(join(root, "table")), open_storage(join(root, "state")))
+    try:
+        return verify_table(open_storage(join(root, "table")), open_storage(join(root, "state")))
+    except InputError as error:
+        above, _, name = root.rpartition("/")
+        hint = f"; give the folder above, {redact(above)}" if name in ("table", "state") else ""
+        raise InputError(f"{error}{hint}") from error
 
 
 def verify_table(table: Storage, state: Storage) -> Report:
@@ -224,7 +230,7 @@ def _check_bytes(found: Predictions) -> Check:
                 yield f"{file.name} has changed since it was published"
 
     size = sum(file.bytes for file in found.files)
-    return _make_check("checksums", problems(), f"{size:,} bytes unchanged")
+    return _make_check("checksums", problems(), f"{size:,} bytes unchanged" if found.files else UNCHECKED)
 
 
 def _check_rows(found: Predictions) -> Check:
@@ -232,7 +238,9 @@ def _check_rows(found: Predictions) -> Check:
     problems = (
         f"{file.name} {problem}" for file in found.files for problem in _find_row_problems(file, found)
     )
-    return _make_check("rows", problems, f"{found.plan.n_rows:,}, each the plan's, schema as stated")
+    n_rows = sum(file.rows for file in found.files)
+    fine = f"{n_rows:,}, each the plan's, schema as stated" if found.files else UNCHECKED
+    return _make_check("rows", problems, fine)
 
 
 def _find_row_problems(file: TableFile, found: Predictions) -> Iterator[str]:

@@ -4,6 +4,7 @@
 `report/` and `best/`, and `run.json` last. The same call on an unfinished folder continues it.
 """
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 from pipelines.training.task import Task, validation_name
 from pipelines.training.tracking import Listener, ProgressQueue, refuse_missing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,19 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
         JobFailed: too many images cannot be used, or more failures than the resources allow.
     """
     started = time.time()
+    log.info("reading the images")
     prepared = decoded.prepare(job.data, job.spec, how, seed=job.recipe.seed)
     runs.begin(job.output, job.recipe, job.data)
     result = train(job, prepared, listen)
     files, best = best_model(result)
     train_s = time.time() - started
+    log.info("epoch %s is the best; measuring and calibrating it", best["epoch"])
     results = evaluate.score_splits(prepared, job.model_spec, files, job.resources)
     results, model_spec = evaluate.calibrate(
         results, job.model_spec, job.data, target_precision=job.recipe.target_precision
     )
     found = evaluate.evaluate_splits(results, model_spec, job.data, model=job.recipe.model)
+    log.info("drawing the report")
     evaluate.write_run_report(results, found, prepared, job.recipe, files=files, output=job.output)
     content = {
         **runs.identity(job.recipe, job.data),
@@ -123,9 +129,10 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
         "train_seconds": train_s,
         "seconds": time.time() - started,
     }
+    paths = {one: job.data.taxonomy.path(one) for one in job.data.classes}
     described = {
         model_files.SIDECAR: model_files.sidecar_json(model_spec).encode(),
-        "README.md": model_card(content).encode(),
+        "README.md": model_card(content, paths).encode(),
     }
     folder = storage.open_storage(job.output)
     for name, payload in {**files, **described}.items():

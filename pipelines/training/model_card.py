@@ -21,12 +21,14 @@ HEADLINES = (
 )
 
 
-def model_card(content: Mapping[str, Any]) -> str:
-    """The card of a run, from the content of its run.json."""
+def model_card(content: Mapping[str, Any], paths: Mapping[str, str]) -> str:
+    """The card of a run, from the content of its run.json and the path of each class."""
     recipe, data = content["recipe"], content["data"]
     split = "test" if content["test"] else "validation"
     images = ", ".join(f"{count} {name}" for name, count in data["images"].items())
-    counts = "\n".join(f"| {label} | {count} |" for label, count in data["class_counts"].items())
+    counts = "\n".join(
+        f"| {paths[label]} | `{label}` | {count} |" for label, count in data["class_counts"].items()
+    )
     numbers = "\n".join(
         f"| {name} | {content[split][name]:.4f} |" for name in HEADLINES if name in content[split]
     )
@@ -47,8 +49,8 @@ and each category's threshold.
 {images} images from `{redact(content["dataset"]["uri"])}`; {len(data["unreadable"])} could not be read, \
 {sum(data["duplicates_removed"].values())} were removed because their bytes are in another split too.
 
-| class | training images |
-|---|---|
+| class | id | training images |
+|---|---|---|
 {counts}
 
 ## Recipe

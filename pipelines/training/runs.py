@@ -93,7 +93,8 @@ def refuse_mismatch(output: str, before: Mapping[str, Any], now: Mapping[str, An
         raise InputError(
             f"{output} holds a run with another {different}: "
             f"{difference(before.get(different), expected[different])}; "
-            "give another --output, or the settings of that run to continue it"
+            "give another --output, or the settings of that run to continue it. To train its best model "
+            f"further: --model {uris.join(output, BEST)} and another --output"
         )
 
 

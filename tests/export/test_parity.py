@@ -52,7 +52,9 @@ def test_faithful_export_passes_with_accuracy_and_agreement_stated(trained, pict
     assert metrics["top1"]["different"] == metrics["topk"]["different"] == 0
     assert metrics["labelled"]["accuracy"]["reference"] == metrics["labelled"]["accuracy"]["candidate"] > 0.8
     assert certificate["batches"]["max_change"] <= 1e-5
-    assert "fp32 on cpu: passed on 61 images" in capsys.readouterr().out
+    assert "fp32 on cpu: passed on 61 images" in (printed := capsys.readouterr().out)
+    assert f"next: iab-vision classify --inventory IMAGES --bundle {tmp_path / 'bundle'}" in printed
+    assert "published at the thresholds: " in printed
 
 
 @pytest.fixture(scope="module")

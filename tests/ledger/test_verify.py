@@ -49,6 +49,9 @@ def test_a_whole_table_passes_every_check(run: SmallRun) -> None:
 
 
 def test_a_folder_that_classify_did_not_write_is_not_a_failed_check(tmp_path: Path) -> None:
+    (tmp_path / "out" / "table").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"give the folder above, {tmp_path}/out$"):
+        verify(str(tmp_path / "out" / "table"))
     with pytest.raises(InputError, match="not written by classify"):
         verify(str(tmp_path))
 

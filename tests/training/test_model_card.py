@@ -22,16 +22,20 @@ CONTENT = {
 
 
 def test_the_hub_finds_the_measured_values_of_the_test_split_in_the_card():
-    text = model_card(CONTENT)
+    text = model_card(CONTENT, {"483": "Sports"})
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag, data.base_model) == (
         "transformers", "image-classification", None,
     )  # fmt: skip
     found = {result.metric_type: (result.metric_value, result.dataset_split) for result in data.eval_results}
     assert found == {"accuracy": (0.5, "test"), "ece": (0.1235, "test")}
+    assert "| Sports | `483` | 9 |" in text
     assert "hunter2" not in text
 
 
 def test_a_fine_tuned_model_names_its_base():
     content = {**CONTENT, "recipe": {**CONTENT["recipe"], "model": "google/vit-base-patch16-224-in21k"}}
-    assert ModelCard(model_card(content)).data.base_model == "google/vit-base-patch16-224-in21k"
+    assert (
+        ModelCard(model_card(content, {"483": "Sports"})).data.base_model
+        == "google/vit-base-patch16-224-in21k"
+    )
