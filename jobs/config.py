@@ -279,10 +279,11 @@ class EvaluateConfig(JobConfig):
     """Bundle made by `iab-vision export`; or give `checkpoint`."""
     checkpoint: str | None = None
     """Run made by `iab-vision train`, or any Hugging Face image classifier's folder; or give `bundle`."""
-    dataset: str
-    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
+    dataset: str | None = None
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet; unset:
+    those that the model's run had."""
     output: str
-    """Folder for `report.html` and `evaluation.json`."""
+    """Folder for `report.html`, `evaluation.json` and `evaluation.parquet`."""
     run: str | None = None
     """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""
     split: Literal["test", "validation", "train", "all"] = "test"

@@ -1,7 +1,7 @@
 """`iab-vision evaluate`: a bundle or a trained run on labelled images: every number, and a page to look at.
 
     iab-vision evaluate --bundle bundle --dataset photos/labels.csv --output evaluation
-    iab-vision evaluate --checkpoint run --dataset photos/labels.csv --output evaluation
+    iab-vision evaluate --checkpoint run --output evaluation      # the test images of the run's own dataset
 
 One process, no cluster: decoding threads around one model. 1,750 photos through a small ViT take less than
 a minute on 2 cores. A bundle is measured as it is served (ONNX Runtime, its own precision); a run as it was
@@ -32,7 +32,7 @@ OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 
 
 def run(config: EvaluateConfig) -> int:
-    """Measure, write `report.html` and `evaluation.json`, and log the most important numbers."""
+    """Measure, write the page, its JSON and a row per image, and log the most important numbers."""
     refuse_settings(config)
     from pipelines.evaluation.evaluate import evaluate_model
     from pipelines.training.model_card import HEADLINES
@@ -69,21 +69,32 @@ def refuse_settings(config: EvaluateConfig) -> None:
 def data_settings(config: EvaluateConfig, taxonomy: str) -> "DataSettings":
     """The dataset, in the model's taxonomy; when all of it is used, its split column means nothing.
 
-    Its columns and label map are those of the model's run, if that had this dataset and none are given. Its
-    tier is not needed: a label below a class of the model counts as that class.
+    Columns, label map and division are those of the model's run, if that had this dataset and none are given.
+    Its tier is not needed: a label below a class of the model counts as that class.
+
+    Raises:
+        InputError: no dataset is given, and no run of the model is known.
     """
-    from pipelines.datasets.settings import Columns, DataSettings
+    from pipelines.datasets.settings import Columns, DataSettings, Splits
+    from pipelines.inventory.listing import absolute
     from pipelines.training import runs
 
     run = model_run(config)
     recorded = runs.recorded_data_settings(run) if run else {}
-    own: dict[str, Any] = {"label_map": config.label_map, "columns": config.columns}
-    if recorded.get("uri") == redact(config.dataset):
-        taken = {name: recorded[name] for name in own if name not in config.model_fields_set}
-        own |= taken | ({"columns": Columns(**taken["columns"])} if "columns" in taken else {})
+    dataset = config.dataset or recorded.get("uri")
+    if not dataset:
+        raise InputError("give --dataset; only a model whose run is known has one of its own")
+    own: dict[str, Any] = {"label_map": config.label_map, "columns": config.columns, "splits": config.splits}
+    if recorded.get("uri") in (redact(dataset), redact(absolute(dataset))):
+        of_run = {
+            "label_map": recorded.get("label_map"),
+            "columns": Columns(**recorded.get("columns", {})),
+            "splits": Splits(**recorded.get("splits", {})),
+        }
+        own |= {name: value for name, value in of_run.items() if name not in config.model_fields_set}
     if config.split == "all":
         own["columns"] = replace(own["columns"], split="")
-    return DataSettings(config.dataset, taxonomy, tier=config.tier, splits=config.splits, **own)
+    return DataSettings(dataset, taxonomy, tier=config.tier, **own)
 
 
 def model_run(config: EvaluateConfig) -> str | None:

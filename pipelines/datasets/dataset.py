@@ -31,7 +31,7 @@ class LabelledData:
     """Images with their classes, divided into splits."""
 
     rows: pa.Table
-    """Columns of `source.LOCATION`, classes list<int32>, split; row number = item id."""
+    """Columns of `source.LOCATION`, group, classes list<int32>, split; row number = item id."""
     classes: tuple[str, ...]
     """Class ids in the model's order."""
     taxonomy: Taxonomy
@@ -233,7 +233,7 @@ def divide_rows(
         kept = splits.sample(strata * (whole.max() + 1) + whole, division.limit, seed=division.seed)
         table, strata, groups = table.take(pa.array(kept)), strata[kept], groups[kept]
     chosen, divided_here = choose_splits(table, strata, groups, names, division)
-    rows = table.drop_columns(["split", "group"])
+    rows = table.drop_columns(["split"])
     return rows.append_column("split", pa.array(chosen.tolist(), pa.string())), divided_here
 
 

@@ -4,13 +4,17 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
+import pyarrow as pa
+
 from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation.eval_set import ALL, EvalSet, Leakage, build_eval_set, find_leakage
 from pipelines.evaluation.evaluation import Evaluation, evaluate
 from pipelines.evaluation.gallery import gallery
 from pipelines.evaluation.models import EvaluatedModel
+from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import write_report
 from pipelines.evaluation.score import EvalResult, predict_on_threads, score
+from pipelines.messages import redact
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ def evaluate_model(
     threads: int,
     output: str,
 ) -> Evaluation:
-    """Measure the model on a split and write `report.html` and `evaluation.json`.
+    """Measure the model on a split and write `report.html`, `evaluation.json` and `evaluation.parquet`.
 
     Args:
         split: name of a split, or `all`.
@@ -57,8 +61,16 @@ def evaluate_model(
         result.scored, model.taxonomy, result.images, model.spec.image_spec, network=model.network
     )
     counts = {} if split == ALL else data.images_per_class(data.rows_by_split())
+    if split == ALL:  # no split of this dataset was made for the model, but for what its run recorded
+        result = replace(result, images=_with_recorded_splits(result.images, recorded or {}))
+    write_images([result], output)
     write_report(found, output, replace(shown, history=model.history, class_counts=counts))
     return found
+
+
+def _with_recorded_splits(images: pa.Table, recorded: Mapping[str, str]) -> pa.Table:
+    known = pa.array([recorded.get(redact(uri)) for uri in images["uri"].to_pylist()], pa.string())
+    return images.set_column(images.schema.get_field_index("split"), "split", known)
 
 
 def _warn(eval_set: EvalSet, leakage: Leakage) -> None:

@@ -12,6 +12,7 @@ from pipelines.evaluation import calibration
 from pipelines.evaluation.eval_set import EvalSet, take_images
 from pipelines.evaluation.evaluation import Evaluation, evaluate
 from pipelines.evaluation.gallery import gallery
+from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import write_report
 from pipelines.evaluation.score import EvalResult, score
 from pipelines.messages import JobFailed, redact
@@ -110,6 +111,7 @@ def write_run_report(
         balancing=describe_balancing(recipe),
         augmented=augmented_samples(corpus, recipe),
     )
+    write_images(results.values(), join(output, runs.REPORT))
     write_report(found[split], join(output, runs.REPORT), extras)
 
 

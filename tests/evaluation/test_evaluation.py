@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification
@@ -18,8 +19,17 @@ from jobs import evaluate_model
 from jobs.config import EvaluateConfig
 from pipelines.datasets import dataset as datasets
 from pipelines.datasets.normalize import normalize
-from pipelines.datasets.settings import DataSettings, Splits
-from pipelines.evaluation import attention, eval_set, evaluation, hierarchy, metrics, report
+from pipelines.datasets.settings import Columns, DataSettings, Splits
+from pipelines.evaluation import (
+    attention,
+    eval_set,
+    evaluation,
+    hierarchy,
+    metrics,
+    per_image,
+    report,
+    score,
+)
 from pipelines.evaluation.evaluation import Scored
 from pipelines.messages import InputError
 from pipelines.taxonomy import taxonomy
@@ -307,6 +317,14 @@ def test_a_checkpoint_is_judged_and_a_broken_image_is_left_out(tmp_path: Path) -
     assert found["about"]["unreadable images"] == "1"
     assert found["overall"]["accuracy"] > 0.6
     assert found["calibration"]["before"]["ece"] != found["calibration"]["after"]["ece"]
+    table = pq.read_table(output / "evaluation.parquet")
+    assert table.num_rows == 29
+    classes = json.loads(table.schema.metadata[b"class_ids"])
+    rows = table.to_pylist()
+    assert sum(row["correct"] for row in rows) / 29 == pytest.approx(found["overall"]["accuracy"], abs=1e-6)
+    assert [row["predicted"] for row in rows] == [[row["top_id"]] for row in rows]
+    assert all(row["probabilities"][classes.index(row["top_id"])] == row["top_score"] for row in rows)
+    assert {row["split"] for row in rows} == {None}, "--split all, and the run recorded none"
     page = (output / "report.html").read_text()
     for section in ("sample", "attention", "training", "confusion"):
         assert f'id="{section}"' in page
@@ -320,6 +338,23 @@ def test_a_bundle_is_judged_as_it_is_served(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["n_images"] == 20
     assert 'id="attention"' not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_row_per_image_has_several_labels_and_the_group(tmp_path: Path) -> None:
+    targets_nc = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], np.uint8)
+    scores_nc = np.array([[0.9, 0.2, 0.6, 0, 0], [0.1, 0, 0, 0, 0.3]], np.float32)
+    images = pa.table(
+        {"uri": ["https://me:secret@a/b.jpg?key=1", "c.jpg"], "split": ["test"] * 2, "group": ["g", None]}
+    )
+    result = score.EvalResult(Scored(IDS, scores_nc, scores_nc, targets_nc), images, [])
+    per_image.write_images([result, result], str(tmp_path))
+    rows = pq.read_table(tmp_path / per_image.FILE).to_pylist()
+    assert len(rows) == 4
+    assert rows[0]["uri"] == "https://a/b.jpg?key=REDACTED"
+    assert (rows[0]["group"], rows[1]["group"]) == ("g", None)
+    assert (rows[0]["labels"], rows[0]["predicted"]) == (["483", "484"], ["483", "1"])
+    assert (rows[1]["labels"], rows[1]["predicted"], rows[1]["top_id"]) == ([], [], "v9i3On")
+    assert (rows[0]["correct"], rows[1]["correct"]) == (False, True)
 
 
 def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog) -> None:
@@ -349,6 +384,28 @@ def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog)
     known, n_train = runs.recorded_splits(str(run)), len(trained_on.indices("train"))
     everything = eval_set.find_leakage(trained_on, "all", known)
     assert everything == eval_set.Leakage(f"{n_train} of 40 images", True)
+
+
+def test_a_run_is_evaluated_on_its_own_data_without_being_told(tmp_path: Path, monkeypatch) -> None:
+    """Dataset, columns and division are the run's, also where the dataset is named by another path."""
+    run = small_models.checkpoint(tmp_path / "run" / "best").parent
+    pictures = small_models.dataset(tmp_path / "pictures", 40)
+    lines = [f"{i},{small_models.CLASS_IDS[i % 5]}" for i in range(40)]
+    (pictures / "labels.csv").write_text("\n".join(["id,category", *lines]))
+    columns = Columns(label="category", file="{id}.jpg")
+    own = DataSettings(str(pictures / "labels.csv"), columns=columns, splits=Splits(seed=3, limit=30))
+    trained_on = datasets.load(own)
+    runs.begin(str(run), Recipe(), trained_on)
+    monkeypatch.chdir(pictures)
+    for settings in ((), ("--dataset", "labels.csv")):
+        assert evaluate("--checkpoint", str(run), "--output", str(tmp_path / "out"), *settings) == 0
+        rows = pq.read_table(tmp_path / "out" / "evaluation.parquet")
+        tested = {trained_on.recorded_uris()[i] for i in trained_on.indices("test")}
+        assert set(rows["uri"].to_pylist()) == tested
+        assert set(rows["split"].to_pylist()) == {"test"}
+    small_models.small_bundle(tmp_path / "bundle")
+    with pytest.raises(InputError, match="give --dataset"):
+        evaluate("--bundle", str(tmp_path / "bundle"), "--output", str(tmp_path / "out"))
 
 
 def test_the_label_map_of_the_run_is_used_and_unknown_labels_are_written_to_one(tmp_path: Path) -> None:
