@@ -35,7 +35,8 @@ class LiveProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # else it would print an empty line
+            self._bar.stop()
 
     def update(self, done: int, total: int, note: str, *, stage: int = 0) -> None:
         """Show so many done of all; a new `stage` gets a line of its own in a log."""

@@ -46,3 +46,4 @@ def test_a_log_gets_a_line_at_the_start_per_epoch_and_at_intervals(
         classifying.advance(10, 1)
         classifying.show()
     assert caplog.messages[1].startswith("10 of 100 images, ")
+    assert console.file.getvalue() == ""
