@@ -38,6 +38,8 @@ from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
 from pipelines.machine import git_revision, library_versions
 from pipelines.messages import InputError, JobFailed, Stopped, first_line, redact, redacted
+from pipelines.nights import reporting
+from pipelines.nights.settings import ReportSettings
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import join
 
@@ -96,14 +98,16 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
     elif not (config.retry_failed and runs.reopen_failed(run)):
         if not report.is_current(run.state, run.ledger):  # the driver died before it could report
             runs.write_report(run)
+            reporting.report_run(run, part_of(config, ReportSettings))
         print(f"complete already, nothing was done. {report.one_line(run.ledger, run.plan, run.table)}")
         return 0
     classify_missing(run, config)
     runs.write_categories(run, open_storage(config.output))
     runs.publish_table(run)
+    reporting.report_run(run, part_of(config, ReportSettings))
     print(report.one_line(run.ledger, run.plan, run.table))
     output = redact(config.output.rstrip("/"))
-    print(f"read {output}/table; names of ids: {output}/{FILE}; report: {output}/state/report.json")
+    print(f"read {output}/table; names of ids: {output}/{FILE}; report: {output}/state/report.html")
     return 0
 
 

@@ -18,6 +18,7 @@ from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Split
 from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger.driver import LEASE_S
+from pipelines.nights.settings import ReportSettings
 from pipelines.specs import DecodeLimits, Precision, Provider
 from pipelines.status import Status
 from pipelines.storage import uris
@@ -45,6 +46,7 @@ def located_model(name: str) -> str:
     return located(name) if Path(name).is_dir() else name
 
 
+DriftLevel = Literal["notice", "warning", "alarm"]
 Location = Annotated[str, AfterValidator(located)]
 
 
@@ -217,6 +219,9 @@ class ClassificationConfig(RayConfig):
     """Limits of each image."""
     workers: Workers = Workers()
     """Pools and grain of the work."""
+    report_images: int = field_of(ReportSettings, "report_images")
+    price_per_node_hour: float | None = field_of(ReportSettings, "price_per_node_hour")
+    nodes: int = field_of(ReportSettings, "nodes")
 
 
 class ClassifyConfig(ClassificationConfig):
@@ -238,6 +243,11 @@ class NightlyConfig(ClassificationConfig):
     """Publish the date again, as another generation: with another inventory or bundle."""
     keep_failures: int = Field(default=7, ge=0)
     """Nights for which a failure that does not pass by itself (such as not_found) is carried over."""
+    drift_by: tuple[str, ...] = field_of(ReportSettings, "drift_by")
+    fail_on_drift: DriftLevel | None = None
+    """Least drift of labels at which the command ends with exit code 3, after publishing."""
+    hold_on_drift: DriftLevel | None = None
+    """Least drift at which nothing is published and the exit code is 3; without the flag, it publishes."""
 
 
 class PruneConfig(JobConfig):

@@ -8,6 +8,7 @@ and `state/run_date=2026-11-21/report.json`. The same command continues an inter
 verdict and the exit code of a published one.
 """
 
+import json
 import time
 
 from jobs.certificate_gate import require_certificate
@@ -33,10 +34,13 @@ from pipelines.ledger.entries import Phase
 from pipelines.ledger.layout import GENERATIONS
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run, wait_for_previous
-from pipelines.messages import InputError
+from pipelines.ledger.verify import REPORT_JSON
+from pipelines.messages import InputError, Refused
 from pipelines.nights import night as nights
+from pipelines.nights import reporting
 from pipelines.nights.folders import DateFolders
 from pipelines.nights.night import NightRun
+from pipelines.nights.settings import ReportSettings
 from pipelines.storage.storage import open_storage
 
 
@@ -110,6 +114,30 @@ def carry_out(night: NightRun, config: NightlyConfig) -> int:
         nights.carry_over(night)
         classify_missing(run, config)
         runs.write_categories(run, night.folders.root)
+        hold_on_drift(night, config)
         nights.publish_night(night)
-    print(nights.finish_night(night))
-    return 0
+    return leave_report(night, config)
+
+
+def hold_on_drift(night: NightRun, config: NightlyConfig) -> None:
+    """Publish nothing where the labels moved as far as `--hold-on-drift` says. Raises Refused."""
+    if not config.hold_on_drift or night.run.ledger.state.phase is not Phase.RUNNING:
+        return
+    found = reporting.judge_parts(night, part_of(config, ReportSettings))
+    if reporting.reaches(found, config.hold_on_drift):
+        raise Refused(
+            f"nothing was published: drift {found['summary']}; --hold-on-drift is {config.hold_on_drift}. "
+            "The same command without it publishes the night"
+        )
+
+
+def leave_report(night: NightRun, config: NightlyConfig) -> int:
+    """Leave the page and the verdict of a published night; returns the exit code."""
+    if reporting.is_reported(night):
+        found = json.loads(night.run.state.read(REPORT_JSON)).get("drift", {"level": "none", "summary": ""})
+    else:
+        nights.ensure_report(night)
+        found = reporting.report_night(night, part_of(config, ReportSettings))
+    code = 3 if reporting.reaches(found, config.fail_on_drift) else 0
+    print(nights.finish_night(night, code, f"drift {found['summary']}"))
+    return code

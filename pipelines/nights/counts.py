@@ -9,17 +9,17 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
 
+from pipelines.nights.database import create_view, open_database
+from pipelines.schema import CARRIED_FROM
 from pipelines.storage.storage import Storage
 from pipelines.taxonomy.taxonomy import Taxonomy
 
-CARRIED_FROM = "carried_from"
-"""Column of a night's table: the night that classified the image; null for the night itself."""
 UNCERTAIN_BELOW = 0.5
 """Best score below which an image counts as uncertain."""
 SEGMENTS_KEPT = 20
@@ -36,9 +36,6 @@ TIER1, TIER2, SCORE, UNCERTAIN, NO_CATEGORY = (
 """The signals, as the report names them."""
 ALL = ""
 """The segment of all images."""
-
-SETTINGS: dict[str, Any] = {"memory_limit": "512MB", "threads": 2, "preserve_insertion_order": False}
-"""DuckDB's; it spills to a temporary folder."""
 
 CLASSIFIED = """
 CREATE TEMP TABLE classified AS
@@ -107,6 +104,18 @@ def read_counts(payload: bytes) -> NightCounts:
 
 
 @contextmanager
+def open_files(views: Mapping[str, tuple[Storage, Sequence[str]]]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database with views over Parquet files: name -> folder and paths below it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="iab-vision-counts-") as spill,
+        open_database(Path(spill)) as database,
+    ):
+        for name, (folder, paths) in views.items():
+            create_view(database, name, folder, paths)
+        yield database
+
+
+@contextmanager
 def open_night(
     folder: Storage, paths: Sequence[str], *, by: Sequence[str] = ()
 ) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -115,16 +124,10 @@ def open_night(
     Args:
         by: carried columns that images are counted by; one that the files lack is left out.
     """
-    filesystem, root = folder.filesystem_and_path()
-    files = [f"{root.rstrip('/')}/{path}" for path in paths]
-    with (
-        tempfile.TemporaryDirectory(prefix="iab-vision-counts-") as spill,
-        duckdb.connect(config={**SETTINGS, "temp_directory": spill}) as database,
-    ):
-        database.register("rows", ds.dataset(files, filesystem=filesystem, format="parquet"))
+    with open_files({"rows": (folder, paths)}) as database:
         names = column_names(database)
         counted_by = {name: f"{_quote(name)}::VARCHAR" for name in by if name in names}
-        labelled = "status = 'ok'" + (" AND carried_from IS NULL" if CARRIED_FROM in names else "")
+        labelled = "status = 'ok'" + (" AND carried_from IS NULL" if CARRIED_FROM.name in names else "")
         values = "".join(f", {value} AS {_quote(name)}" for name, value in counted_by.items())
         keys = "".join(f", {value}" for value in counted_by.values())
         database.execute(CLASSIFIED.format(values=values, by=keys, labelled=labelled))
@@ -135,7 +138,7 @@ def count_night(
     database: duckdb.DuckDBPyConnection, taxonomy: Taxonomy, *, by: Sequence[str] = (), generation: int = 1
 ) -> NightCounts:
     """Count what `open_night` opened."""
-    carried = f"count({CARRIED_FROM})" if CARRIED_FROM in column_names(database) else "0"
+    carried = f"count({CARRIED_FROM.name})" if CARRIED_FROM.name in column_names(database) else "0"
     rows, n_carried, model_id = _first(database, COUNTED.format(carried=carried))
     images, mean = _first(database, MEAN)
     return NightCounts(

@@ -130,15 +130,24 @@ def publish_night(night: NightRun) -> None:
     runs.publish_table(run)
 
 
-def finish_night(night: NightRun, exit_code: int = 0) -> str:
-    """Leave the verdict of a published date; returns its line."""
-    run, root = night.run, night.folders.root
-    if not report.is_current(run.state, run.ledger):  # the process that published it died before it reported
+def ensure_report(night: NightRun) -> None:
+    """Write `report.json` if the process that published the date died before it did."""
+    run = night.run
+    if not report.is_current(run.state, run.ledger):
         run.about["night"] = json.loads(run.state.read(NIGHT_JSON))
         runs.write_report(run)
+
+
+def finish_night(night: NightRun, exit_code: int, drift: str) -> str:
+    """Leave the verdict of a published and reported date; returns its line.
+
+    Args:
+        drift: what the line says of drift.
+    """
+    run, root = night.run, night.folders.root
     if run.state.uri != root.uri:
         root.put(REPORT_JSON, run.state.read(REPORT_JSON))
-    line = describe(night)
+    line = f"{describe(night)}; {drift}"
     verdict = {"generation": run.ledger.state.generation, "exit_code": exit_code, "line": line}
     root.put(VERDICT_JSON, json.dumps(verdict, indent=1).encode())
     return line

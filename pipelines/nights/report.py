@@ -132,7 +132,8 @@ def _summary(level: Level, signals: Sequence[Mapping[str, Any]]) -> str:
         return f"not judged: it needs {drift.MIN_IMAGES} images classified tonight, and as many before"
     if level is Level.none:
         nights = max(signal["past_nights"] for signal in judged)
-        return f"none: new images have labels like those of the past {nights} nights"
+        past = f"the past {nights} nights" if nights > 1 else "the night before"
+        return f"none: new images have labels like those of {past}"
     first = judged[0]
     moved = ", ".join(
         f"{mover['name']} {100 * mover['past_share']:.1f} → {100 * mover['share']:.1f} %"

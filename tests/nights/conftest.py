@@ -38,11 +38,12 @@ class Nights:
         return self.folder / "nights"
 
     def command(self, day: str, *settings: str, inventory: str = "inventory.parquet") -> list[str]:
+        pictures = [] if "--report-images" in settings else ["--report-images", "0"]
         return [
             "nightly", "--inventory", str(self.folder / inventory), "--bundle", str(self.bundle),
             "--table", str(self.table), "--date", day, "--retry-pause-s", "0.1",
             "--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--max-error-rate", "1",
-            *settings,
+            *pictures, *settings,
         ]  # fmt: skip
 
     def make(self, day: str, *settings: str) -> int:

@@ -1,0 +1,69 @@
+"""A night leaves its page and its verdict on drift; replaced pictures end it with exit code 3."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.cli import main
+from tests.nights.conftest import Nights
+
+PICTURES = 130
+
+
+def draw(folder: Path, colour: tuple[int, int, int], seed: int) -> list[str]:
+    """Distinct pictures of one colour."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for at in range(PICTURES):
+        pixels = np.clip(np.array(colour) + rng.integers(-20, 20, (20, 30, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{at}.png")
+    return sorted(str(path) for path in folder.glob("*.png"))
+
+
+@pytest.fixture
+def two_nights(nights: Nights, tmp_path: Path) -> Nights:
+    """A published night of red pictures, and an inventory of green ones for the next."""
+    nights.list_images(draw(tmp_path / "red", (230, 20, 20), 1))
+    assert nights.make("2026-11-20") == 0
+    nights.list_images(draw(tmp_path / "green", (20, 230, 20), 2))
+    return nights
+
+
+def state(nights: Nights, day: str) -> Path:
+    return nights.table / "state" / f"run_date={day}"
+
+
+def test_night_of_replaced_pictures_is_published_and_fails_with_the_flag(two_nights, capsys):
+    assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm", "--report-images", "6") == 3
+    assert "drift alarm" in capsys.readouterr().out
+    assert (two_nights.table / "images" / "run_date=2026-11-21" / "_SUCCESS").exists()
+    found = two_nights.report("2026-11-21")["drift"]
+    assert found["level"] == "alarm"
+    assert found["signals"][0]["movers"]
+    page = (state(two_nights, "2026-11-21") / "report.html").read_text()
+    assert "data:image/jpeg" in page
+    assert "Night of 2026-11-21" in page
+    assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm") == 3, "the verdict is repeated"
+
+
+def test_held_night_is_not_published_until_the_flag_is_gone(two_nights, capsys):
+    assert two_nights.make("2026-11-21", "--hold-on-drift", "warning") == 3
+    assert "nothing was published" in capsys.readouterr().err
+    assert not list((two_nights.table / "images").glob("run_date=2026-11-21/*"))
+    assert two_nights.make("2026-11-21") == 0
+    assert len(two_nights.rows("2026-11-21")) == PICTURES
+
+
+def test_classify_leaves_a_page_without_comparisons(nights, tmp_path):
+    draw(tmp_path / "red", (230, 20, 20), 1)
+    command = ["classify", "--inventory", str(tmp_path / "red"), "--bundle", str(nights.bundle)]
+    for output, more in (("shown", []), ("plain", ["--report-images", "0"])):
+        assert main([*command, "--output", str(tmp_path / output), *more]) == 0
+        page = (tmp_path / output / "state" / "report.html").read_text()
+        assert ("data:image/jpeg" in page) is (output == "shown")
+        assert "last night" not in page
+        assert json.loads((tmp_path / output / "state" / "report.json").read_text())["rows"] == PICTURES
+    assert main(["verify", str(tmp_path / "shown")]) == 0
