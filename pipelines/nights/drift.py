@@ -12,10 +12,11 @@ Effect: the population stability index, less what chance alone gives,
 Michigan University, 2018). Cells in which fewer than 5 images are expected are one cell (Cochran, Biometrics
 10, 1954), and half an image is added to every count, so that no share is zero.
 
-Chance: the smaller of two p-values, doubled (Bonferroni). Pearson's chi-squared test of homogeneity over the
-cells finds small changes everywhere. The conditional test of two rates (Przyborowski and Wilenski, Biometrika
-31, 1940) of each category, times their number, finds one category that moved; it holds for small counts. Over
-all signals of a night p-values are corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979).
+Chance: the smaller p-value of two tests, by Bonferroni with weights of 1 to 9. Pearson's chi-squared test of
+homogeneity over the cells finds small changes everywhere. The conditional test of two rates (Przyborowski,
+Wilenski, Biometrika 31, 1940) of each category, times their number, finds one that moved, in small counts
+too. Over all signals of a night p-values are corrected by Holm's method (Scandinavian Journal of Statistics
+6, 1979).
 
 Pictures come in series, so counts of nights vary more than those of independent draws. All counts are divided
 by the design effect: chi-squared over its degrees of freedom, each past night against the others, on average
@@ -44,8 +45,12 @@ TRIMMED = 5
 """One night in so many is left out of the design effect, the one that differs most."""
 MIN_EXPECTED = 5.0
 """Smallest expected count of a cell of its own."""
-MAX_P = 0.001
+MAX_P = 0.005
 """Largest corrected p-value of drift: the share of nights without drift on which any signal is raised."""
+CATEGORY_WEIGHT = 0.9
+"""Share of the false alarms that the tests of single categories may cause; chi-squared has power enough."""
+MAX_P_SERIES = 0.05
+"""Largest p-value at which the past nights are taken to differ by more than chance."""
 MOVERS = 3
 """Categories named per signal."""
 
@@ -59,7 +64,7 @@ class Level(IntEnum):
     alarm = 3
 
 
-LEAST_EXCESS = {Level.notice: 0.01, Level.warning: 0.1, Level.alarm: 0.25}
+LEAST_EXCESS = {Level.notice: 0.005, Level.warning: 0.1, Level.alarm: 0.25}
 """Excess PSI of each level: 0.1 and 0.25 are the usual limits; one category of 37 that goes from 5 % to 10 %
 gives 0.037."""
 
@@ -164,7 +169,8 @@ def measure(signal: Signal) -> Drift:
     cells_p = p_by_category(tonight / effect, past / effect)
     psi = stability_index(cells)
     floor = (cells.shape[1] - 1) * effect * (1 / n + 1 / m)
-    smallest = min(p_of_cells(cells), len(ids) * float(cells_p.min()))
+    p_everywhere = p_of_cells(cells) / (1 - CATEGORY_WEIGHT)
+    p_anywhere = len(ids) * float(cells_p.min()) / CATEGORY_WEIGHT
     return Drift(
         signal=signal,
         n_images=int(n),
@@ -172,7 +178,7 @@ def measure(signal: Signal) -> Drift:
         psi=psi,
         excess=psi - floor,
         js_distance=js_distance(tonight / n, past / m),
-        p=min(1.0, 2 * smallest),
+        p=min(1.0, p_everywhere, p_anywhere),
         design_effect=effect,
         movers=_movers(ids, tonight, past, cells_p),
     )
@@ -192,8 +198,10 @@ def find_design_effect(nights: Array) -> float:
     expected = sizes * nights.sum(axis=0) / total
     # Chi-squared against the other nights; its mean is the degrees of freedom, however small the counts are.
     chi_squared = ((nights - expected) ** 2 / expected).sum(axis=1) / (1 - sizes[:, 0] / total)
-    ratios = np.sort(chi_squared) / (nights.shape[1] - 1)
-    return max(1.0, float(ratios[: len(ratios) - len(ratios) // TRIMMED].mean()))
+    kept = np.sort(chi_squared)[: len(nights) - len(nights) // TRIMMED]
+    df = len(kept) * (nights.shape[1] - 1)
+    differ = special.chdtrc(df, kept.sum()) <= MAX_P_SERIES
+    return max(1.0, float(kept.sum() / df)) if differ else 1.0
 
 
 def pool_rare(counts: Array) -> Array:
