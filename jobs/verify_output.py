@@ -14,7 +14,7 @@ def run(config: VerifyConfig) -> int:
     with checking_input():
         folder = storage.open_storage(config.path)
         is_bundle = folder.exists(MANIFEST_FILE)
-    checks = bundle_checks(config.path) if is_bundle else predictions_checks(folder.uri)
+    checks = bundle_checks(config.path) if is_bundle else predictions_checks(folder.uri, config)
     print_checks(checks)
     return 0 if all(passed for _, passed, _ in checks) else 1
 
@@ -43,11 +43,17 @@ def bundle_checks(uri: str) -> list[tuple[str, bool, str]]:
     return sorted(checks)
 
 
-def predictions_checks(uri: str) -> list[tuple[str, bool, str]]:
+def predictions_checks(uri: str, config: VerifyConfig) -> list[tuple[str, bool, str]]:
     from pipelines.ledger.verify import verify
     from pipelines.nights.verify import is_table, verify_nights
 
-    checks = verify_nights(uri) if is_table(uri) else verify(uri).checks
+    if is_table(uri):
+        return [(check.name, check.ok, check.detail) for check in verify_nights(uri)]
+    checks = list(verify(uri).checks)
+    if config.sample and all(check.ok for check in checks):
+        from pipelines.classify.sources import check_sources
+
+        checks.append(check_sources(uri, config.sample, config.fetch))
     return [(check.name, check.ok, check.detail) for check in checks]
 
 

@@ -33,6 +33,10 @@ class Status(StrEnum):
     BLOCKED_ADDRESS = "blocked_address", "Fetching from there is not allowed; it may be a private address."
     INVALID_URI = "invalid_uri", "The URI is empty, malformed, or does not name a file."
     HTTP_ERROR = "http_error", "The server answered with another error, or invalidly."
+    SOURCE_CHANGED = (
+        "source_changed",
+        "The tar or table that holds the image has changed since it was planned.",
+    )
     TOO_LARGE = "too_large", "The object has more bytes than `--fetch.max-bytes` allows."
     # decoding
     EMPTY = "empty", "The object has no bytes."

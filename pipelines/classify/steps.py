@@ -19,7 +19,7 @@ from pipelines.classify.known import Known
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.load import load
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import sources_of
+from pipelines.fetch.source import ContainerVersion, sources_of
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import Pixels, Prepared
 from pipelines.inventory.plan import open_plan
@@ -95,6 +95,9 @@ class Loader:
         self._source = source
         self._plan = open_plan(open_storage(source.state_uri))
         self._known = Known(open_storage(source.state_uri))
+        self._containers = {
+            file.uri: ContainerVersion(file.size_bytes, file.version) for file in self._plan.containers
+        }
         self._fetcher = Fetcher(source.fetch)
         self._decoder = DecoderProcess(source.image_spec, source.decode)
         self._decoding = threading.Lock()
@@ -111,7 +114,7 @@ class Loader:
             with metrics.timed("load"):
                 loaded = load(
                     self._fetcher,
-                    self._known.put_earlier(sources_of(items), item_ids),
+                    self._known.put_earlier(sources_of(items, self._containers), item_ids),
                     item_ids=item_ids,
                     spec=self._source.image_spec,
                     decode=self._decode,

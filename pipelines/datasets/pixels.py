@@ -21,7 +21,7 @@ from pipelines.datasets.settings import ImageCache
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.load import decode_here, load
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import LOCATION, Source
+from pipelines.fetch.source import sources_of
 from pipelines.images.pixels import pixels_of
 from pipelines.images.prepare import Pixels
 from pipelines.messages import JobFailed
@@ -73,12 +73,6 @@ def fetcher() -> Fetcher:
     Private addresses are allowed: whoever trains has chosen the dataset, unlike the pages of an inventory.
     """
     return Fetcher(FetchLimits(allow_private_addresses=True))
-
-
-def sources_of(batch: pa.Table) -> list[Source]:
-    """Where the bytes of each row are: a file of their own, or a row or a byte range of another."""
-    columns = (batch[name].to_pylist() for name in LOCATION)
-    return [Source(*place) for place in zip(*columns, strict=True)]
 
 
 def list_outcomes(dataset: Any) -> pa.Table:

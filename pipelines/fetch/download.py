@@ -13,7 +13,7 @@ from pipelines.fetch.memory import Reservation, paused
 from pipelines.fetch.objects import BucketClient
 from pipelines.fetch.retry import FetchError, Retry
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Fetched, Source, Span, check_length
+from pipelines.fetch.source import Fetched, Source, check_length
 from pipelines.fetch.web import Body, NotModified, Redirect, WebClient, parse
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
@@ -23,7 +23,7 @@ from pipelines.storage.uris import scheme_of
 class StorageClient(Protocol):
     """One request: the payload. Raises FetchError."""
 
-    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes: ...
+    async def get(self, uri: str, source: Source, reservation: Reservation) -> bytes: ...
 
 
 class Downloader:
@@ -62,13 +62,13 @@ class Downloader:
         uri = source.location
         if scheme_of(uri) not in ("http", "https"):
             async with self._slot(None, timeout):
-                return check_length(await self._client(uri).get(uri, reservation, source.span), source)
+                return check_length(await self._client(uri).get(uri, source, reservation), source)
         earlier = source.earlier
         for _ in range(self._limits.max_redirects + 1):
             host = self._host(uri)
             async with self._slot(host, timeout):
                 with host.record(timeout):
-                    found = await self._web.get(uri, reservation, source.span, earlier)
+                    found = await self._web.get(uri, source, reservation, earlier)
             if not isinstance(found, Redirect):
                 return _outcome(found, source, redirected=uri != source.location)
             uri, earlier = found.target, None  # an ETag speaks of one URL only

@@ -9,13 +9,14 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from pipelines.fetch.memory import Reservation, check_size
 from pipelines.fetch.retry import FetchError
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Fetched, Source, Span, check_length
+from pipelines.fetch.source import ContainerVersion, Fetched, Source, Span, check_length
 from pipelines.status import Status
 from pipelines.storage.uris import scheme_of
 
@@ -33,7 +34,7 @@ def read_source(source: Source, reservation: Reservation) -> Fetched:
     if not source.location:
         return Fetched(Status.INVALID_URI, "the URI is empty")
     try:
-        return check_length(read_local(source.location, source.span, reservation), source)
+        return check_length(read_local(source, reservation), source)
     except FetchError as error:
         return Fetched.of(error)
 
@@ -45,12 +46,14 @@ def local_file(uri: str) -> bytes:
     return b"/" + unquote_to_bytes(uri.partition("://")[2].removeprefix("localhost").lstrip("/"))
 
 
-def read_local(uri: str, span: Span | None, reservation: Reservation) -> bytes:
-    """The file, or a span of it. Raises FetchError."""
+def read_local(source: Source, reservation: Reservation) -> bytes:
+    """The file, or the source's span of it. Raises FetchError."""
     try:
-        descriptor = os.open(local_file(uri), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(local_file(source.location), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return _read(descriptor, span, reservation)
+            payload = _read(descriptor, source.span, reservation)
+            check_unchanged(source.planned, os.fstat(descriptor))  # after it was read, not before
+            return payload
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -62,6 +65,13 @@ def read_local(uri: str, span: Span | None, reservation: Reservation) -> bytes:
     except OSError as error:
         # A failing disk or mount may recover: retried in a later pass, like a connection.
         raise FetchError(Status.CONNECTION_FAILED, f"cannot read the file: {error.strerror}") from error
+
+
+def check_unchanged(planned: ContainerVersion | None, status: os.stat_result) -> None:
+    """Raise FetchError (`source_changed`) unless a local file is the one that was planned."""
+    if planned:
+        modified = datetime.fromtimestamp(status.st_mtime, UTC).isoformat()
+        planned.check(status.st_size, (str(status.st_mtime_ns), modified))
 
 
 def _read(descriptor: int, span: Span | None, reservation: Reservation) -> bytes:
@@ -85,8 +95,9 @@ class FsspecClient:
         self._limits = limits
         self._threads = ThreadPoolExecutor(FSSPEC_THREADS, thread_name_prefix="fetch-fsspec")
 
-    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes:
+    async def get(self, uri: str, source: Source, reservation: Reservation) -> bytes:
         """One attempt: the payload. Raises FetchError."""
+        span = source.span
         check_scheme(uri, self._limits.allow_private_addresses)
         loop = asyncio.get_running_loop()
         n_bytes = span[1] if span else await loop.run_in_executor(self._threads, size_of, uri)

@@ -167,7 +167,7 @@ class Host:
         pause_s = max(0.0, self._resume_at - _now())
         if pause_s > self._limits.total_timeout_s:
             error = f"not tried: the host's Retry-After has {pause_s:.0f} s left"
-            raise FetchError(Status.THROTTLED, error, final=True)
+            raise FetchError(Status.THROTTLED, error, retry_after_s=pause_s, final=True)
         return pause_s
 
 

@@ -98,7 +98,11 @@ def _response(fetched: Fetched) -> Row:
 def _row(fetched: Fetched, image: Prepared | None) -> Row:
     """What became of one image; `image` is what decoding made of its payload, if there is one."""
     if image is None:
-        return {"status": fetched.status.value, "error": fetched.error}
+        return {
+            "status": fetched.status.value,
+            "error": fetched.error,
+            "retry_after_s": fetched.retry_after_s,
+        }
     return {
         "status": image.status.value,
         "error": image.error,

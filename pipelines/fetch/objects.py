@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.fetch.memory import Reservation
 from pipelines.fetch.retry import FetchError, status_of_code
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Span
+from pipelines.fetch.source import Source
 from pipelines.status import Status
 from pipelines.storage.objects import open_client, store_settings
 
@@ -45,14 +45,17 @@ class BucketClient:
         self._limits = limits
         self._stores: dict[str, Any] = {}
 
-    async def get(self, uri: str, reservation: Reservation, span: Span | None = None) -> bytes:
-        """One attempt: the payload, or a span of it. Raises FetchError."""
+    async def get(self, uri: str, source: Source, reservation: Reservation) -> bytes:
+        """One attempt: the payload, or the source's span of it. Raises FetchError."""
         from obstore import get_async
 
         bucket, key = parse(uri)
+        span = source.span
         options: GetOptions | None = {"range": (span[0], span[0] + span[1])} if span else None
         try:
             result = await get_async(self._store(bucket), key, options=options)
+            if source.planned:
+                source.planned.check(result.meta["size"], (result.meta["e_tag"],))
             await reservation.reserve(result.range[1] - result.range[0])
             return bytes(await result.bytes_async())
         except FetchError:

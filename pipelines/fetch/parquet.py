@@ -4,22 +4,30 @@ A column of binaries, or Hugging Face's struct<bytes, path>. Rows are read forwa
 time; a cursor stays open, so that the next rows of its row group need no second read.
 """
 
+import os
+import random
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from dataclasses import dataclass, field
+from itertools import accumulate, count, groupby
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from aiohttp import ClientError
+from aiohttp import ClientError, ClientResponseError
 from obstore.exceptions import BaseError
 
+from pipelines.fetch.files import check_unchanged, local_file
 from pipelines.fetch.memory import check_size
-from pipelines.fetch.retry import FetchError, internal_error
+from pipelines.fetch.retry import FetchError, backoff_s, internal_error, status_of_code
+from pipelines.fetch.settings import FetchLimits
+from pipelines.fetch.source import ContainerVersion
 from pipelines.status import Status
-from pipelines.storage.storage import open_input
+from pipelines.storage.objects import OBJECT_SCHEMES
+from pipelines.storage.storage import open_input, open_storage
+from pipelines.storage.uris import is_local, scheme_of, split
 
 BATCH_BYTES = 8 << 20
 """Payloads in memory at a time, about."""
@@ -39,9 +47,11 @@ UNREADABLE = (OSError, BaseError, ClientError, pa.ArrowException, LookupError)
 class Cursor:
     """An open Parquet file, and how far its payloads were read."""
 
-    def __init__(self, container: str, column: str) -> None:
+    def __init__(self, container: str, column: str, planned: ContainerVersion | None = None) -> None:
         self.container = container
         self.column = column
+        self._planned = planned
+        check_container(container, planned)
         # pre_buffer, pyarrow's default, would read whole column chunks of the following row groups too.
         self._file = pq.ParquetFile(open_input(container), buffer_size=1 << 20, pre_buffer=False)
         sizes = (self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups))
@@ -62,6 +72,7 @@ class Cursor:
         while row >= self.row + len(self._payloads):
             self.row += len(self._payloads)
             self._payloads = self._values(next(self._batches))
+            check_container(self.container, self._planned)  # after they were read, not before
         self._payloads = self._payloads[row - self.row :]
         self.row = row
         return self._payloads[0]
@@ -94,15 +105,17 @@ class EmbeddedReader:
         self._idle: list[Cursor] = []
         self._lock = threading.Lock()
 
-    def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
-        """Payloads of rows in ascending order. Raises one of UNREADABLE."""
-        cursor = self._take(container, column, rows[0])
+    def read(
+        self, container: str, column: str, rows: Sequence[int], planned: ContainerVersion | None = None
+    ) -> Iterator[pa.Scalar]:
+        """Payloads of rows in ascending order. Raises one of UNREADABLE, or FetchError (`source_changed`)."""
+        cursor = self._take(container, column, rows[0]) or Cursor(container, column, planned)
         for row in rows:
             yield cursor.payload(row)
         with self._lock:
             self._idle = [*self._idle[1 - IDLE_CURSORS :], cursor]
 
-    def _take(self, container: str, column: str, row: int) -> Cursor:
+    def _take(self, container: str, column: str, row: int) -> Cursor | None:
         with self._lock:
             same = [one for one in self._idle if (one.container, one.column) == (container, column)]
             near = [one for one in same if one.reaches(row) and row <= one.row + MAX_GAP]
@@ -110,7 +123,20 @@ class EmbeddedReader:
                 nearest = max(near, key=lambda cursor: cursor.row)
                 self._idle.remove(nearest)
                 return nearest
-        return Cursor(container, column)
+        return None
+
+
+def check_container(uri: str, planned: ContainerVersion | None) -> None:
+    """Raise FetchError (`source_changed`) unless the file is the one that was planned."""
+    if planned is None:
+        return
+    if is_local(uri):
+        check_unchanged(planned, os.stat(local_file(uri)))  # noqa: PTH116 - bytes: any name, UTF-8 or not
+        return
+    folder, name = split(uri)
+    storage = open_storage(folder)
+    version = storage.version(name)
+    planned.check(storage.size(name), (version.e_tag if version else None,))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -121,23 +147,48 @@ class Place:
     column: str
     row: int
     index: int
+    planned: ContainerVersion | None = field(default=None, compare=False)
 
 
 def read_embedded(
-    reader: EmbeddedReader, places: Sequence[Place], max_bytes: int
+    reader: EmbeddedReader, places: Sequence[Place], limits: FetchLimits
 ) -> Iterator[tuple[int, bytes | FetchError]]:
     """Each place's index and payload, table by table in the order of their rows."""
-    for (container, column), group in groupby(sorted(places), lambda place: (place.container, place.column)):
-        found = list(group)
-        done = 0
-        try:
-            for payload in reader.read(container, column, [place.row for place in found]):
-                yield found[done].index, _outcome(payload, max_bytes)
-                done += 1
-        except Exception as error:
-            failed = _to_fetch_error(error)
-            for place in found[done:]:
-                yield place.index, failed
+    for _, group in groupby(sorted(places), lambda place: (place.container, place.column)):
+        waiting = list(group)
+        for attempt in count(1):
+            try:
+                for payload in _read(reader, waiting):
+                    yield waiting.pop(0).index, _outcome(payload, limits.max_bytes)
+                break
+            except Exception as error:
+                failed = _changed(waiting[0]) or _to_fetch_error(error)
+                if failed.final or attempt >= limits.max_attempts or not _is_read_once(waiting[0].container):
+                    break
+                time.sleep(backoff_s(attempt, limits.backoff_s, random.random()))
+        for place in waiting:
+            yield place.index, failed
+
+
+def _read(reader: EmbeddedReader, places: Sequence[Place]) -> Iterator[pa.Scalar]:
+    first = places[0]
+    return reader.read(first.container, first.column, [place.row for place in places], first.planned)
+
+
+def _changed(place: Place) -> FetchError | None:
+    """Whether a table that could not be read is another one by now."""
+    try:
+        check_container(place.container, place.planned)
+    except FetchError as error:
+        return error
+    except UNREADABLE:
+        return None
+    return None
+
+
+def _is_read_once(container: str) -> bool:
+    """Whether its requests are not repeated below, as those to an object store are."""
+    return not is_local(container) and scheme_of(container) not in OBJECT_SCHEMES
 
 
 def _outcome(payload: pa.Scalar, max_bytes: int) -> bytes | FetchError:
@@ -155,6 +206,8 @@ def _to_fetch_error(error: Exception) -> FetchError:
     if not isinstance(error, UNREADABLE):
         return internal_error(error)
     if isinstance(error, FileNotFoundError):
+        if isinstance(answer := error.__cause__, ClientResponseError):  # fsspec takes any answer for this
+            return FetchError(status_of_code(answer.status), f"HTTP {answer.status} {answer.message}")
         return FetchError(Status.NOT_FOUND, "the table does not exist any more")
     if isinstance(error, LookupError):
         return FetchError(Status.NOT_FOUND, str(error))

@@ -1,7 +1,8 @@
 """Where one object's bytes are, and what fetching made of it."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -39,8 +40,27 @@ class Earlier:
 
 
 @dataclass(frozen=True, slots=True)
+class ContainerVersion:
+    """What tells whether a file of many images is still the one that was planned."""
+
+    size_bytes: int
+    version: str
+    """Its ETag or modification time; empty where the storage tells neither."""
+
+    def check(self, size_bytes: int | None, versions: tuple[str | None, ...]) -> None:
+        """Raise FetchError (`source_changed`) unless it has this size and one of these versions.
+
+        What is None is not known. Images are found in it by their place: another file has others there.
+        """
+        known = {version.strip('"') for version in versions if version}
+        same = not known or not self.version or self.version.strip('"') in known
+        if not same or size_bytes not in (None, self.size_bytes):
+            raise FetchError(Status.SOURCE_CHANGED, Status.SOURCE_CHANGED.meaning)
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """Where one object's bytes are; the columns of `plan.LOCATION`."""
+    """Where one object's bytes are."""
 
     uri: str
     container: str | None = None
@@ -49,6 +69,8 @@ class Source:
     payload_column: str | None = None
     earlier: Earlier | None = None
     """Ask an http(s) server whether the object is still this one."""
+    planned: "ContainerVersion | None" = None
+    """The container when it was planned, if it holds several images."""
 
     @property
     def location(self) -> str:
@@ -71,11 +93,13 @@ class Fetched:
     validator: Validator | None = None
     not_modified: bool = False
     """The object is as the source's `earlier` response said; there is no payload."""
+    retry_after_s: float | None = None
+    """How long the server asked to wait."""
 
     @classmethod
     def of(cls, outcome: bytes | FetchError) -> Self:
         if isinstance(outcome, FetchError):
-            return cls(outcome.status, outcome.error)
+            return cls(outcome.status, outcome.error, retry_after_s=outcome.retry_after_s)
         return cls(Status.OK, None, outcome)
 
     @cached_property
@@ -88,10 +112,13 @@ Batch = list[tuple[int, Fetched]]
 """Indexes of sources, each with its result."""
 
 
-def sources_of(items: pa.Table) -> list[Source]:
-    """The sources of a plan's items (`plan.LOCATION`)."""
+def sources_of(items: pa.Table, containers: Mapping[str, ContainerVersion] | None = None) -> list[Source]:
+    """The sources of a plan's items (`plan.LOCATION`), and the versions of the containers among them."""
     columns = [items[name].to_pylist() for name in LOCATION]
-    return [Source(*values) for values in zip(*columns, strict=True)]
+    sources = [Source(*values) for values in zip(*columns, strict=True)]
+    if not containers:
+        return sources
+    return [replace(source, planned=containers.get(source.container or "")) for source in sources]
 
 
 def check_length(payload: bytes, source: Source) -> Fetched:

@@ -17,7 +17,7 @@ from yarl import URL
 from pipelines.fetch.memory import Reservation
 from pipelines.fetch.retry import FetchError, parse_retry_after, status_of_code
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Earlier, Span, Validator
+from pipelines.fetch.source import Earlier, Source, Span, Validator
 from pipelines.fetch.ssrf import BLOCKED_ERRNO, ssrf_safe_socket
 from pipelines.status import Status
 
@@ -85,17 +85,14 @@ class WebClient:
         await self._session.close()
 
     async def get(
-        self,
-        uri: str,
-        reservation: Reservation,
-        span: Span | None = None,
-        earlier: Earlier | None = None,
+        self, uri: str, source: Source, reservation: Reservation, earlier: Earlier | None = None
     ) -> Body | Redirect | NotModified:
-        """One request: the payload, or a span of it, or the redirect; or that it is still the earlier one.
+        """One request: the payload, a span of it, a redirect, or that the object is still the earlier one.
 
         Raises FetchError.
         """
         url = parse(uri)
+        span = source.span
         headers = {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"} if span else {}
         if earlier:
             headers |= _condition(earlier.validator)
@@ -106,6 +103,7 @@ class WebClient:
                 found = Validator(response.headers.get("ETag"), response.headers.get("Last-Modified"))
                 if response.status == 304 and earlier:
                     return NotModified(found or earlier.validator)
+                _check_unchanged(response, source)
                 return Body(await self._payload(response, reservation, span), found)
         except (aiohttp.ClientError, OSError, ValueError) as error:  # OSError: TimeoutError, resets
             raise to_fetch_error(error) from error
@@ -131,6 +129,14 @@ def _condition(validator: Validator) -> dict[str, str]:
     if validator.etag:
         return {"If-None-Match": validator.etag}
     return {"If-Modified-Since": validator.last_modified or ""}
+
+
+def _check_unchanged(response: aiohttp.ClientResponse, source: Source) -> None:
+    """Raise FetchError (`source_changed`) if this is a part of another file than the planned one."""
+    if source.planned and response.status == 206:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        size_bytes = int(total) if total.isascii() and total.isdigit() else None
+        source.planned.check(size_bytes, (response.headers.get("ETag"),))
 
 
 def parse(uri: str) -> URL:

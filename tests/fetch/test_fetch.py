@@ -10,7 +10,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
-from aiohttp import ClientPayloadError
+from aiohttp import ClientPayloadError, ClientResponseError
 from obstore.exceptions import GenericError
 
 from pipelines.fetch import retry
@@ -33,7 +33,7 @@ from pipelines.fetch.hosts import AdaptiveSlots, Hosts
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
 from pipelines.fetch.retry import FetchError, backoff_s, parse_retry_after
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import Fetched, Source, sources_of
+from pipelines.fetch.source import ContainerVersion, Fetched, Source, sources_of
 from pipelines.fetch.ssrf import block_reason
 from pipelines.inventory.inventory import plan
 from pipelines.messages import InputError
@@ -689,14 +689,71 @@ def test_table_of_images_is_read_about_once_by_sixteen_calls(
     assert CountingFile.n_bytes <= 1.1 * path.stat().st_size
 
 
+FORMS = [(form, listed, moved) for form in ("tar", "parquet") for listed in (0, 1) for moved in (0, 1)]
+
+
+@pytest.mark.parametrize(("form", "listed", "moved"), FORMS)
+def test_container_that_changed_after_planning_gives_no_other_image(
+    tmp_path: Path, form: str, listed: bool, moved: bool
+) -> None:
+    """Five rows in reverse order, of equal size: overwritten in place or by a rename."""
+
+    def write(path: Path, payloads: list[bytes]) -> None:
+        if form == "parquet":
+            pq.write_table(pa.table({"image": payloads}), path)
+            return
+        with tarfile.open(path, "w") as tar:
+            for n, payload in enumerate(payloads):
+                member = tarfile.TarInfo(f"{n}.jpg")
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+
+    payloads = [bytes([n]) * 999 for n in range(5)]
+    path = tmp_path / "shards" / f"latest.{form}"
+    path.parent.mkdir()
+    write(path, payloads)
+    inventory = path.parent if listed else path
+    frozen = plan(str(inventory), open_storage(str(tmp_path / "state")))
+    containers = {file.uri: ContainerVersion(file.size_bytes, file.version) for file in frozen.containers}
+    sources = sources_of(frozen.read(0, 5), containers)
+    with Fetcher(LIMITS) as fetcher:
+        before = dict(fetcher.fetch_many(sources[:2]))
+        assert [before[n].payload for n in range(2)] == payloads[:2]
+        write(path.with_suffix(".new") if moved else path, payloads[::-1])
+        if moved:
+            path.with_suffix(".new").replace(path)
+        after = dict(fetcher.fetch_many(sources))
+    with Fetcher(LIMITS) as another:
+        after |= {5 + n: one for n, one in another.fetch_many(sources)}
+    for n, one in after.items():  # an open table may serve what it read before
+        assert one.status == Status.SOURCE_CHANGED or one.payload == payloads[n % 5]
+    assert {after[n].status for n in range(5, 10)} == {Status.SOURCE_CHANGED}
+
+
+@pytest.mark.parametrize(("code", "expected"), [(503, Status.SERVER_ERROR), (404, Status.NOT_FOUND)])
+def test_table_that_its_web_server_fails_to_serve_is_tried_again(code: int, expected: Status) -> None:
+    opened = []
+
+    class Failing(EmbeddedReader):
+        def read(self, container: str, *_: object) -> Iterator[pa.Scalar]:
+            opened.append(container)
+            answer = ClientResponseError(None, (), status=code)  # type: ignore[arg-type]
+            raise FileNotFoundError(container) from answer
+
+    places = [Place("https://a/t.parquet", "image", row, row) for row in range(3)]
+    found = dict(read_embedded(Failing(), places, LIMITS))
+    assert {error.status for error in found.values() if isinstance(error, FetchError)} == {expected}
+    assert len(opened) == (LIMITS.max_attempts if code == 503 else 1)
+
+
 def test_table_that_breaks_off_keeps_the_rows_that_were_read() -> None:
     class Breaking(EmbeddedReader):
-        def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
+        def read(self, *_: object) -> Iterator[pa.Scalar]:
             yield pa.scalar(b"first")
             raise GenericError("the server is gone")
 
     places = [Place("s3://b/t.parquet", "image", row, row) for row in range(3)]
-    found = dict(read_embedded(Breaking(), places, 1_000))
+    found = dict(read_embedded(Breaking(), places, LIMITS))
     assert found[0] == b"first"
     failures = [outcome.status for outcome in found.values() if isinstance(outcome, FetchError)]
     assert failures == [Status.CONNECTION_FAILED] * 2
@@ -875,12 +932,12 @@ def test_unexpected_exception_for_a_file_is_its_status(
 )
 def test_exception_while_reading_a_table_is_the_status_of_its_rows(error: Exception, status: Status) -> None:
     class Broken(EmbeddedReader):
-        def read(self, container: str, column: str, rows: Sequence[int]) -> Iterator[pa.Scalar]:
+        def read(self, *_: object) -> Iterator[pa.Scalar]:
             yield pa.scalar(b"first")
             raise error
 
     places = [Place("s3://b/t.parquet", "image", row, row) for row in range(2)]
-    found = dict(read_embedded(Broken(), places, 1_000))
+    found = dict(read_embedded(Broken(), places, LIMITS))
     assert found[0] == b"first"
     assert isinstance(found[1], FetchError)
     assert found[1].status is status
