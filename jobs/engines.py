@@ -47,7 +47,7 @@ def open_engine(
 
     cpus, gpus = num_cpus or LOGICAL_CPUS_PER_CORE * cores(), 0 if provider == "cpu" else count_gpus()
     resources = {"CPU": float(cpus), "GPU": float(gpus)}
-    yield Engine("local", run_dataflow, resources, num_cpus or cores())
+    yield Engine("local", run_dataflow, lambda: [resources], num_cpus or cores())
 
 
 @contextmanager
@@ -55,10 +55,10 @@ def _ray_engine(ray_address: str | None, num_cpus: int | None, folders: Sequence
     from jobs.cluster import nodes_without, quieten, ray_cluster
 
     quieten()
-    import ray
     from ray.exceptions import RayError
 
     from pipelines.classify.on_ray import run_dataflow
+    from pipelines.classify.watchdog import list_nodes
 
     try:
         with ray_cluster(ray_address, num_cpus=num_cpus):
@@ -69,6 +69,6 @@ def _ray_engine(ray_address: str | None, num_cpus: int | None, folders: Sequence
                         "every node reaches (s3://, gs://, az://, or a mount that all share)"
                     )
             local_cores = None if joins_cluster(ray_address) else cores()
-            yield Engine("ray", run_dataflow, ray.cluster_resources(), local_cores)
+            yield Engine("ray", run_dataflow, list_nodes, local_cores)
     except RayError as error:
         raise JobFailed(root_cause(str(error))) from error

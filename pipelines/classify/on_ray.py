@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, ExecutionResources
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.classify.steps import Classifier, Loader, Model, Pools, Source
+from pipelines.classify.watchdog import Watchdog
 from pipelines.ledger import parts
 
 CALLS_PER_LOAD_ACTOR = 16
@@ -33,7 +35,10 @@ def run_dataflow(
 ) -> Iterator[pa.Table]:
     """Classify a `work_list`; yields a row per written part, as `parts.read_result` reads it."""
     written = build_dataset(batches, source, model, target, pools)
-    yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    try:
+        yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    except ExecutionTimeoutError as stalled:
+        raise stalled.__cause__ or stalled from None
 
 
 def build_dataset(
@@ -44,6 +49,7 @@ def build_dataset(
     work = ray.data.from_blocks(blocks_of(batches))
     block_bytes = pools.items_per_batch * source.image_spec.pixel_bytes
     # Of this dataset alone: the process's own context would carry them into the next job.
+    work.context.custom_execution_callback_classes = [Watchdog]
     work.context.target_max_block_size = max(block_bytes, 1 << 20)
     work.context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=memory_ahead(block_bytes, pools)
@@ -64,7 +70,7 @@ def build_dataset(
         .map_batches(
             Classifier,
             fn_constructor_args=(model,),
-            batch_size=None,
+            batch_size=pools.items_per_batch,  # a block of the loader; Ray demands it where there are GPUs
             batch_format="pyarrow",
             num_cpus=pools.cpus_per_infer,
             num_gpus=pools.gpus_per_infer or None,

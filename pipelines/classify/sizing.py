@@ -4,7 +4,7 @@ On GPU nodes one session per GPU, and the CPUs fetch and decode. On CPU the mode
 per core, and one load actor for every eight, since decoding a photo costs a fraction of running a ViT.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify.settings import Workers
@@ -21,15 +21,18 @@ PARTS_PER_RUN = 20
 SMALLEST_PART = 500
 
 
+Node = Mapping[str, float]
+"""A node's resources as Ray counts them: `CPU` and `GPU`."""
+
+
+class ClusterShrunk(JobFailed):
+    """A node was lost and not replaced: what is left has to be classified by smaller pools."""
+
+
 def size_pools(
-    workers: Workers,
-    resources: Mapping[str, float],
-    runtime: RuntimeSpec,
-    *,
-    n_items: int,
-    local_cores: int | None,
+    workers: Workers, nodes: Sequence[Node], runtime: RuntimeSpec, *, n_items: int, local_cores: int | None
 ) -> Pools:
-    """The pools for a cluster with these Ray resources.
+    """The pools for a cluster of these nodes.
 
     Args:
         local_cores: this machine's cores when the cluster was started on it: logical CPUs outnumber them.
@@ -38,14 +41,17 @@ def size_pools(
         JobFailed: the cluster cannot run the pools at once, so that the run would wait forever.
     """
     on_cpu = runtime.provider == "cpu"
-    cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
+    cpus, gpus = _sum(nodes, "CPU"), _sum(nodes, "GPU")
     items_per_batch = workers.items_per_batch or (CPU_CHUNK if on_cpu else runtime.batch_size)
     chunks = max(1, -(-n_items // items_per_batch))
-    cpus_per_infer = float(runtime.threads) if on_cpu else 1.0
+    # A session on a GPU asks Ray for no CPU, which the load actors, started first, might have taken on its
+    # node. One CPU per session is left over all the same, and the operating system shares out the rest.
+    cpus_per_infer, gpus_per_infer = (float(runtime.threads), 0.0) if on_cpu else (0.0, 1.0)
     if on_cpu:
         cores = local_cores or cpus - CPUS_TO_WRITE
         load = workers.load_actors or max(1, int(cores) // CORES_PER_LOAD_ACTOR)
-        infer = workers.infer_actors or max(1, int((cores - (0 if local_cores else load)) // cpus_per_infer))
+        most = int((cores - (0 if local_cores else load)) // cpus_per_infer)
+        infer = workers.infer_actors or max(1, min(most, _room(nodes, load, runtime.threads)))
     else:
         if not gpus and not workers.infer_actors:
             raise JobFailed(
@@ -53,6 +59,8 @@ def size_pools(
                 "say with --workers.infer-actors how many GPUs it will have once it has grown"
             )
         infer = workers.infer_actors or gpus
+        # a whole number of sessions per GPU: six of two thirds each would not fit on four GPUs
+        gpus_per_infer = 1 / -(-infer // (gpus or infer))
         load = workers.load_actors or max(1, int(local_cores or cpus - CPUS_TO_WRITE) - infer)
     load, infer = min(load, chunks), min(infer, chunks)
     needed = load + infer * cpus_per_infer + CPUS_TO_WRITE
@@ -67,7 +75,22 @@ def size_pools(
         infer_actors=infer,
         cpus_per_load=1,
         cpus_per_infer=cpus_per_infer,
-        gpus_per_infer=0 if on_cpu else min(1.0, gpus / infer) if gpus else 1,
+        gpus_per_infer=gpus_per_infer,
         items_per_batch=items_per_batch,
         items_per_part=min(workers.items_per_part, max(SMALLEST_PART, n_items // PARTS_PER_RUN)),
     )
+
+
+def _sum(nodes: Sequence[Node], resource: str) -> int:
+    """Whole units over all nodes: an actor does not stretch over two."""
+    return sum(int(node.get(resource, 0)) for node in nodes)
+
+
+def _room(nodes: Sequence[Node], load: int, threads: int) -> int:
+    """Sessions of so many CPUs that surely fit beside load actors that are spread over the nodes."""
+    sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if threads == 1 or len(sizes) < 2:
+        return sum(sizes) // threads
+    each_breaks_one = sum(size // threads for size in sizes) - load
+    spread = -(-load // len(sizes))
+    return max(each_breaks_one, sum(max(0, size - spread) // threads for size in sizes))

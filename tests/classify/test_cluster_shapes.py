@@ -1,0 +1,132 @@
+"""Every shape of cluster starts or says why not, and a node that is lost and not replaced stops nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as pads
+import pytest
+from PIL import Image
+
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.classify.settings import Workers
+from pipelines.classify.sizing import Node, size_pools
+from tests.builders.models import small_bundle
+
+CUDA = RuntimeSpec(provider="cuda")
+N_IMAGES = 80
+
+
+def node(cpus: float, gpus: float = 0) -> Node:
+    return {"CPU": cpus, "GPU": gpus}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "load", "infer"),
+    [
+        ([*[node(16, 1)] * 4, *[node(16)] * 2], 91, 4),
+        ([*[node(16, 1)] * 4, *[node(64)] * 2], 187, 4),
+        ([node(96, 8), node(48, 4)], 131, 12),
+        ([node(2, 8), node(16)], 9, 8),  # a node with fewer CPUs than GPUs
+        ([node(0), node(4, 1)], 2, 1),  # a head without CPUs
+    ],
+)
+def test_pools_of_gpu_clusters_use_every_gpu(nodes: list[Node], load: int, infer: int) -> None:
+    pools = size_pools(Workers(), nodes, CUDA, n_items=10_000_000, local_cores=None)
+    assert (pools.load_actors, pools.infer_actors, pools.gpus_per_infer) == (load, infer, 1)
+
+
+@pytest.mark.parametrize(("infer", "share"), [(4, 1), (6, 0.5), (8, 0.5), (9, 1 / 3)])
+def test_sessions_share_gpus_in_whole_numbers(infer: int, share: float) -> None:
+    nodes = [node(8, 1)] * 4
+    pools = size_pools(Workers(infer_actors=infer), nodes, CUDA, n_items=1_000_000, local_cores=None)
+    assert pools.gpus_per_infer == share
+
+
+def test_sessions_of_many_threads_stay_on_one_node() -> None:
+    nodes = [node(6), node(6)]
+    threads = RuntimeSpec(threads=4)
+    pools = size_pools(Workers(), nodes, threads, n_items=1_000_000, local_cores=None)
+    assert pools.infer_actors == 2  # not 11 // 4: no node has 8
+    nodes = [node(4)] * 8
+    pools = size_pools(Workers(), nodes, threads, n_items=1_000_000, local_cores=None)
+    assert (pools.load_actors, pools.infer_actors) == (3, 5)  # three nodes have a load actor
+
+
+def classify(
+    folder: Path, shape: dict[str, object], *settings: str, images: int = N_IMAGES
+) -> subprocess.CompletedProcess[str]:
+    inventory = folder / "images"
+    inventory.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(images):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(inventory / f"{number}.png")
+    small_bundle(folder / "bundle")
+    arguments = [
+        "classify", "--inventory", str(inventory), "--bundle", str(folder / "bundle"), "--output",
+        str(folder / "out"), "--workers.items-per-batch", "4", "--commit-interval-s", "0.2",
+        "--allow-uncertified", *settings,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "tests.builders.clusters", json.dumps(shape), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+
+
+def rows(folder: Path) -> int:
+    statuses = pads.dataset(folder / "out" / "table", format="parquet").to_table()["status"].to_pylist()
+    assert set(statuses) == {"ok"}
+    return len(statuses)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [[2, 1], [2, 1], [6, 0]],  # four in five load actors would be spread over the GPU nodes
+        [[1, 1], [1, 1], [6, 0]],
+        [[4, 2], [3, 1]],
+        [[3, 1], [3, 1]],
+        [[1, 4], [4, 0]],
+    ],
+)
+def test_clusters_of_unequal_nodes_start(tmp_path: Path, nodes: list[list[int]]) -> None:
+    done = classify(tmp_path, {"nodes": nodes}, "--provider", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path) == N_IMAGES
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_cluster_without_a_place_for_a_session_says_why(tmp_path: Path) -> None:
+    shape = {"nodes": [[4, 0]], "start_s": 10}
+    done = classify(tmp_path, shape, "--provider", "cuda", "--workers.infer-actors", "2")
+    assert done.returncode == 1
+    assert "0 of 2 sessions started after 10 s: no node has 1 GPU free" in done.stderr
+    assert "1 node of 4 CPU" in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_run_goes_on_with_the_actors_that_have_a_place(tmp_path: Path) -> None:
+    """Sessions of two CPUs on nodes of three and of one: one fits, though six CPUs would do for two."""
+    shape = {"nodes": [[3, 0], [1, 0], [1, 0], [1, 0]], "start_s": 8}
+    settings = ["--threads-per-session", "2", "--workers.infer-actors", "2", "--workers.items-per-part", "8"]
+    done = classify(tmp_path, shape, *settings, images=2_000)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path) == 2_000
+    assert "1 of 2 sessions started after 8 s: no node has 2 CPU free" in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_lost_node_shrinks_the_run(tmp_path: Path, lost: int) -> None:
+    """The first node has a session, the second only load actors."""
+    shape = {"nodes": [[4, 1], [4, 0], [3, 1]], "remove": lost}
+    settings = ["--provider", "cuda", "--workers.items-per-part", "100"]
+    done = classify(tmp_path, shape, *settings, images=4_000)
+    assert done.returncode == 0, done.stderr
+    assert "found no place; the rest of the cluster goes on" in done.stderr
+    assert rows(tmp_path) == 4_000
