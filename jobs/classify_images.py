@@ -34,6 +34,7 @@ from pipelines.classify.sizing import size_pools
 from pipelines.inventory import inventory
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger import publish
+from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
 from pipelines.machine import git_revision, library_versions
@@ -95,6 +96,8 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
     """Classify what is missing, check the error budget, publish, report."""
     if not runs.is_published(run):
         runs.announce(run)
+        if config.retry_failed and run.ledger.state.phase is Phase.RUNNING:
+            runs.reopen_failed(run)
     elif not (config.retry_failed and runs.reopen_failed(run)):
         if not report.is_current(run.state, run.ledger):  # the driver died before it could report
             runs.write_report(run)
@@ -131,7 +134,7 @@ def describe_start(run: Run, engine: Engine, config: ClassificationConfig) -> st
     """One line: how much of what is classified, by which model, to where, and with what."""
     runtime, missing = run.settings.runtime, run.plan.n_items - len(run.ledger.done)
     pools = size_pools(
-        config.workers, engine.resources, runtime, n_items=missing, local_cores=engine.local_cores
+        config.workers, engine.nodes(), runtime, n_items=missing, local_cores=engine.local_cores
     )
     return (
         f"{run.plan.n_rows:,} rows, {run.plan.n_items:,} images ({missing:,} to classify) of "
@@ -161,7 +164,7 @@ def run_settings(config: ClassificationConfig, bundle: Bundle) -> RunSettings:
         decode=config.decode,
         fetch=config.fetch,
         workers=config.workers,
-        passes=Passes(later=config.retry_passes, pause_s=config.retry_pause_s),
+        passes=Passes(config.retry_passes, config.retry_pause_s, config.outage_wait_s),
         budget=ErrorBudget(config.max_error_rate, config.max_error_rate_of),
         commit_interval_s=config.commit_interval_s,
     )

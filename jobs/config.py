@@ -205,8 +205,10 @@ class ClassificationConfig(RayConfig):
     """Later passes over rows that failed for a passing reason, before they are recorded."""
     retry_pause_s: float = Field(default=10.0, ge=0)
     """Pause before each later pass, seconds."""
+    outage_wait_s: float = Field(default=300.0, ge=0)
+    """Longest wait before the last pass, while nearly everything fails or servers ask for it, seconds."""
     retry_failed: bool = False
-    """On a finished output: run the rows that failed for passing reasons again and republish."""
+    """Run the recorded rows that failed for passing reasons again, of a published table or a refused run."""
     commit_interval_s: float = Field(default=5.0, gt=0)
     """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
     lease_s: float = Field(default=LEASE_S, gt=0)
@@ -415,6 +417,10 @@ class VerifyConfig(JobConfig):
 
     path: CliPositionalArg[str]
     """Folder written by `classify`, `nightly` or `export`."""
+    sample: int = Field(default=0, ge=0)
+    """Rows of the predictions, drawn at random, whose images are fetched again and compared by sha256."""
+    fetch: FetchLimits = FetchLimits()
+    """Limits of each request for them."""
 
 
 class DemoConfig(JobConfig):

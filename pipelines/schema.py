@@ -35,8 +35,16 @@ LABELLED = pa.schema(
 RESPONSE = pa.schema([pa.field("etag", pa.string()), pa.field("last_modified", pa.string())])
 """What the server said of the bytes, to be asked about them another night; null where it said nothing."""
 
-LOADED = pa.schema([pa.field("item_id", pa.int64(), nullable=False), *OUTCOME, *RESPONSE])
-"""load -> infer, with the column `pixels` of `pixels_type`; `item_id` is the image's number in the plan."""
+LOADED = pa.schema(
+    [
+        pa.field("item_id", pa.int64(), nullable=False),
+        *OUTCOME,
+        *RESPONSE,
+        pa.field("retry_after_s", pa.float64()),
+    ]
+)
+"""load -> infer, with the column `pixels` of `pixels_type`; `item_id` is the image's number in the plan, and
+`retry_after_s` the wait that its server asked for."""
 
 
 def pixels_type(height: int, width: int) -> pa.DataType:

@@ -5,19 +5,20 @@ time and to notice a rival, also while nothing arrives.
 """
 
 import contextlib
-import itertools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from pipelines import metrics
-from pipelines.ledger.item_set import count
+from pipelines.classify.sizing import ClusterShrunk
+from pipelines.ledger.item_set import Range, count, ids_of, ranges_of
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.ledger.parts import Committer, WriteResult, read_result
 from pipelines.messages import JobFailed, Stopped
@@ -54,48 +55,125 @@ class Passes:
     """Passes after the first; the last one records passing failures too."""
     pause_s: float
     """Wait before each later pass, seconds."""
+    outage_wait_s: float = 300.0
+    """Longest wait before the last pass, for an outage to end or because servers asked for it, seconds."""
+
+
+@dataclass
+class Tally:
+    """What one pass did."""
+
+    recorded: int = 0
+    deferred: int = 0
+    resume_at: float = 0.0
+    """When the last of the servers that asked for a pause may be asked again, by the monotonic clock."""
+
+    def add(self, written: WriteResult) -> None:
+        self.recorded += count(written.part.items) if written.part else 0
+        self.deferred += count(written.deferred)
+        if written.retry_after_s:
+            self.resume_at = max(self.resume_at, time.monotonic() + written.retry_after_s)
+
+    def shows_outage(self, n_items: int) -> bool:
+        """Whether nearly everything that was tried failed, and that is a share of all that matters."""
+        many = max(FEWEST_IN_OUTAGE, n_items * SHARE_IN_OUTAGE)
+        return self.deferred >= many and self.recorded < 0.1 * self.deferred
+
+
+FEWEST_IN_OUTAGE = 20
+SHARE_IN_OUTAGE = 0.05
+PROBES = 16
+"""Images that are tried to find out whether an outage is over."""
+PROBE_EVERY_S = 10.0
+TOLERATED = 0.1
+"""Share of a batch that may fail for rejected credentials: more is no matter of single objects."""
+
+Dataflow = Callable[[Sequence[Range], bool], Iterable[pa.Table]]
 
 
 def run_passes(
-    ledger: Ledger,
-    committer: Committer,
-    passes: Passes,
-    dataflow: Callable[[bool], Iterable[pa.Table]],
-    *,
-    progress: Progress,
+    ledger: Ledger, committer: Committer, passes: Passes, dataflow: Dataflow, *, progress: Progress
 ) -> None:
     """Run until every item is recorded.
 
     Args:
-        dataflow: classifies what the ledger misses and yields a row per written part; its argument says
-            whether this pass is final.
+        dataflow: classifies items and yields a row per written part; its second argument says whether
+            passing failures are recorded too.
 
     Raises:
-        JobFailed: asked to stop, or a final pass recorded nothing new. What was recorded is kept.
+        JobFailed: asked to stop, the credentials are rejected, or a final pass recorded nothing new. What
+            was recorded is kept.
         LedgerLost: another driver has taken over.
     """
+
+    def run_pass(items: Sequence[Range], final: bool) -> Tally:
+        tally = Tally()
+        for written in arrivals(dataflow(items, final), every_s=committer.interval_s):
+            take(written, committer, progress)
+            if written:
+                tally.add(written)
+        committer.flush()
+        return tally
+
     with progress, flushed(committer):
         try:
-            for number in itertools.count():
+            number = 0
+            while not ledger.done.full:
                 before = len(ledger.done)
-                for written in arrivals(dataflow(number >= passes.later), every_s=committer.interval_s):
-                    take(written, committer, progress)
-                committer.flush()
+                final = number >= passes.later
+                try:
+                    tally = run_pass(ledger.done.missing(), final)
+                except ClusterShrunk as shrunk:
+                    committer.flush()
+                    if len(ledger.done) == before:
+                        raise
+                    log.warning("%s; the rest of the cluster goes on", shrunk)
+                    continue
                 if ledger.done.full:
                     return
                 left = ledger.done.n_items - len(ledger.done)
-                if number >= passes.later and len(ledger.done) == before:
+                if final and len(ledger.done) == before:
                     raise JobFailed(
                         f"{left:,} images did not finish in a full pass; run the same command again"
                     )
                 log.info("trying %s images again", f"{left:,}")
-                time.sleep(passes.pause_s)
+                number += 1
+                wait_for_servers(tally, passes, number, ledger, run_pass)
         except Stopped as stop:
             committer.flush()
             raise JobFailed(
                 f"stopped by {stop}; {len(ledger.done):,} of {ledger.done.n_items:,} images are recorded, "
                 "and the same command continues"
             ) from None
+
+
+def wait_for_servers(
+    tally: Tally, passes: Passes, number: int, ledger: Ledger, run_pass: Callable[..., Tally]
+) -> None:
+    """Wait before the next pass; before the last one, as long as servers ask for or an outage lasts."""
+    asked_s = min(tally.resume_at - time.monotonic(), passes.outage_wait_s)
+    if asked_s > passes.pause_s:
+        log.info("waiting %.0f s, as a server asked for", asked_s)
+    time.sleep(max(passes.pause_s, asked_s))
+    if number < passes.later or not tally.shows_outage(ledger.done.n_items):
+        return
+    deadline = time.monotonic() + passes.outage_wait_s
+    log.warning(
+        "nearly every request of the last pass failed: waiting up to %g s (--outage-wait-s) for the end of "
+        "an outage before failures are recorded",
+        passes.outage_wait_s,
+    )
+    while not run_pass(_sample(ledger.done.missing()), False).recorded and not ledger.done.full:
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(min(PROBE_EVERY_S, max(0.0, deadline - time.monotonic())))
+
+
+def _sample(missing: Sequence[Range]) -> list[Range]:
+    """A few of the items, spread over all of them."""
+    item_ids = ids_of(missing)
+    chosen = np.unique(np.linspace(0, len(item_ids) - 1, PROBES).astype(int))
+    return ranges_of(item_ids[chosen])
 
 
 @contextlib.contextmanager
@@ -113,6 +191,8 @@ def flushed(committer: Committer) -> Iterator[None]:
 
 def take(written: WriteResult | None, committer: Committer, progress: Progress) -> None:
     """One arrival into the ledger and onto the screen; None is the clock's."""
+    if written:
+        _refuse_rejected_credentials(written, committer)
     kept = committer.add(written.part) if written and written.part else None
     if kept:
         for status, rows in kept.statuses.items():
@@ -122,6 +202,21 @@ def take(written: WriteResult | None, committer: Committer, progress: Progress) 
         progress.defer(count(written.deferred))
     committer.tick()
     progress.show()
+
+
+def _refuse_rejected_credentials(written: WriteResult, committer: Committer) -> None:
+    """Raise JobFailed before rows are recorded whose objects nothing is wrong with."""
+    status = Status.CREDENTIALS_FAILED.value
+    statuses = written.part.statuses if written.part else {}
+    rejected = statuses.get(status, 0) + written.reasons.get(status, 0)
+    tried = sum(statuses.values()) + sum(written.reasons.values())
+    if rejected > TOLERATED * tried:
+        committer.flush()
+        raise JobFailed(
+            f"the object store rejected our credentials or our clock for {rejected:,} of {tried:,} images. "
+            "Renew the credentials in the environment, or set the clock of every node; the same command "
+            "then continues"
+        )
 
 
 def arrivals(written: Iterable[pa.Table], *, every_s: float) -> Iterator[WriteResult | None]:

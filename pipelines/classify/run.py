@@ -5,7 +5,7 @@ What the `classify` command and a night have in common. Where it runs is an `Eng
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,13 @@ from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import report
 from pipelines.classify.passes import Passes, Progress, run_passes
 from pipelines.classify.settings import Workers
-from pipelines.classify.sizing import size_pools
+from pipelines.classify.sizing import Node, size_pools
 from pipelines.classify.steps import Model, Pools, Source, work_list
 from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase
+from pipelines.ledger.item_set import Range, count
 from pipelines.ledger.layout import PLAIN, TableLayout
 from pipelines.ledger.ledger import Ledger, read_run_id
 from pipelines.ledger.parts import Committer, PartContext
@@ -39,8 +40,8 @@ class Engine:
 
     name: str
     run_dataflow: Dataflow
-    resources: Mapping[str, float]
-    """`CPU` and `GPU`, as Ray counts them."""
+    nodes: Callable[[], Sequence[Node]]
+    """What each node has, now."""
     local_cores: int | None
     """Cores, where all of it is this machine."""
 
@@ -127,7 +128,12 @@ def is_missing_images(run: Run) -> bool:
 
 
 def reopen_failed(run: Run) -> bool:
-    """Open a generation for the rows that failed for a passing reason; whether there are any."""
+    """Open the rows that failed for a passing reason, of a published table in a new generation.
+
+    Returns whether there are any.
+    """
+    if run.ledger.state.phase is Phase.RUNNING:
+        return parts.reopen_failed(run.ledger, run.state) > 0
     failed = publish.find_failed_items(run.ledger, run.plan, run.table)
     if failed:
         run.ledger.start_generation(failed, _session(run))
@@ -143,7 +149,7 @@ def classify_missing(run: Run, engine: Engine, progress: Progress) -> None:
             run.ledger,
             committer,
             run.settings.passes,
-            lambda final: _run_dataflow(run, engine, final=final),
+            lambda items, final: _run_dataflow(run, engine, items, final=final),
             progress=progress,
         )
     finally:
@@ -206,19 +212,19 @@ def part_context(run: Run, *, final: bool) -> PartContext:
     )
 
 
-def _run_dataflow(run: Run, engine: Engine, *, final: bool) -> Iterator[pa.Table]:
-    """The dataflow over what the ledger misses."""
+def _run_dataflow(run: Run, engine: Engine, items: Sequence[Range], *, final: bool) -> Iterator[pa.Table]:
+    """The dataflow over some of what the ledger misses."""
     settings, bundle = run.settings, run.bundle
     pools = size_pools(
         settings.workers,
-        engine.resources,
+        engine.nodes(),
         settings.runtime,
-        n_items=run.plan.n_items - len(run.ledger.done),
+        n_items=count(items),
         local_cores=engine.local_cores,
     )
     fetch = settings.fetch.shared_by(pools.load_actors)
     return engine.run_dataflow(
-        work_list(run.ledger.done.missing(), pools.items_per_batch),
+        work_list(items, pools.items_per_batch),
         Source(run.state.uri, bundle.spec.image_spec, settings.decode, fetch),
         Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
         part_context(run, final=final),
@@ -238,8 +244,9 @@ def _check_budget(run: Run) -> None:
     )
     if over:
         raise Refused(
-            f"nothing was published: {over}. What was classified is kept in {redact(run.state.uri)}; the "
-            "same command with a higher --max-error-rate publishes it, and another --output starts over"
+            f"nothing was published: {over}. What was classified is kept in {redact(run.state.uri)}: the "
+            "same command with --retry-failed tries the failures again that may have passed, and with a "
+            "higher --max-error-rate publishes it as it is"
         )
 
 

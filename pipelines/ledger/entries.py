@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pipelines.ledger.item_set import Range
 from pipelines.messages import JobFailed
 
-Kind = Literal["start", "parts", "close", "file", "published"]
+Kind = Literal["start", "parts", "reopen", "close", "file", "published"]
 
 
 class LedgerDamaged(JobFailed):
@@ -117,7 +117,8 @@ def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerSt
         raise LedgerDamaged(
             f"ledger entry {number:06d} does not follow the one before it: one was lost or altered"
         )
-    allowed: dict[str, Iterable[Phase]] = {"start": Phase, "parts": [Phase.RUNNING], "close": [Phase.RUNNING]}
+    allowed: dict[str, Iterable[Phase]] = {key: [Phase.RUNNING] for key in ("parts", "reopen", "close")}
+    allowed["start"] = Phase
     if state.phase not in allowed.get(kind, [Phase.PUBLISHING]):
         raise LedgerDamaged(f"ledger entry {number:06d} says {kind!r}, but the run was already {state.phase}")
     state = replace(state, entries=number + 1, digest=digest, at=entry["at"])
@@ -126,12 +127,15 @@ def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerSt
             return _apply_start(state, entry)
         case "parts":
             return replace(state, parts=(*state.parts, *map(read_part_entry, entry["parts"])))
+        case "reopen":
+            kept = [part for part in state.parts if part.path not in entry["removed"]]
+            return replace(state, parts=(*kept, *map(read_part_entry, entry["parts"])))
         case "close":
             return replace(state, phase=Phase.PUBLISHING, rows_per_file=entry["rows_per_file"])
         case "file":
             file = _read_file_entry(entry["file"])
-            kept = {name: kept for name, kept in state.files.items() if name != entry.get("replaces")}
-            return replace(state, files={**kept, file.name: file})
+            others = {name: other for name, other in state.files.items() if name != entry.get("replaces")}
+            return replace(state, files={**others, file.name: file})
         case _:
             return replace(state, phase=Phase.PUBLISHED)
 

@@ -1,7 +1,7 @@
 """Which parts and files of a run count: an append-only log, each entry created if absent and chained.
 
     state/run.json             what the run is; a resume must agree with it
-    state/ledger/000000.json …  start | parts | close | file | published
+    state/ledger/000000.json …  start | parts | reopen | close | file | published
 
 A file counts only if an entry lists it, and an item is listed once. Each number can be taken once, so one
 create-if-absent log also fences two drivers: the one that finds its next number taken stops
@@ -156,6 +156,15 @@ class Ledger:
         if new:
             self._append("parts", parts=[asdict(part) for part in new])
 
+    def reopen(self, parts: Mapping[str, Part | None]) -> None:
+        """Put parts of fewer items, or none, in the place of recorded ones; the other items are run again.
+
+        Args:
+            parts: what replaces the part of each path.
+        """
+        kept = [asdict(part) for part in parts.values() if part]
+        self._append("reopen", removed=list(parts), parts=kept)
+
     def close(self, rows_per_file: int) -> None:
         """Take no more parts; from here on the layout of the table is fixed.
 
@@ -232,6 +241,8 @@ class Ledger:
         """Bits first: setting them twice is harmless, and the state says whether the entry was taken."""
         state = apply(self.state, entry, digest)
         self.done.remove(read_ranges(entry.get("reopened", ())))
+        removed = set(entry.get("removed", ()))
+        self.done.remove([span for part in self.state.parts if part.path in removed for span in part.items])
         for part in entry.get("parts", ()):
             self.done.add(read_ranges(part["items"]))
             self._paths.add(part["path"])

@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -61,6 +61,10 @@ class WriteResult:
 
     part: Part | None
     deferred: tuple[Range, ...]
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    """Deferred items by status."""
+    retry_after_s: float = 0.0
+    """The longest wait that a server of a deferred item asked for."""
 
 
 def write_batch(scored: pa.Table, context: PartContext) -> pa.Table:
@@ -70,7 +74,7 @@ def write_batch(scored: pa.Table, context: PartContext) -> pa.Table:
         pieces = split_by_rows(drop_repeats(scored), plan)
         written = [write_part(piece, plan, state, context) for piece in pieces]
     parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
-    deferred = [json.dumps(one.deferred) for one in written]
+    deferred = [json.dumps([one.deferred, one.reasons, one.retry_after_s]) for one in written]
     return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
 
 
@@ -91,7 +95,8 @@ def split_by_rows(scored: pa.Table, plan: Plan) -> Iterator[pa.Table]:
 def read_result(row: Mapping[str, str | None]) -> WriteResult:
     """The inverse of `write_batch`'s row."""
     part = read_part_entry(json.loads(row["part"])) if row["part"] else None
-    return WriteResult(part, read_ranges(json.loads(row["deferred"] or "[]")))
+    deferred, reasons, retry_after_s = json.loads(row["deferred"] or "[[], {}, 0]")
+    return WriteResult(part, read_ranges(deferred), reasons, retry_after_s)
 
 
 @lru_cache(maxsize=2)
@@ -103,14 +108,44 @@ def _open_state(state_uri: str) -> tuple[Storage, Plan]:
 
 def write_part(scored: pa.Table, plan: Plan, state: Storage, context: PartContext) -> WriteResult:
     """Join distinct scored items, ascending, with the plan's rows and write them as one Parquet file."""
-    deferred: tuple[Range, ...] = ()
+    result = WriteResult(None, ())
     if not context.final:
-        passing = pc.is_in(scored["status"], pa.array([status.value for status in TRANSIENT]))
-        deferred = tuple(ranges_of(scored.filter(passing)["item_id"].to_numpy()))
+        passing = _is_passing(scored)
+        result = _defer(scored.filter(passing))
         scored = scored.filter(pc.invert(passing))
     if not scored.num_rows:
-        return WriteResult(None, deferred)
-    return WriteResult(store_part(join_plan_rows(scored, plan, context), state, context.generation), deferred)
+        return result
+    return replace(result, part=store_part(join_plan_rows(scored, plan, context), state, context.generation))
+
+
+def _is_passing(rows: pa.Table) -> pa.ChunkedArray:
+    """Which rows failed for a passing reason."""
+    return pc.is_in(rows["status"], pa.array([status.value for status in TRANSIENT]))
+
+
+def _defer(failed: pa.Table) -> WriteResult:
+    """The result of items that are left for a later pass."""
+    return WriteResult(
+        None,
+        tuple(ranges_of(failed["item_id"].to_numpy())),
+        count_values(failed["status"]),
+        pc.max(failed["retry_after_s"]).as_py() or 0.0,
+    )
+
+
+def reopen_failed(ledger: Ledger, state: Storage) -> int:
+    """Take the items that failed for passing reasons out of the recorded parts; returns their number."""
+    reduced: dict[str, Part | None] = {}
+    n_items = 0
+    for part in ledger.state.parts:
+        if any(status.value in part.statuses for status in TRANSIENT):
+            rows = read_part(part, state)
+            failed = ranges_of(np.unique(rows.filter(_is_passing(rows))[ITEM_ID].to_numpy()))
+            reduced[part.path] = _drop_items(part, state, failed, ledger.state.generation)
+            n_items += count(failed)
+    if reduced:
+        ledger.reopen(reduced)
+    return n_items
 
 
 def drop_repeats(scored: pa.Table) -> pa.Table:

@@ -7,15 +7,24 @@ listens on 127.0.0.2, so that a test may allow that address and see 127.0.0.1 re
 import asyncio
 import contextlib
 import gzip
+import io
+import math
 import socket
 import ssl
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 
+from PIL import Image
+
 BODY = b"\xff\xd8\xff" + bytes(range(256)) * 40
 """What a healthy path serves: ten kilobytes."""
+
+_drawn = io.BytesIO()
+Image.new("RGB", (30, 20), "teal").save(_drawn, "PNG")
+IMAGE = _drawn.getvalue()
 
 ADDRESS = "127.0.0.2"
 
@@ -50,6 +59,7 @@ class FaultServer:
         self.paths_in_order: list[str] = []
         self.most_at_once = 0
         self.now = 0
+        self.first_at: dict[str, float] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -286,6 +296,19 @@ async def hops(_server: FaultServer, writer: Writer, path: str, _count: int) -> 
     writer.write(whole(BODY) if left == 0 else whole(b"", "301 Moved", Location=f"/hops/{left - 1}"))
 
 
+async def outage(server: FaultServer, writer: Writer, _path: str, _count: int) -> None:
+    """Every request fails until 90 were made, to any path."""
+    down = server.requests.total() <= 90
+    writer.write(whole(b"", "503 Service Unavailable") if down else whole(IMAGE))
+
+
+async def busy_for_3_s(server: FaultServer, writer: Writer, path: str, _count: int) -> None:
+    """Asks for a pause of three seconds, and insists on it."""
+    left_s = server.first_at.setdefault(path, time.monotonic()) + 3 - time.monotonic()
+    busy = whole(b"", "503 Service Unavailable", Retry_After=math.ceil(left_s))
+    writer.write(busy if left_s > 0 else whole(IMAGE))
+
+
 not_found = fixed(whole(b"gone", "404 Not Found"))
 
 FAULTS: dict[str, Respond] = {
@@ -312,6 +335,9 @@ FAULTS: dict[str, Respond] = {
     "429-for-an-hour": fixed(whole(b"", "429 Too Many Requests", Retry_After=3600)),
     "500": fixed(whole(b"", "500 Internal Server Error")),
     "503-twice": at_first(2, whole(b"", "503 Service Unavailable"), whole(BODY)),
+    "image-after-503-twice": at_first(2, whole(b"", "503 Service Unavailable"), whole(IMAGE)),
+    "outage": outage,
+    "busy-for-3-s": busy_for_3_s,
     "silent": silent,
     "drip": drip,
     "truncated": cut(head("200 OK", Content_Length=len(BODY)) + BODY[:500]),

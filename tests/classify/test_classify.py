@@ -18,6 +18,7 @@ from PIL import Image
 
 from jobs.cli import main
 from pipelines.classify.steps import work_list
+from pipelines.inventory import inventory
 from tests.builders import decoder_faults
 from tests.builders.drivers import start
 from tests.builders.fault_server import FaultServer
@@ -212,6 +213,103 @@ def test_a_failing_inventory_is_not_published_and_a_higher_budget_publishes_it(
     assert not (tmp_path / "out" / "table").exists()
     assert main([*arguments[:-1], "0.2"]) == 0
     assert published(tmp_path / "out").num_rows == 60
+
+
+def test_a_refused_run_is_mended_without_publishing(images, bundle, tmp_path, capsys):
+    """Two of three rows fail for a passing reason, and one of them for good."""
+    server = FaultServer()
+    try:
+        uris = [str(images / "00000.jpg"), f"{server.url}/image-after-503-twice", f"{server.url}/404"]
+        pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
+        settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "2", "--retry-passes", "0"]
+        arguments = command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)
+        assert main(arguments) == 3
+        assert "--retry-failed" in capsys.readouterr().err
+        assert main(arguments) == 3
+        assert not (tmp_path / "out" / "table").exists()
+        assert server.requests["/image-after-503-twice"] == 2
+        assert main([*arguments, "--retry-failed"]) == 0
+        assert server.requests["/404"] == 1
+        assert statuses_by_uri(tmp_path / "out")[uris[2]] == "not_found"
+        assert main(["verify", str(tmp_path / "out")]) == 0
+    finally:
+        server.close()
+
+
+def test_an_outage_is_waited_out_before_failures_are_recorded(bundle, tmp_path):
+    """Every request fails until 90 were made: more than two passes over 30 images."""
+    server = FaultServer()
+    try:
+        uris = [f"{server.url}/outage?{n}" for n in range(30)]
+        pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
+        settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--retry-passes", "2"]
+        arguments = command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)
+        assert main(arguments) == 0
+        assert set(statuses_by_uri(tmp_path / "out").values()) == {"ok"}
+    finally:
+        server.close()
+
+
+def test_a_pause_that_a_server_asks_for_outlasts_the_pass(bundle, tmp_path):
+    server = FaultServer()
+    try:
+        pq.write_table(pa.table({"uri": [f"{server.url}/busy-for-3-s"]}), tmp_path / "in.parquet")
+        settings = ["--fetch.allow-private-addresses", "--fetch.total-timeout-s", "1", "--retry-passes", "1"]
+        arguments = command(
+            tmp_path / "in.parquet", bundle, tmp_path / "out", *settings, "--max-error-rate", "1"
+        )
+        assert main(arguments) == 0
+        assert set(statuses_by_uri(tmp_path / "out").values()) == {"ok"}
+        assert server.requests["/busy-for-3-s"] == 2
+    finally:
+        server.close()
+
+
+def test_rejected_credentials_stop_the_run_with_the_remedy(bundle, tmp_path, capsys, monkeypatch):
+    server = FaultServer()
+    try:
+        for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "a"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        uris = [f"s3://s3-expired-token/{n}.jpg" for n in range(5)]
+        pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
+        settings = ["--max-error-rate", "1", "--retry-passes", "0"]
+        assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)) == 1
+        assert "Renew the credentials" in capsys.readouterr().err
+        entries = list((tmp_path / "out" / "state" / "ledger").glob("*.json"))
+        assert len(entries) == 1  # the start
+    finally:
+        server.close()
+
+
+def test_verify_tells_images_that_are_other_ones_by_now(images, bundle, tmp_path, capsys):
+    assert main(command(images, bundle, tmp_path / "out")) == 0
+    verify = ["verify", str(tmp_path / "out"), "--sample", "60"]
+    assert main(verify) == 0
+    assert "60 of 60 images have the recorded bytes" in capsys.readouterr().out
+    (images / "00001.jpg").unlink()
+    assert main(verify) == 0
+    (images / "00002.jpg").write_bytes((images / "00003.jpg").read_bytes())
+    assert main(verify) == 1
+    found = " ".join(capsys.readouterr().out.split())
+    assert "58 of 60" in found
+    assert "1 could" in found
+
+
+def test_rows_of_a_table_that_was_overwritten_during_the_run_say_so(bundle, tmp_path, monkeypatch):
+    path = tmp_path / "latest.parquet"
+    payloads = [bytes([n]) * 99 for n in range(5)]
+    pq.write_table(pa.table({"image": payloads}), path)
+    really_plan = inventory.plan
+
+    def overwrite_later(*args, **kwargs):
+        planned = really_plan(*args, **kwargs)
+        pq.write_table(pa.table({"image": payloads[::-1]}), path)
+        return planned
+
+    monkeypatch.setattr(inventory, "plan", overwrite_later)
+    assert main(command(path, bundle, tmp_path / "out", "--max-error-rate", "1")) == 0
+    assert set(published(tmp_path / "out")["status"].to_pylist()) == {"source_changed"}
 
 
 @pytest.mark.slow
