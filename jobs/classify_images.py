@@ -16,6 +16,7 @@ from typing import Any
 
 from obstore.exceptions import BaseError
 
+from jobs import lineage
 from jobs.certificate_gate import require_certificate
 from jobs.config import ClassificationConfig, ClassifyConfig
 from jobs.engines import open_engine
@@ -108,6 +109,7 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
     runs.write_categories(run, open_storage(config.output))
     runs.publish_table(run)
     reporting.report_run(run, part_of(config, ReportSettings))
+    lineage.write_event(run, "classify", inputs=[config.inventory, config.bundle])
     print(report.one_line(run.ledger, run.plan, run.table))
     output = redact(config.output.rstrip("/"))
     print(f"read {output}/table; names of ids: {output}/{FILE}; report: {output}/state/report.html")

@@ -6,13 +6,14 @@ A config is unpacked at the border: nothing below `jobs` ever sees one. How they
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from export.settings import ParitySettings
 from jobs.settings import JobConfig, field_of, suggestion
+from jobs.submit_settings import Entrypoint, leading_flags
 from pipelines.classify.settings import Workers
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
 from pipelines.fetch.settings import FetchLimits
@@ -346,30 +347,6 @@ class TaxonomyConfig(JobConfig):
     taxonomy: str = field_of(DataSettings, "taxonomy")
 
 
-class Entrypoint(BaseModel, frozen=True, extra="forbid"):
-    """What a job's driver needs of the node that it runs on; its workers ask for their own."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    num_cpus: float = Field(default=0, ge=0)
-    """CPUs; 0 also runs on a head that takes no work."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs."""
-    memory_bytes: int = Field(default=0, ge=0)
-    """Memory."""
-    resources: dict[str, float] = Field(default_factory=dict)
-    """Custom resources of a node."""
-
-    def keywords(self) -> dict[str, Any]:
-        """The arguments of Ray's client."""
-        return {
-            "entrypoint_num_cpus": self.num_cpus or None,
-            "entrypoint_num_gpus": self.num_gpus or None,
-            "entrypoint_memory": self.memory_bytes or None,
-            "entrypoint_resources": self.resources or None,
-        }
-
-
 class SubmitConfig(JobConfig):
     """Run a command as a job of a Ray cluster: `submit [settings] COMMAND …`; or status, logs, stop."""
 
@@ -401,15 +378,6 @@ class SubmitConfig(JobConfig):
         """Settings before the submitted command are submit's own, all after it the command's."""
         own = leading_flags(argv)
         return super().parse([*argv[:own], *(["--", *argv[own:]] if argv[own:] else [])], command=command)
-
-
-def leading_flags(argv: Sequence[str]) -> int:
-    """How many arguments come before the first that is neither a flag of submit nor a flag's value."""
-    switches = {"--detach", "--again", "--insecure", "--debug", "--help", "-h"}
-    at = 0
-    while at < len(argv) and argv[at].startswith("-") and argv[at] != "--":
-        at += 1 if "=" in argv[at] or argv[at].replace("--no-", "--") in switches else 2
-    return min(at, len(argv))
 
 
 class VerifyConfig(JobConfig):

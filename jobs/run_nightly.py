@@ -11,6 +11,7 @@ verdict and the exit code of a published one.
 import json
 import time
 
+from jobs import lineage
 from jobs.certificate_gate import require_certificate
 from jobs.classify_images import (
     classify_missing,
@@ -139,5 +140,7 @@ def leave_report(night: NightRun, config: NightlyConfig) -> int:
         nights.ensure_report(night)
         found = reporting.report_night(night, part_of(config, ReportSettings))
     code = 3 if reporting.reaches(found, config.fail_on_drift) else 0
+    read = [config.inventory, config.bundle]
+    lineage.write_event(night.run, "nightly", inputs=read, run_date=night.folders.date)
     print(nights.finish_night(night, code, f"drift {found['summary']}"))
     return code

@@ -21,7 +21,8 @@ from pipelines.storage.uris import is_local, local_path
 log = logging.getLogger(__name__)
 
 OWN = re.compile(
-    r"known/[\w.-]+|counts\.json|driver\.json|report\.(json|html)|hosts\.json|validators\.parquet|verdict\.json"
+    r"known/[\w.-]+|counts\.json|driver\.json|openlineage\.json|report\.(json|html)|hosts\.json"
+    r"|validators\.parquet|verdict\.json"
     r"|categories\.parquet|pages/.+|gallery/.+"
 )
 """What a night leaves in its state beside plan and ledger; each name has one meaning there."""
