@@ -48,6 +48,9 @@ COMMANDS = {
     "evaluate": Command(
         "jobs.evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"
     ),
+    "compare": Command(
+        "jobs.compare_tables", "CompareConfig", "which labels differ between two nights or bundles"
+    ),
     "predict": Command("jobs.predict_images", "PredictConfig", "label a few images on the terminal"),
     "submit": Command(
         "jobs.submit_job", "SubmitConfig", "run a command on a Ray cluster, and end as it ends"

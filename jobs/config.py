@@ -253,6 +253,32 @@ class NightlyConfig(ClassificationConfig):
     """Least drift at which nothing is published and the exit code is 3; without the flag, it publishes."""
 
 
+class CompareConfig(JobConfig):
+    """Show which labels differ between two nights, two predictions or two bundles."""
+
+    a: CliPositionalArg[str]
+    """Night (`TABLE/images/run_date=DATE`), folder of `classify`, or bundle: the one in use."""
+    b: CliPositionalArg[str]
+    """Another of the same kind: the candidate."""
+    output: str = "comparison"
+    """Folder for `report.html` and `comparison.json`."""
+    images: str | None = None
+    """Images that bundles are compared on: table, folder or labelled dataset (its labels are the truth)."""
+    sample: int = Field(default=500, ge=1)
+    """Most of these images that bundles are run over."""
+    max_flips: float | None = Field(default=None, ge=0, le=1)
+    """Largest share of labels that may differ; beyond it the exit code is 3."""
+    report_images: int = field_of(ReportSettings, "report_images")
+    precision: Precision = "fp32"
+    """Which file of the bundles runs."""
+    top_k: int = Field(default=5, ge=1)
+    """Labels per image of a bundle."""
+    allow_uncertified: bool = False
+    """Compare bundles that no certificate covers."""
+    fetch: FetchLimits = FetchLimits()
+    """Limits of each request."""
+
+
 class PruneConfig(JobConfig):
     """Remove the oldest dates of a table of nights."""
 

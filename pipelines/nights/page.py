@@ -1,21 +1,64 @@
 """Documents and pictures -> self-contained pages. The template engine escapes whatever comes from tables."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
-from pipelines.nights.pictures import Gallery, Picture
-from pipelines.taxonomy.taxonomy import SEPARATOR
+from pipelines.fetch.settings import FetchLimits
+from pipelines.nights.compare import Flip
+from pipelines.nights.pictures import Gallery, Picture, make_thumbnails
+from pipelines.nights.report import name_of
+from pipelines.storage.storage import Storage
+from pipelines.taxonomy.taxonomy import SEPARATOR, Taxonomy
 
 REPORT_HTML = "report.html"
 UNKNOWN = "–"
+MATRIX_SIDE = 20
+"""Categories on a side of the matrix of flips: what fits a page."""
 
 
 def render_night(document: Mapping[str, Any], gallery: Gallery, name_of: Callable[[str], str]) -> str:
     """The page of one night, from `report.describe` and its pictures."""
     return _environment().get_template("night.html").render(d=document, g=gallery, name_of=name_of)
+
+
+def write_comparison(
+    document: Mapping[str, Any],
+    flips: Sequence[Flip],
+    taxonomy: Taxonomy,
+    output: Storage,
+    *,
+    limits: FetchLimits,
+) -> None:
+    """Write `report.html` of a comparison, with a thumbnail of each flip that can be fetched."""
+    small = make_thumbnails([flip.uri for flip in flips], {}, limits) if flips else {}
+    page = (
+        _environment()
+        .get_template("compare.html")
+        .render(
+            d=document,
+            flips=[replace(flip, thumbnail=small.get(flip.uri)) for flip in flips],
+            matrix=flip_matrix(document["pairs"]),
+            name_of=lambda one: name_of(taxonomy, one),
+        )
+    )
+    output.put(REPORT_HTML, page.encode())
+
+
+def flip_matrix(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The categories with the most flips on both axes, and the images of each pair."""
+    involved: Counter[str] = Counter()
+    for pair in pairs:
+        involved.update({pair["a"]: pair["images"]})
+        involved.update({pair["b"]: pair["images"]})
+    names = sorted(name for name, _ in involved.most_common(MATRIX_SIDE))
+    counted = {(pair["a"], pair["b"]): pair["images"] for pair in pairs}
+    cells = [[counted.get((a, b), 0) for b in names] for a in names]
+    return {"names": names, "cells": cells, "most": max((max(row) for row in cells), default=0)}
 
 
 def _environment() -> jinja2.Environment:
