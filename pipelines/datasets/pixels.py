@@ -31,7 +31,7 @@ from pipelines.status import Status
 Rows = npt.NDArray[np.int64]
 
 SHUFFLE_ROWS = 4096
-"""Rows that are shuffled together when images arrive as a stream already in random order."""
+"""Rows that are shuffled together when images arrive as a stream of blocks in random order."""
 
 CLASSES = pa.field("classes", pa.list_(pa.int32()))
 """What decoded rows have besides `schema.LOADED` and their pixels."""
@@ -42,16 +42,32 @@ def enlarge(spec: ImageSpec, margin: float) -> ImageSpec:
     return replace(spec, height=math.ceil(spec.height * margin), width=math.ceil(spec.width * margin))
 
 
-def decode_dataset(rows: pa.Table, order: Rows, spec: ImageSpec, cache: ImageCache) -> Any:
-    """A lazy Ray Dataset of these row numbers of `rows`, in this order: `decode_batch` of them."""
+def decode_dataset(
+    rows: pa.Table, order: Rows, spec: ImageSpec, cache: ImageCache, *, reorder_seed: int | None = None
+) -> Any:
+    """A lazy Ray Dataset of these row numbers of `rows`: `decode_batch` of them.
+
+    They come in this order, or with a `reorder_seed` in blocks of it whose order changes with every pass.
+    """
     import ray
 
     table = rows.take(pa.array(order)).append_column("item_id", pa.array(order, pa.int64()))
     step = cache.images_per_task
     chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
-    return ray.data.from_arrow(chunks).map_batches(
-        decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec}
-    )
+    listed = ray.data.from_arrow(chunks)
+    if reorder_seed is not None:
+        listed = reorder_blocks(listed, reorder_seed)
+    return listed.map_batches(decode_batch, batch_size=None, batch_format="pyarrow", fn_kwargs={"spec": spec})
+
+
+def reorder_blocks(dataset: Any, seed: int) -> Any:
+    """The dataset with its blocks in another random order in each pass, the same ones for the same seed.
+
+    The order is drawn when all blocks are known, so this belongs before what fetches or decodes.
+    """
+    from ray.data import RandomSeedConfig
+
+    return dataset.randomize_block_order(seed=RandomSeedConfig(seed, reseed_after_execution=True))
 
 
 def decode_batch(batch: pa.Table, spec: ImageSpec, limits: DecodeLimits | None = None) -> pa.Table:

@@ -91,7 +91,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
     for name in (splits.TRAIN, splits.VALIDATION, splits.TEST):
         order = data.indices(name)
         if name == splits.TRAIN and mode != "memory":
-            # A stream is shuffled within a window only, so it starts from a random order.
+            # A pass reorders blocks and shuffles within a window, so blocks are random samples.
             order = np.random.default_rng(seed).permutation(order)
         dataset = pixels.decode_dataset(data.rows, order, stored if name == splits.TRAIN else spec, how)
         decoded[name] = dataset if mode == "stream" else dataset.materialize()
@@ -134,10 +134,18 @@ def refuse_empty(rows: dict[str, Rows]) -> None:
 
 
 def training_shards(corpus: DecodedData, balance: ClassBalance, *, seed: int) -> Any:
-    """The training dataset as workers get it: all of it, or a stream with each class as often as asked."""
+    """The training dataset as workers get it: all of it, or a stream with each class as often as asked.
+
+    Each pass over a stream has its blocks in another order.
+    """
     trains = corpus.decoded[splits.TRAIN]
     if not corpus.streams:
         return trains
+    if corpus.mode == "disk":
+        trains = pixels.reorder_blocks(trains, seed)
+    else:
+        order = np.random.default_rng(seed).permutation(corpus.rows[splits.TRAIN])
+        trains = pixels.decode_dataset(corpus.data.rows, order, corpus.stored_spec, corpus.how, reorder_seed=seed)
     times = np.zeros(corpus.data.rows.num_rows, np.int64)
     drawn = one_pass(corpus.strata(), balance, np.random.default_rng(seed))
     np.add.at(times, corpus.rows[splits.TRAIN][drawn], 1)

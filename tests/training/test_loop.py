@@ -388,6 +388,21 @@ def test_workers_measure_every_validation_image_once_without_keeping_them_all(ra
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disk", "stream"])
+def test_each_pass_over_a_stream_has_its_blocks_in_another_order(ray_cluster, tmp_path, mode):
+    job = plan_run(image_folder(tmp_path / "images"), tmp_path / "run")
+    prepared = decoded.prepare(job.data, job.spec, ImageCache(mode=mode, images_per_task=2), seed=0)
+    [shard] = decoded.training_shards(prepared, job.recipe.class_balance, seed=0).streaming_split(1)
+    passes = [
+        [batch["item_id"].to_pylist() for batch in shard.iter_batches(batch_size=2, batch_format="pyarrow")]
+        for _ in range(2)
+    ]
+    assert passes[0] != passes[1]
+    assert sorted(passes[0]) == sorted(passes[1]), "not the same blocks"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_streamed_images_train_too_and_a_killed_worker_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
     folder = image_folder(tmp_path / "images")
     recipe = replace(RECIPE, epochs=3, batch_size=6, augment=replace(STILL, repeats=2))
