@@ -82,6 +82,9 @@ class RecipeConfig(DatasetConfig):
     patch_size: int | None = field_of(Recipe, "patch_size")
     layers: int | None = field_of(Recipe, "layers")
     epochs: int = field_of(Recipe, "epochs")
+    max_steps: int = field_of(Recipe, "max_steps")
+    max_time_s: float = field_of(Recipe, "max_time_s")
+    evaluate_every_steps: int = field_of(Recipe, "evaluate_every_steps")
     batch_size: int = field_of(Recipe, "batch_size")
     seed: int = field_of(Recipe, "seed")
     precision: recipe.Precision = field_of(Recipe, "precision")
@@ -105,6 +108,7 @@ class TrainConfig(RecipeConfig):
     output: Location
     """Folder of the run."""
     checkpoint_every_steps: int = field_of(Resources, "checkpoint_every_steps")
+    log_every_steps: int = field_of(Resources, "log_every_steps")
     num_to_keep: int = field_of(Resources, "num_to_keep")
     max_failures: int = field_of(Resources, "max_failures")
     trackers: list[Literal["mlflow", "wandb"]] = field_of(Resources, "trackers")

@@ -65,7 +65,7 @@ def epochs_done(output: str) -> int:
     """Epochs that a run has finished."""
     from pipelines.training import runs
 
-    return max((line["epoch"] for line in runs.history(output)), default=0)
+    return int(max((line["epoch"] for line in runs.history(output)), default=0))
 
 
 def resources_of(config: TrainConfig) -> Any:
@@ -100,7 +100,7 @@ def tell(content: Any, config: TrainConfig, taxonomy: Any) -> None:
     shown = {name: content[split][name] for name in HEADLINES if name in content[split]}
     log.info("%s: %s", split, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     log.info(
-        "best epoch %s of %s, %.0f s in all; temperature %.2f",
+        "best epoch %.4g of %s, %.0f s in all; temperature %.2f",
         content["best"]["epoch"], content["recipe"]["epochs"], content["seconds"], content["temperature"],
     )  # fmt: skip
     listed = categories.list_categories(taxonomy, content["classes"], content["thresholds"])

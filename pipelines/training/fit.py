@@ -219,6 +219,7 @@ def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:
         run_uri=job.output,
         runs_at_once=job.resources.runs_at_once,
         checkpoint_every_steps=job.resources.checkpoint_every_steps,
+        log_every_steps=job.resources.log_every_steps,
         trackers=job.resources.trackers,
         progress_queue=queue,
     )

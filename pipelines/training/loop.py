@@ -10,7 +10,7 @@ import gc
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from pipelines.training.optimizer import Learner, autocast, choose_precision
 from pipelines.training.resources import threads_of
 from pipelines.training.task import Progress, Task, Worker, step_seed, validation_name
 from pipelines.training.tracking import Tracker
-from pipelines.training.validation import gather, validate
+from pipelines.training.validation import from_main, gather, validate
 
 MID_EPOCH_SCORE = -1e30
 """Score of a checkpoint between two evaluations: never the best, but a number, as Ray's ranking requires."""
@@ -68,6 +68,20 @@ def train_worker(config: dict[str, Any]) -> None:
     trainer.run()
 
 
+@dataclass
+class Pace:
+    """Since when speed is measured, and what was spent waiting for images."""
+
+    first_step: int
+    started: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps, 0 for never, is done after this one."""
+    return bool(every) and step % every == 0
+
+
 class Trainer:
     """One worker's model and the loop over its batches."""
 
@@ -76,9 +90,8 @@ class Trainer:
         self.model = build(task.recipe, task.classes).to(worker.device)
         self.unused = layers.find_unused_parameters(self.model, task.model_spec.image_spec)
         self.precision = choose_precision(self.recipe.precision, worker.device)
-        total_steps = self.recipe.epochs * task.steps_per_epoch
         self.learner = Learner(
-            self.model, self.recipe.optimizer, total_steps=total_steps, precision=self.precision
+            self.model, self.recipe.optimizer, total_steps=task.total_steps, precision=self.precision
         )
         self.criterion = build_criterion(
             self.recipe.loss,
@@ -87,7 +100,9 @@ class Trainer:
             images_per_pass(task.strata, self.recipe.class_balance),
             multi_label=task.classes.multi_label,
         )
-        self.progress = Progress()
+        self.progress, self.pace = Progress(), Pace(0)
+        self.began = time.perf_counter()
+        self.gradient_norm: Any = 0.0
         self.parallel: Any = None
         self.tracker = (
             Tracker(task.run_uri, task.trackers, asdict(task.recipe))
@@ -97,37 +112,87 @@ class Trainer:
 
     def run(self) -> None:
         """Every epoch that is left: train, evaluate, report, perhaps stop."""
-        while self.progress.epoch < self.recipe.epochs and not self.should_stop():
-            started, first = time.perf_counter(), self.progress.step
+        while not self.is_over():
             self.train_epoch()
-            images = (self.task.steps_per_epoch - first) * self.recipe.batch_size
-            self.finish_epoch(images_per_s=images / (time.perf_counter() - started))
+            if not self.is_measured():
+                self.measure()
+
+    def is_over(self) -> bool:
+        """Whether all steps are done, the time is up, or early stopping has run out of patience."""
+        return self.steps_done >= self.task.total_steps or self.is_out_of_time() or self.should_stop()
 
     def should_stop(self) -> bool:
         """Whether early stopping has run out of patience."""
-        patience = self.recipe.early_stopping.patience_epochs
-        return bool(patience) and self.progress.stale_epochs >= patience
+        patience_steps = self.recipe.early_stopping.patience_epochs * self.task.steps_per_epoch
+        return bool(patience_steps) and self.steps_done - self.progress.best_step >= patience_steps
+
+    def is_out_of_time(self) -> bool:
+        """Whether the run has taken its time, by the clock of the leading worker."""
+        limit = self.recipe.max_time_s
+        return bool(limit) and from_main(self.progress.seconds >= limit, self.worker)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the whole run so far."""
+        return self.progress.epoch * self.task.steps_per_epoch + self.progress.step
 
     def train_epoch(self) -> None:
-        """Every step that is left of this epoch."""
-        epoch, n_steps, first = self.progress.epoch, self.task.steps_per_epoch, self.progress.step
+        """The steps that are left of this epoch, or of the run, with the evaluations between them."""
+        epoch = self.progress.epoch
         changed = layers.freeze(self.model, self.recipe.finetune, epoch, unused=self.unused)
         if changed or self.parallel is None:
             self.wrap()
         layers.set_training(self.model)
         self.batches.tally = decoded_pixels.Tally()
-        shown = started = time.perf_counter()
-        for step, micro_batches in self.batches.iter_steps(epoch, first):
-            self.progress.loss_sum += self.train_step(micro_batches, epoch=epoch, step=step)
-            self.progress.step = step + 1
+        self.pace = Pace(self.steps_done)
+        shown = asked = time.perf_counter()
+        for step, micro_batches in self.batches.iter_steps(epoch, self.progress.step):
+            self.pace.waited_s += time.perf_counter() - asked
+            loss = self.train_step(micro_batches, epoch=epoch, step=step)
+            self.advance(loss)
             if time.perf_counter() - shown > PROGRESS_EVERY_S:
                 shown = time.perf_counter()
-                self.send_progress(
-                    images_per_s=(step + 1 - first) * self.recipe.batch_size / (shown - started)
-                )
-            every = self.task.checkpoint_every_steps
-            if every and (step + 1) % every == 0 and step + 1 < n_steps:
-                self.report({"score": MID_EPOCH_SCORE, "epoch": epoch, "step": step + 1})
+                self.send_progress()
+            if self.is_over():
+                return
+            self.pause()
+            asked = time.perf_counter()
+
+    def advance(self, loss: float) -> None:
+        """Count one step, and log it where it is time to."""
+        progress = self.progress
+        progress.step += 1
+        progress.loss_sum += loss
+        progress.loss_steps += 1
+        progress.seconds = time.perf_counter() - self.began
+        if self.tracker and is_due(self.steps_done, self.task.log_every_steps):
+            values = {
+                "loss": loss,
+                "learning_rate": self.learner.learning_rate,
+                "gradient_norm": float(self.gradient_norm),
+                **self.speed(),
+            }
+            self.tracker.log_step(values, self.steps_done)
+
+    def pause(self) -> None:
+        """Evaluate or keep a checkpoint within the epoch, where the settings ask for it at this step."""
+        step = self.progress.step
+        if step == self.task.steps_per_epoch:
+            return
+        if is_due(self.steps_done, self.recipe.evaluate_every_steps):
+            self.measure()
+            self.pace = Pace(self.steps_done)
+        elif is_due(step, self.task.checkpoint_every_steps):
+            self.report({"score": MID_EPOCH_SCORE, "epoch": self.progress.epoch, "step": step})
+
+    def speed(self) -> dict[str, float]:
+        """Images/s and the share of time spent waiting for them, since the last evaluation; GPU memory."""
+        elapsed = time.perf_counter() - self.pace.started
+        images = (self.steps_done - self.pace.first_step) * self.recipe.batch_size
+        found = {"images_per_s": images / elapsed, "data_wait": self.pace.waited_s / elapsed}
+        if self.worker.device.type == "cuda":
+            found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.worker.device) / 2**30
+        return found
 
     def wrap(self) -> None:
         """The model as it is trained: compiled if asked for, its gradients averaged over the workers.
@@ -152,7 +217,7 @@ class Trainer:
                 f"the loss is {loss} at epoch {epoch + 1}, step {step + 1}; "
                 "lower --optimizer.learning-rate, or use --precision fp32"
             )
-        self.learner.step()
+        self.gradient_norm = self.learner.step()
         return loss
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, seed: int) -> float:
@@ -183,32 +248,40 @@ class Trainer:
         """Keep gradients local: only the last micro-batch of a step averages them over the workers."""
         return self.parallel.no_sync() if hasattr(self.parallel, "no_sync") else contextlib.nullcontext()
 
-    def finish_epoch(self, *, images_per_s: float) -> None:
+    def is_measured(self) -> bool:
+        """Whether the last evaluation was after the last step."""
+        history = self.progress.history
+        return bool(history) and history[-1]["step"] == self.steps_done
+
+    def measure(self) -> None:
         """Evaluate, keep the better of the model's own and its averaged weights, report."""
+        speed, progress, n_steps = self.speed(), self.progress, self.task.steps_per_epoch
         model, measured = self.evaluate_best()
-        progress, score = self.progress, self.score(measured)
-        n_steps = self.task.steps_per_epoch
+        score, ended = self.score(measured), progress.step >= n_steps
+        loss = gather(np.array([progress.loss_sum]), self.worker).mean() / max(progress.loss_steps, 1)
         line = {
-            "epoch": progress.epoch + 1,
-            "step": (progress.epoch + 1) * n_steps,
-            "loss": float(gather(np.array([progress.loss_sum]), self.worker).mean()) / n_steps,
+            "epoch": progress.epoch + 1 if ended else progress.epoch + progress.step / n_steps,
+            "step": self.steps_done,
+            "loss": float(loss),
             "learning_rate": self.learner.learning_rate,
-            "images_per_s": images_per_s,
+            **speed,
             "averaged_weights": model is not self.model,
-            **self.count_unreadable(),
+            **(self.count_unreadable() if ended else {}),
             **measured,
         }
         better = score > progress.best_score + self.recipe.early_stopping.min_delta
         self.progress = Progress(
-            epoch=progress.epoch + 1,
+            epoch=progress.epoch + ended,
+            step=0 if ended else progress.step,
             best_score=score if better else progress.best_score,
-            stale_epochs=0 if better else progress.stale_epochs + 1,
+            best_step=self.steps_done if better else progress.best_step,
+            seconds=time.perf_counter() - self.began,
             history=(*progress.history, line),
         )
         if self.tracker:
             self.tracker.write(self.progress.history)
         self.report({**line, "score": score}, model=model)
-        self.send_progress(images_per_s=images_per_s)
+        self.send_progress()
 
     def evaluate_best(self) -> tuple[Any, dict[str, float]]:
         """The better of the model and its averaged twin, and its validation metrics."""
@@ -280,19 +353,20 @@ class Trainer:
         self.learner.load_state_dict(state)
         progress = state["progress"]
         self.progress = Progress(**{**progress, "history": tuple(json.loads(progress["history"]))})
+        self.began = time.perf_counter() - self.progress.seconds
 
-    def send_progress(self, *, images_per_s: float) -> None:
+    def send_progress(self) -> None:
         """One progress message, if someone listens."""
         if not self.worker.is_main or self.task.progress_queue is None:
             return
-        progress, n_steps = self.progress, self.task.steps_per_epoch
+        progress = self.progress
         last = progress.history[-1] if progress.history else {}
         message = {
-            "done": progress.epoch * n_steps + progress.step,
-            "total": self.recipe.epochs * n_steps,
-            "epoch": progress.epoch if progress.step else len(progress.history) - 1,
-            "loss": progress.loss_sum / progress.step if progress.step else last.get("loss"),
+            "done": self.steps_done,
+            "total": self.task.total_steps,
+            "epoch": progress.epoch if progress.step else progress.epoch - 1,
+            "loss": progress.loss_sum / progress.loss_steps if progress.loss_steps else last.get("loss"),
             "metric": last.get(self.recipe.metric_for_best_model),
-            "images_per_s": images_per_s,
+            "images_per_s": self.speed()["images_per_s"] if progress.loss_steps else last["images_per_s"],
         }
         self.task.progress_queue.put_nowait(message)

@@ -56,7 +56,7 @@ and each category's threshold.
 ## Recipe
 
 {recipe["epochs"]} epochs at {spec["height"]}x{spec["width"]} pixels, {recipe["batch_size"]} images per
-step, seed {recipe["seed"]}; the best epoch was {content["best"]["epoch"]} by
+step, seed {recipe["seed"]}; the best epoch was {content["best"]["epoch"]:.4g} by
 {recipe["metric_for_best_model"]}. Everything else is in `run.json` of the run.
 
 ## Measured on the {split} split

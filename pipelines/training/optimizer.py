@@ -38,17 +38,18 @@ class Learner:
         """The head's rate in the next step; lower layers may have smaller ones."""
         return float(max(self.scheduler.get_last_lr()))
 
-    def step(self) -> None:
-        """Clip and apply the gradients that have accumulated."""
+    def step(self) -> torch.Tensor:
+        """Clip and apply the gradients that have accumulated; returns their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
-        if self.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        limit = self.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update_parameters(self.model)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}

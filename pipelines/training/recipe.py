@@ -175,7 +175,7 @@ class EarlyStopping:
     """When to stop before the last epoch."""
 
     patience_epochs: NonNegativeInt = 0
-    """Epochs without a better validation score before training stops; 0 never stops early."""
+    """Epochs, or their worth of steps, without a better validation score before training stops; 0 never."""
     min_delta: NonNegativeFloat = 0.0
     """Smallest gain that counts as better."""
 
@@ -194,6 +194,12 @@ class Recipe:
     """Blocks of a scratch model; unset: the preset's."""
     epochs: PositiveInt = 10
     """Passes over the training split (each image `augment.repeats` times)."""
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps after which training ends, where the epochs have more; 0: the epochs decide."""
+    max_time_s: NonNegativeFloat = 0.0
+    """Seconds of training and validation after which training ends, restarts included; 0: no limit."""
+    evaluate_every_steps: NonNegativeInt = 0
+    """Also evaluate, and keep a checkpoint, every so many steps; 0: at the end of each epoch only."""
     batch_size: PositiveInt = 64
     """Images per optimizer step, over all workers and micro-batches."""
     seed: int = 0

@@ -22,6 +22,8 @@ class Resources:
     """Logical CPUs that Ray reserves for each worker."""
     checkpoint_every_steps: NonNegativeInt = 0
     """Also keep a checkpoint every so many steps within an epoch; 0: at the end of each epoch only."""
+    log_every_steps: NonNegativeInt = 50
+    """Steps between logs of loss, learning rate, gradient norm and speed; 0: at evaluations only."""
     num_to_keep: PositiveInt = 2
     """Best checkpoints kept, beside the latest."""
     runs_at_once: PositiveInt = 1
@@ -29,7 +31,7 @@ class Resources:
     max_failures: NonNegativeInt = 3
     """Lost workers or nodes from which the run recovers by itself."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
-    """Trackers that get every epoch, as TensorBoard does; each needs its extra installed."""
+    """Trackers that get what TensorBoard gets; each needs its extra installed."""
 
     def on_cluster(self, wanted: bool | None) -> "Resources":
         """These with GPUs as asked for, or when unsaid if the running cluster has one for each worker.

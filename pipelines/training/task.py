@@ -39,6 +39,7 @@ class Task:
     runs_at_once: int = 1
     """Trainings that share a machine."""
     checkpoint_every_steps: int = 0
+    log_every_steps: int = 0
     trackers: Sequence[str] = ()
     progress_queue: Any = None
     """Ray queue for progress messages, if someone listens."""
@@ -51,6 +52,12 @@ class Task:
     def steps_per_epoch(self) -> int:
         return max(self.epoch_images // self.recipe.batch_size, 1)
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, unless it stops early."""
+        steps, limit = self.recipe.epochs * self.steps_per_epoch, self.recipe.max_steps
+        return min(steps, limit) if limit else steps
+
 
 @dataclass
 class Progress:
@@ -61,11 +68,16 @@ class Progress:
     """Optimiser steps done within the epoch."""
     best_score: float = -float("inf")
     """What the next score must beat to count as better."""
-    stale_epochs: int = 0
+    best_step: int = 0
+    """Steps of the run when that score was measured."""
     loss_sum: float = 0.0
-    """Of this epoch's steps so far."""
+    """Of the steps since the last evaluation."""
+    loss_steps: int = 0
+    """How many these are."""
+    seconds: float = 0.0
+    """Training and evaluating, over all restarts."""
     history: tuple[dict[str, Any], ...] = ()
-    """One entry per finished epoch: the lines of metrics.jsonl."""
+    """One entry per evaluation: the lines of metrics.jsonl."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a training run tells the world while it runs: metrics.jsonl, TensorBoard, trackers, progress.
 
 Only the leading worker writes. Storages cannot append, so files are written whole; after a restart the
-history is the checkpoint's, and each epoch stands in it once.
+history is the checkpoint's, and each evaluation is in it once.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,8 @@ from pipelines.training.runs import HISTORY
 Line = dict[str, Any]
 Listener = Callable[[Line], None]
 POLL_S = 0.5
+UPLOAD_EVERY_S = 30.0
+"""Seconds between two copies of TensorBoard's file to the run folder, evaluations apart."""
 NO_NUMBERS = ("epoch", "step")
 
 
@@ -51,19 +54,32 @@ class Tracker:
         self.board = SummaryWriter(str(self.folder))
         self.storage = storage.open_storage(run_uri)
         self.logs = [TRACKERS[name](run_uri, settings) for name in trackers]
+        self.uploaded = time.monotonic()
 
     def write(self, history: Sequence[Line]) -> None:
         """The whole history to metrics.jsonl, its last line to TensorBoard and the trackers."""
         text = "".join(json.dumps(line) + "\n" for line in history)
         self.storage.put(HISTORY, text.encode())
-        last = history[-1]
-        for name, value in numbers(last).items():
-            self.board.add_scalar(name, value, last["step"])
+        self._log(numbers(history[-1]), history[-1]["step"])
+        self._upload()
+
+    def log_step(self, values: dict[str, float], step: int) -> None:
+        """Curves of the training steps, named `train/…`."""
+        self._log({f"train/{name}": value for name, value in values.items()}, step)
+        if time.monotonic() - self.uploaded > UPLOAD_EVERY_S:
+            self._upload()
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        for log in self.logs:
+            log(values, step)
+
+    def _upload(self) -> None:
         self.board.flush()
         for file in self.folder.iterdir():
             self.storage.put(f"tensorboard/{file.name}", file.read_bytes())
-        for log in self.logs:
-            log(numbers(last), last["step"])
+        self.uploaded = time.monotonic()
 
 
 Log = Callable[[dict[str, float], int], None]

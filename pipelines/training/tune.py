@@ -243,7 +243,7 @@ def train_trial(values: Mapping[str, Any], job: TrainingJob, prepared: DecodedDa
     name = tune.get_context().get_trial_id()
     trial = replace(
         job,
-        recipe=apply_values(job.recipe, values),
+        recipe=replace(apply_values(job.recipe, values), evaluate_every_steps=0),  # a report is an epoch
         output=uris.join(job.output, TRIALS, name),
         resources=replace(job.resources, num_to_keep=1, checkpoint_every_steps=0),
     )

@@ -143,7 +143,7 @@ def trained(made: Trainer, epochs: int) -> Trainer:
     """The trainer after so many epochs."""
     for _ in range(epochs):
         made.train_epoch()
-        made.progress = replace(made.progress, epoch=made.progress.epoch + 1, step=0, loss_sum=0.0)
+        made.progress = replace(made.progress, epoch=made.progress.epoch + 1, step=0)
     return made
 
 

@@ -16,6 +16,7 @@ import pytest
 import ray.train
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageClassification
 
 from pipelines.datasets import dataset
@@ -26,11 +27,12 @@ from pipelines.messages import InputError, JobFailed
 from pipelines.storage import uris
 from pipelines.training import checkpoints, decoded, fit, runs, validation
 from pipelines.training.decoded import epoch_order
-from pipelines.training.loop import Diverged
+from pipelines.training.loop import Diverged, Trainer
 from pipelines.training.optimizer import build_ema, learning_rate_factor
 from pipelines.training.recipe import Augment, ClassBalance, EarlyStopping, Finetune, Loss, Optimizer, Recipe
 from pipelines.training.resources import Resources, threads_of
 from pipelines.training.task import Worker
+from pipelines.training.tracking import Tracker
 from pipelines.training.validation import compute_logits
 from tests.builders import training as small_training
 from tests.builders.training import RECIPE, STILL, drawn, image_folder, streaming, trained, trainer
@@ -163,8 +165,7 @@ def test_a_continued_run_is_bit_equal_to_an_unbroken_one():
     first = trained(trainer(recipe, LABELS), 1)
     steps = first.batches.iter_steps(1, 0)
     for step, batches in [next(steps), next(steps)]:
-        first.train_step(batches, epoch=1, step=step)
-        first.progress.step = step + 1
+        first.advance(first.train_step(batches, epoch=1, step=step))
     second = trainer(recipe, LABELS)
     second.restore(first.state())
     second.train_epoch()
@@ -233,7 +234,8 @@ def scripted(made, *measured: dict[str, float]) -> list[dict]:
     made.batches.iter_steps = lambda epoch, first: iter(())
     while not (made.should_stop() or made.progress.epoch == made.recipe.epochs):
         made.train_epoch()
-        made.finish_epoch(images_per_s=1.0)
+        made.progress.step = made.task.steps_per_epoch
+        made.measure()
     return reported
 
 
@@ -244,6 +246,58 @@ def test_early_stopping_asks_for_the_smallest_gain_since_the_last_that_counted()
     reported = scripted(made, *({"accuracy": score} for score in scores))
     assert [line["score"] for line in reported] == list(scores[:7])
     assert made.progress.best_score == 0.61 and made.should_stop()
+
+
+def ran(recipe: Recipe, monkeypatch) -> tuple[Trainer, list[dict]]:
+    """A whole run in this process, and what it reported: 4 steps an epoch."""
+    reported: list[dict] = []
+    monkeypatch.setattr(Trainer, "report", lambda self, line, model=None: reported.append(line))
+    made = trainer(recipe, LABELS)
+    made.run()
+    return made, reported
+
+
+def test_evaluations_come_every_so_many_steps_and_at_the_end_of_each_epoch(monkeypatch):
+    made, reported = ran(replace(RECIPE, evaluate_every_steps=3), monkeypatch)
+    assert [(line["epoch"], line["step"]) for line in reported] == [(0.75, 3), (1, 4), (1.5, 6), (2, 8)]
+    assert [line["step"] for line in made.progress.history] == [3, 4, 6, 8]
+    assert all("accuracy" in line and line["images_per_s"] > 0 for line in reported)
+    plain, _ = ran(RECIPE, monkeypatch)
+    assert torch.equal(made.model.classifier.weight, plain.model.classifier.weight), "measuring changed it"
+
+
+def test_max_steps_ends_the_run_and_the_schedule_with_an_evaluation(monkeypatch):
+    optimizer = replace(RECIPE.optimizer, lr_scheduler_type="linear", min_lr_ratio=0.0)
+    made, reported = ran(replace(RECIPE, max_steps=6, optimizer=optimizer), monkeypatch)
+    assert [(line["epoch"], line["step"]) for line in reported] == [(1, 4), (1.5, 6)]
+    assert reported[-1]["learning_rate"] == 0
+    again = trainer(made.recipe, LABELS)
+    again.restore(made.state())
+    assert again.is_over(), "a continued run would go on"
+
+
+def test_max_time_ends_the_run_after_the_step_that_reaches_it_restarts_included(monkeypatch):
+    made, reported = ran(replace(RECIPE, max_time_s=1e-6), monkeypatch)
+    assert [line["step"] for line in reported] == [1] and made.progress.seconds > 0
+    recipe = replace(RECIPE, max_time_s=3600)
+    first = trainer(recipe, LABELS)
+    first.progress.seconds = 3600
+    second = trainer(recipe, LABELS)
+    second.restore(first.state())
+    assert second.is_over() and not trainer(recipe, LABELS).is_over()
+
+
+def test_steps_are_logged_to_tensorboard(monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "report", lambda *_, **__: None)
+    made = trainer(RECIPE, LABELS)
+    made.task = replace(made.task, log_every_steps=3)
+    made.tracker = Tracker(str(tmp_path), (), {})
+    made.run()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "learning_rate", "gradient_norm", "images_per_s", "data_wait"):
+        assert [event.step for event in events.Scalars(f"train/{name}")] == [3, 6]
+    assert events.Scalars("train/gradient_norm")[0].value > 0
+    assert [event.step for event in events.Scalars("accuracy")] == [4, 8]
 
 
 def test_averaged_weights_are_reported_and_saved_where_they_are_better():
