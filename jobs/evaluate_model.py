@@ -35,7 +35,7 @@ def run(config: EvaluateConfig) -> int:
     """Measure, write the page, its JSON and a row per image, and log the most important numbers."""
     refuse_settings(config)
     from pipelines.evaluation.evaluate import evaluate_model
-    from pipelines.training.model_card import HEADLINES
+    from pipelines.training.hub import HEADLINES
 
     with open_model(config) as model:
         with checking_input():

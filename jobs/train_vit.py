@@ -94,7 +94,7 @@ def recipe_of(config: RecipeConfig) -> Any:
 def tell(content: Any, config: TrainConfig, taxonomy: Any) -> None:
     """The result in a few lines, and what comes next."""
     from pipelines.bundle import categories
-    from pipelines.training.model_card import HEADLINES
+    from pipelines.training.hub import HEADLINES
 
     split = "test" if content["test"] else "validation"
     shown = {name: content[split][name] for name in HEADLINES if name in content[split]}

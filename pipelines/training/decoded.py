@@ -145,7 +145,9 @@ def training_shards(corpus: DecodedData, balance: ClassBalance, *, seed: int) ->
         trains = pixels.reorder_blocks(trains, seed)
     else:
         order = np.random.default_rng(seed).permutation(corpus.rows[splits.TRAIN])
-        trains = pixels.decode_dataset(corpus.data.rows, order, corpus.stored_spec, corpus.how, reorder_seed=seed)
+        trains = pixels.decode_dataset(
+            corpus.data.rows, order, corpus.stored_spec, corpus.how, reorder_seed=seed
+        )
     times = np.zeros(corpus.data.rows.num_rows, np.int64)
     drawn = one_pass(corpus.strata(), balance, np.random.default_rng(seed))
     np.add.at(times, corpus.rows[splits.TRAIN][drawn], 1)

@@ -6,26 +6,34 @@ Nothing is fitted on the test split. A dataset without one gets a report on vali
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pipelines.datasets import splits
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.datasets import pixels, splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation import calibration
 from pipelines.evaluation.eval_set import EvalSet, take_images
 from pipelines.evaluation.evaluation import Evaluation, evaluate
 from pipelines.evaluation.gallery import gallery
 from pipelines.evaluation.per_image import write_images
-from pipelines.evaluation.report import write_report
+from pipelines.evaluation.report import ReportImage, write_report
 from pipelines.evaluation.score import EvalResult, score
+from pipelines.images.pixels import pixels_of
+from pipelines.images.prepare import Pixels
 from pipelines.messages import JobFailed, redact
-from pipelines.specs import ModelSpec
+from pipelines.specs import ImageSpec, ModelSpec
+from pipelines.status import Status
 from pipelines.storage.uris import join
-from pipelines.training import runs
+from pipelines.training import augment, runs
 from pipelines.training.decoded import DecodedData
 from pipelines.training.logits import load_network, predict_on_cluster
-from pipelines.training.preview import augmented_samples
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 
 MEASURED = (splits.VALIDATION, splits.TEST)
+AUGMENTED_IMAGES = 8
+"""Training images that the report shows as augmentation leaves them."""
 
 Results = Mapping[str, EvalResult]
 """Split -> scores of its images."""
@@ -129,3 +137,27 @@ def describe_balancing(recipe: Recipe) -> str:
     if recipe.loss.focal_gamma:
         done.append(f"focal loss (gamma {recipe.loss.focal_gamma:g})")
     return f"{'; '.join(done)}." if done else "Nothing was done about rare classes."
+
+
+def augmented_samples(corpus: DecodedData, recipe: Recipe) -> list[ReportImage]:
+    """Random training images, each changed once as a training step would; unreadable ones are left out."""
+    rows = corpus.rows[splits.TRAIN]
+    chosen = np.random.default_rng(recipe.seed).choice(rows, min(AUGMENTED_IMAGES, len(rows)), replace=False)
+    table = take_images(corpus.data, chosen)
+    decoded = pixels.decode_batch(table, corpus.stored_spec)
+    readable = pa.compute.equal(decoded["status"], Status.OK)
+    pixels_nhwc = pixels_of(decoded["pixels"].filter(readable), corpus.stored_spec)
+    changed = _change_pixels(pixels_nhwc, recipe, corpus.spec)
+    uris = table["uri"].filter(readable).to_pylist()
+    return [
+        ReportImage(i, uri, pixels_hwc) for i, (uri, pixels_hwc) in enumerate(zip(uris, changed, strict=True))
+    ]
+
+
+def _change_pixels(pixels_nhwc: Pixels, recipe: Recipe, spec: ImageSpec) -> Pixels:
+    """uint8 [n, height, width, 3] after one draw of the recipe's augmentation."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    draws = augment.draw(recipe.augment, len(pixels_nhwc), generator)
+    images = augment.apply(torch.from_numpy(pixels_nhwc.copy()), draws, height=spec.height, width=spec.width)
+    changed: Pixels = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    return changed

@@ -24,8 +24,8 @@ from pipelines.storage import storage, uris
 from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, runs
 from pipelines.training import model as vit
 from pipelines.training.decoded import DecodedData
+from pipelines.training.hub import model_card
 from pipelines.training.loop import Diverged, train_worker
-from pipelines.training.model_card import model_card
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 from pipelines.training.task import Task, validation_name

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCard
 
-from pipelines.training.model_card import model_card
+from pipelines.training.hub import model_card
 
 CONTENT = {
     "recipe": {
