@@ -76,15 +76,15 @@ def draw(spec: Augment, n: int, generator: torch.Generator) -> Draws:
         name: uniform(1 - getattr(spec, name), 1 + getattr(spec, name)).clamp(min=0)
         for name in ("brightness", "contrast", "saturation")
     }
-    extra = draw_policy(spec, n, generator)
+    extra = _draw_policy(spec, n, generator)
     turn = uniform(-1, 1) * math.radians(spec.rotation_degrees)
-    affine = compose(crop_map(spec, uniform), turn + extra.pop("rotate"), extra)
+    affine = _compose(_crop_map(spec, uniform), turn + extra.pop("rotate"), extra)
     factors = {name: factor * extra.pop(name) for name, factor in factors.items()}
     hue = uniform(-1, 1) * math.radians(spec.hue_degrees)
     sigma = uniform(0.1, 2.0) * (uniform(0, 1) < spec.blur)
-    box = rectangle(uniform(0.02, 0.33), uniform(-1.2, 1.2).exp(), uniform(0, 1), uniform(0, 1))
+    box = _rectangle(uniform(0.02, 0.33), uniform(-1.2, 1.2).exp(), uniform(0, 1), uniform(0, 1))
     erased = box * (uniform(0, 1) < spec.erasing)[:, None]
-    share, mix_box = draw_mix(spec, n, generator)
+    share, mix_box = _draw_mix(spec, n, generator)
     return Draws(
         affine=affine,
         **factors,
@@ -98,7 +98,7 @@ def draw(spec: Augment, n: int, generator: torch.Generator) -> Draws:
     )
 
 
-def crop_map(spec: Augment, uniform: Uniform) -> Tensor:
+def _crop_map(spec: Augment, uniform: Uniform) -> Tensor:
     """Random resized crop with flips, as an affine map [n, 2, 3] from the output to the whole picture."""
     area = uniform(spec.min_crop_scale, 1.0)
     aspect = (uniform(-1, 1) * math.log(spec.crop_aspect)).exp() if spec.min_crop_scale < 1 else uniform(1, 1)
@@ -111,7 +111,7 @@ def crop_map(spec: Augment, uniform: Uniform) -> Tensor:
     return affine
 
 
-def compose(crop: Tensor, turn: Tensor, extra: dict[str, Tensor]) -> Tensor:
+def _compose(crop: Tensor, turn: Tensor, extra: dict[str, Tensor]) -> Tensor:
     """The crop of a picture that was rotated, sheared and shifted before; takes its part out of `extra`."""
     cos, sin = turn.cos(), turn.sin()
     rotation = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
@@ -124,7 +124,7 @@ def compose(crop: Tensor, turn: Tensor, extra: dict[str, Tensor]) -> Tensor:
     return moved @ whole
 
 
-def draw_policy(spec: Augment, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _draw_policy(spec: Augment, n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """The policy's operations on each image; what was not drawn is the value that changes nothing."""
     chosen = torch.zeros(n, len(POLICY))
     for _ in range(spec.randaugment_num_ops):
@@ -149,7 +149,7 @@ def draw_policy(spec: Augment, n: int, generator: torch.Generator) -> dict[str, 
     }
 
 
-def draw_mix(spec: Augment, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw_mix(spec: Augment, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup shares and cutmix rectangles, the same for both images of a pair (2i, 2i + 1)."""
     share, box = torch.ones(n), torch.zeros(n, 4)
     kinds = [name for name in ("mixup", "cutmix") if getattr(spec, name) > 0]
@@ -157,24 +157,24 @@ def draw_mix(spec: Augment, n: int, generator: torch.Generator) -> tuple[Tensor,
         if torch.rand(1, generator=generator) >= spec.mix_prob:
             continue
         kind = kinds[int(torch.randint(len(kinds), (1,), generator=generator))]
-        own = beta(getattr(spec, kind), generator)
+        own = _beta(getattr(spec, kind), generator)
         both = slice(2 * pair, 2 * pair + 2)
         if kind == "mixup":
             share[both] = own
         else:
             centre = torch.rand(2, generator=generator)
-            box[both] = rectangle(torch.tensor([1 - own]), torch.ones(1), centre[:1], centre[1:])
+            box[both] = _rectangle(torch.tensor([1 - own]), torch.ones(1), centre[:1], centre[1:])
     return share, box
 
 
-def beta(alpha: float, generator: torch.Generator) -> float:
+def _beta(alpha: float, generator: torch.Generator) -> float:
     """One draw of Beta(alpha, alpha), at least a half so that an image keeps most of itself."""
     gamma = torch._standard_gamma(torch.full((2,), float(alpha)), generator=generator)
     first = float(gamma[0] / gamma.sum().clamp(min=1e-12))
     return max(first, 1 - first)
 
 
-def rectangle(area: Tensor, aspect: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _rectangle(area: Tensor, aspect: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """[n, 4] top, bottom, left, right of boxes of this area in the unit square, at relative places x, y."""
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     left, top = x * (1 - width), y * (1 - height)
@@ -187,13 +187,13 @@ def apply(pixels_nhwc: Tensor, draws: Draws, *, height: int, width: int) -> Tens
     draws = draws.to(images.device)
     grid = functional.affine_grid(draws.affine, [len(images), 3, height, width], align_corners=False)
     images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    images = photometric(images, draws)
-    images = blurred(images, draws.blur_sigma)
-    images = erased(images, draws)
-    return mixed(images, draws)
+    images = _photometric(images, draws)
+    images = _blurred(images, draws.blur_sigma)
+    images = _erased(images, draws)
+    return _mixed(images, draws)
 
 
-def photometric(images: Tensor, draws: Draws) -> Tensor:
+def _photometric(images: Tensor, draws: Draws) -> Tensor:
     """Colour changes; each is skipped when no image of the batch has it."""
 
     def column(values: Tensor) -> Tensor:
@@ -202,21 +202,21 @@ def photometric(images: Tensor, draws: Draws) -> Tensor:
     if (draws.brightness != 1).any():
         images = images * column(draws.brightness)
     if (draws.contrast != 1).any():
-        mean = grey(images).mean((2, 3), keepdim=True)
+        mean = _grey(images).mean((2, 3), keepdim=True)
         images = mean + (images - mean) * column(draws.contrast)
     if (draws.saturation != 1).any():
-        flat = grey(images)
+        flat = _grey(images)
         images = flat + (images - flat) * column(draws.saturation)
     if (draws.hue != 0).any():
-        images = turned_hue(images, draws.hue)
+        images = _turned_hue(images, draws.hue)
     images = images.clamp(0, 1)
     if (draws.sharpness != 1).any():
-        soft = blurred(images, torch.ones_like(draws.sharpness))
+        soft = _blurred(images, torch.ones_like(draws.sharpness))
         images = (soft + (images - soft) * column(draws.sharpness)).clamp(0, 1)
-    return toned(images, draws, column)
+    return _toned(images, draws, column)
 
 
-def toned(images: Tensor, draws: Draws, column: Column) -> Tensor:
+def _toned(images: Tensor, draws: Draws, column: Column) -> Tensor:
     """Posterize, solarize, autocontrast."""
     if (draws.posterize_bits < 8).any():
         levels = column(2.0**draws.posterize_bits)
@@ -232,12 +232,12 @@ def toned(images: Tensor, draws: Draws, column: Column) -> Tensor:
     return images
 
 
-def grey(images: Tensor) -> Tensor:
+def _grey(images: Tensor) -> Tensor:
     weights = torch.tensor(LUMA, device=images.device)[None, :, None, None]
     return (images * weights).sum(1, keepdim=True)
 
 
-def turned_hue(images: Tensor, radians: Tensor) -> Tensor:
+def _turned_hue(images: Tensor, radians: Tensor) -> Tensor:
     """Rotate the chroma plane; grey stays grey."""
     yiq = torch.tensor(YIQ, device=images.device)
     rotation = torch.eye(3, device=images.device).repeat(len(radians), 1, 1)
@@ -247,7 +247,7 @@ def turned_hue(images: Tensor, radians: Tensor) -> Tensor:
     return torch.einsum("nij,njhw->nihw", change, images)
 
 
-def blurred(images: Tensor, sigma: Tensor) -> Tensor:
+def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur with a sigma of its own for each image, 0 leaving it as it is."""
     if not (sigma > 0).any():
         return images
@@ -263,7 +263,7 @@ def blurred(images: Tensor, sigma: Tensor) -> Tensor:
     return both.reshape(n, channels, height, width)
 
 
-def inside(boxes: Tensor, height: int, width: int) -> Tensor:
+def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
     """[n, 1, height, width]: which pixels' centres lie in each image's box."""
     y = ((torch.arange(height, device=boxes.device) + 0.5) / height)[None, :, None]
     x = ((torch.arange(width, device=boxes.device) + 0.5) / width)[None, None, :]
@@ -271,33 +271,33 @@ def inside(boxes: Tensor, height: int, width: int) -> Tensor:
     return ((y >= top) & (y < bottom) & (x >= left) & (x < right))[:, None]
 
 
-def erased(images: Tensor, draws: Draws) -> Tensor:
+def _erased(images: Tensor, draws: Draws) -> Tensor:
     """A random colour instead of the drawn rectangles."""
     if not draws.erased.any():
         return images
     colour = draws.erased_colour[:, :, None, None]
-    return torch.where(inside(draws.erased, *images.shape[2:]), colour, images)
+    return torch.where(_inside(draws.erased, *images.shape[2:]), colour, images)
 
 
-def partner(batch: Tensor) -> Tensor:
+def _partner(batch: Tensor) -> Tensor:
     """Each image's neighbour in its pair (2i, 2i + 1); an odd last one is its own."""
     order = torch.arange(len(batch), device=batch.device)
     other = order ^ 1
     return batch[torch.where(other < len(batch), other, order)]
 
 
-def mixed(images: Tensor, draws: Draws) -> Tensor:
+def _mixed(images: Tensor, draws: Draws) -> Tensor:
     """Mixup and cutmix with the partner."""
     if (draws.mix_share < 1).any():
         share = draws.mix_share[:, None, None, None]
-        images = images * share + partner(images) * (1 - share)
+        images = images * share + _partner(images) * (1 - share)
     if draws.mix_box.any():
-        images = torch.where(inside(draws.mix_box, *images.shape[2:]), partner(images), images)
+        images = torch.where(_inside(draws.mix_box, *images.shape[2:]), _partner(images), images)
     return images
 
 
 def mix_targets(targets_nc: Tensor, draws: Draws, *, height: int, width: int) -> Tensor:
     """Targets [n, classes] in the shares in which `apply` mixed the images, counted in pixels."""
-    taken = inside(draws.mix_box, height, width).float().mean((1, 2, 3))
+    taken = _inside(draws.mix_box, height, width).float().mean((1, 2, 3))
     own = (draws.mix_share * (1 - taken)).to(targets_nc.device)[:, None]
-    return targets_nc * own + partner(targets_nc) * (1 - own)
+    return targets_nc * own + _partner(targets_nc) * (1 - own)

@@ -59,22 +59,22 @@ def load_state(folder: Path, device: torch.device) -> dict[str, Any]:
 def repair_index(checkpoints_uri: str) -> None:
     """Leave a list that Ray can continue from; does nothing where there is one, or no whole checkpoint."""
     folder = storage.open_storage(checkpoints_uri)
-    if folder.exists(INDEX) and is_json(folder.read(INDEX)):
+    if folder.exists(INDEX) and _is_json(folder.read(INDEX)):
         return
-    lines = find_complete_checkpoints(folder)
+    lines = _find_complete_checkpoints(folder)
     if lines:
-        folder.put(INDEX, json.dumps(build_index(lines)).encode())
+        folder.put(INDEX, json.dumps(_build_index(lines)).encode())
     else:
         folder.delete(INDEX)
 
 
-def find_complete_checkpoints(folder: storage.Storage) -> dict[str, dict[str, Any]]:
+def _find_complete_checkpoints(folder: storage.Storage) -> dict[str, dict[str, Any]]:
     """Name -> reported line of the checkpoints that have all their files whole, oldest first."""
     sizes = {entry.path: entry.size for entry in folder.list()}
     found = {}
     for path in sorted(sizes):
         name, _, file = path.rpartition("/")
-        if file != REPORT_FILE or not is_json(text := folder.read(path)):
+        if file != REPORT_FILE or not _is_json(text := folder.read(path)):
             continue
         report = json.loads(text)
         if all(sizes.get(f"{name}/{part}") == size for part, size in report["files"].items()):
@@ -82,7 +82,7 @@ def find_complete_checkpoints(folder: storage.Storage) -> dict[str, dict[str, An
     return found
 
 
-def build_index(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _build_index(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Ray's list of these checkpoints, given from the oldest to the newest: the worst score first."""
     order = {name: index for index, name in enumerate(lines)}
     ranked = sorted(order, key=lambda name: lines[name]["score"])
@@ -104,7 +104,7 @@ def build_index(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def is_json(text: bytes) -> bool:
+def _is_json(text: bytes) -> bool:
     try:
         json.loads(text)
     except ValueError:

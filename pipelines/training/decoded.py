@@ -86,7 +86,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
         JobFailed: too many images are unreadable, or a split has none left.
     """
     stored = pixels.enlarge(spec, how.margin)
-    mode = chosen_mode(data, spec, stored, how)
+    mode = _chosen_mode(data, spec, stored, how)
     decoded = {}
     for name in (splits.TRAIN, splits.VALIDATION, splits.TEST):
         order = data.indices(name)
@@ -108,7 +108,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
     repeated = splits.find_leaking_copies(outcome["sha256"].to_pylist(), data.splits) & readable
     usable = readable & ~repeated
     rows = {name: data.indices(name)[usable[data.indices(name)]] for name in decoded}
-    refuse_empty(rows)
+    _refuse_empty(rows)
     left = {name: int(repeated[data.indices(name)].sum()) for name in decoded}
     duplicates = {name: count for name, count in left.items() if count}
     if duplicates:
@@ -116,7 +116,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
     return DecodedData(data, spec, stored, decoded, rows, mode, how, unreadable, duplicates)
 
 
-def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: ImageCache) -> str:
+def _chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: ImageCache) -> str:
     """How decoded images will be kept; said in the log."""
     n_train = len(data.indices(splits.TRAIN))
     n_measured = data.rows.num_rows - n_train
@@ -127,7 +127,7 @@ def chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Ima
     return mode
 
 
-def refuse_empty(rows: dict[str, Rows]) -> None:
+def _refuse_empty(rows: dict[str, Rows]) -> None:
     for name in (splits.TRAIN, splits.VALIDATION):
         if not len(rows[name]):
             raise JobFailed(f"the {name} split has no usable image; give more images or other shares")
@@ -181,12 +181,12 @@ def one_pass(strata: Rows, balance: ClassBalance, random: np.random.Generator) -
     """A shuffled pass over the images, each class as often as the sampling says."""
     if balance.sampling == "none":
         return random.permutation(len(strata))
-    per_class = target_per_class(strata, balance)
-    drawn = [drawn_from(np.flatnonzero(strata == one), per_class, random) for one in np.unique(strata)]
+    per_class = _target_per_class(strata, balance)
+    drawn = [_drawn_from(np.flatnonzero(strata == one), per_class, random) for one in np.unique(strata)]
     return random.permutation(np.concatenate(drawn))
 
 
-def target_per_class(strata: Rows, balance: ClassBalance) -> int:
+def _target_per_class(strata: Rows, balance: ClassBalance) -> int:
     counts = np.unique(strata, return_counts=True)[1]
     return {
         "oversample": int(counts.max()),
@@ -195,7 +195,7 @@ def target_per_class(strata: Rows, balance: ClassBalance) -> int:
     }[balance.sampling]
 
 
-def drawn_from(members: Rows, wanted: int, random: np.random.Generator) -> Rows:
+def _drawn_from(members: Rows, wanted: int, random: np.random.Generator) -> Rows:
     """`wanted` of the members: whole rounds of all of them, then a random part of one."""
     rounds, rest = divmod(wanted, len(members))
     return np.concatenate([np.tile(members, rounds), random.permutation(members)[:rest]])
@@ -204,4 +204,4 @@ def drawn_from(members: Rows, wanted: int, random: np.random.Generator) -> Rows:
 def images_per_pass(strata: Rows, balance: ClassBalance) -> int:
     if balance.sampling == "none":
         return len(strata)
-    return target_per_class(strata, balance) * len(np.unique(strata))
+    return _target_per_class(strata, balance) * len(np.unique(strata))

@@ -75,7 +75,7 @@ def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) ->
     """Raise InputError when validation with this truth will not yield the metric that is to select."""
     if not len(truth):
         return  # refused when it turns out that none can be read
-    rows = representative_rows(truth)
+    rows = _representative_rows(truth)
     logits_nc = np.zeros((len(rows), n_classes), np.float32)
     known = {"validation_loss", *metrics.classification(logits_nc, truth[rows])}
     if name not in known:
@@ -85,7 +85,7 @@ def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) ->
         )
 
 
-def representative_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def _representative_rows(truth: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """A few rows that give the same metrics as all: of several classes, or with and without a label."""
     if truth.ndim == 1:
         return np.unique(truth, return_index=True)[1][:8]

@@ -25,26 +25,26 @@ def blocks(model: Any) -> list[nn.Module]:
     Raises:
         InputError: the model has no list of modules.
     """
-    outer = largest_list(model)
+    outer = _largest_list(model)
     if outer is None:
         raise InputError(f"this {model.config.model_type} model has no list of blocks to freeze or decay")
-    return [block for stage in outer for block in blocks_of(stage)]
+    return [block for stage in outer for block in _blocks_of(stage)]
 
 
-def blocks_of(stage: nn.Module) -> list[nn.Module]:
+def _blocks_of(stage: nn.Module) -> list[nn.Module]:
     """The blocks of a stage, when most of it is a list of them; else it is a block itself."""
-    inner = largest_list(stage)
-    if inner is None or 2 * n_weights(inner) <= n_weights(stage):
+    inner = _largest_list(stage)
+    if inner is None or 2 * _n_weights(inner) <= _n_weights(stage):
         return [stage]
-    return [block for part in inner for block in blocks_of(part)]
+    return [block for part in inner for block in _blocks_of(part)]
 
 
-def largest_list(module: nn.Module) -> nn.ModuleList | None:
+def _largest_list(module: nn.Module) -> nn.ModuleList | None:
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    return max(lists, key=n_weights, default=None)  # the outer one of a nest: `max` takes the first
+    return max(lists, key=_n_weights, default=None)  # the outer one of a nest: `max` takes the first
 
 
-def n_weights(module: nn.Module) -> int:
+def _n_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -183,11 +183,11 @@ def add_drop_path(model: Any, rate: float) -> None:
         return
     found = blocks(model)
     for i, block in enumerate(found):
-        for branch in residual_branches(block):
+        for branch in _residual_branches(block):
             branch.register_forward_hook(drop_branches(rate * (i + 1) / len(found)))
 
 
-def residual_branches(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _residual_branches(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """What a Transformer block adds to its input: attention, then the feed-forward network."""
     attention = getattr(block, "attention", None) or getattr(block, "self_attn", None)
     mlp = getattr(block, "mlp", None)

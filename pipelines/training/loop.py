@@ -69,7 +69,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 @dataclass
-class Pace:
+class _Pace:
     """Since when speed is measured, and what was spent waiting for images."""
 
     first_step: int
@@ -77,7 +77,7 @@ class Pace:
     waited_s: float = 0.0
 
 
-def is_due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     """Whether something done every so many steps, 0 for never, is done after this one."""
     return bool(every) and step % every == 0
 
@@ -100,7 +100,7 @@ class Trainer:
             images_per_pass(task.strata, self.recipe.class_balance),
             multi_label=task.classes.multi_label,
         )
-        self.progress, self.pace = Progress(), Pace(0)
+        self.progress, self.pace = Progress(), _Pace(0)
         self.began = time.perf_counter()
         self.gradient_norm: Any = 0.0
         self.parallel: Any = None
@@ -144,7 +144,7 @@ class Trainer:
             self.wrap()
         layers.set_training(self.model)
         self.batches.tally = decoded_pixels.Tally()
-        self.pace = Pace(self.steps_done)
+        self.pace = _Pace(self.steps_done)
         shown = asked = time.perf_counter()
         for step, micro_batches in self.batches.iter_steps(epoch, self.progress.step):
             self.pace.waited_s += time.perf_counter() - asked
@@ -165,7 +165,7 @@ class Trainer:
         progress.loss_sum += loss
         progress.loss_steps += 1
         progress.seconds = time.perf_counter() - self.began
-        if self.tracker and is_due(self.steps_done, self.task.log_every_steps):
+        if self.tracker and _is_due(self.steps_done, self.task.log_every_steps):
             values = {
                 "loss": loss,
                 "learning_rate": self.learner.learning_rate,
@@ -179,10 +179,10 @@ class Trainer:
         step = self.progress.step
         if step == self.task.steps_per_epoch:
             return
-        if is_due(self.steps_done, self.recipe.evaluate_every_steps):
+        if _is_due(self.steps_done, self.recipe.evaluate_every_steps):
             self.measure()
-            self.pace = Pace(self.steps_done)
-        elif is_due(step, self.task.checkpoint_every_steps):
+            self.pace = _Pace(self.steps_done)
+        elif _is_due(step, self.task.checkpoint_every_steps):
             self.report({"score": MID_EPOCH_SCORE, "epoch": self.progress.epoch, "step": step})
 
     def speed(self) -> dict[str, float]:

@@ -31,13 +31,13 @@ class Criterion:
         logits_nc = logits_nc.float() + self.log_prior.to(logits_nc.device)
         weights, smoothing = self.class_weights.to(logits_nc.device), self.loss.smoothing
         if self.multi_label:
-            targets_nc = smooth(targets_nc, smoothing, choices=2)
+            targets_nc = _smooth(targets_nc, smoothing, choices=2)
             if self.loss.multi_label == "asymmetric":
-                return asymmetric(logits_nc, targets_nc, weights, self.loss)
-            return binary_cross_entropy(logits_nc, targets_nc, weights, focal_gamma=self.loss.focal_gamma)
+                return _asymmetric(logits_nc, targets_nc, weights, self.loss)
+            return _binary_cross_entropy(logits_nc, targets_nc, weights, focal_gamma=self.loss.focal_gamma)
         if self.loss.focal_gamma:
-            targets_nc = smooth(targets_nc, smoothing, choices=logits_nc.shape[1])
-            return focal_cross_entropy(logits_nc, targets_nc, weights, gamma=self.loss.focal_gamma)
+            targets_nc = _smooth(targets_nc, smoothing, choices=logits_nc.shape[1])
+            return _focal_cross_entropy(logits_nc, targets_nc, weights, gamma=self.loss.focal_gamma)
         return functional.cross_entropy(
             logits_nc, targets_nc, weights, label_smoothing=smoothing, reduction="none"
         )
@@ -101,18 +101,18 @@ def positive_weights(
     }[balance.class_weights]
 
 
-def focal_cross_entropy(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, gamma: float) -> Tensor:
+def _focal_cross_entropy(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, gamma: float) -> Tensor:
     """-sum_c w_c t_c (1 - p_c)^gamma log p_c; [n]."""
     log_p = functional.log_softmax(logits_nc, 1)
-    return -(weights * targets_nc * power(1 - log_p.exp(), gamma) * log_p).sum(1)
+    return -(weights * targets_nc * _power(1 - log_p.exp(), gamma) * log_p).sum(1)
 
 
-def smooth(targets_nc: Tensor, smoothing: float, *, choices: int) -> Tensor:
+def _smooth(targets_nc: Tensor, smoothing: float, *, choices: int) -> Tensor:
     """Targets with this fraction of them spread evenly over all choices: the classes, or yes and no."""
     return targets_nc * (1 - smoothing) + smoothing / choices
 
 
-def binary_cross_entropy(
+def _binary_cross_entropy(
     logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, *, focal_gamma: float
 ) -> Tensor:
     """Sigmoid cross entropy, the mean over classes; [n]."""
@@ -121,23 +121,24 @@ def binary_cross_entropy(
             logits_nc, targets_nc, pos_weight=weights, reduction="none"
         ).mean(1)
     p = logits_nc.sigmoid()
-    present = power(1 - p, focal_gamma) * functional.logsigmoid(logits_nc) * targets_nc * weights
-    absent = power(p, focal_gamma) * functional.logsigmoid(-logits_nc) * (1 - targets_nc)
+    present = _power(1 - p, focal_gamma) * functional.logsigmoid(logits_nc) * targets_nc * weights
+    absent = _power(p, focal_gamma) * functional.logsigmoid(-logits_nc) * (1 - targets_nc)
     return -(present + absent).mean(1)
 
 
-def asymmetric(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, loss: Loss) -> Tensor:
+def _asymmetric(logits_nc: Tensor, targets_nc: Tensor, weights: Tensor, loss: Loss) -> Tensor:
     """Ridnik et al. 2021, equations 4 to 6: absent labels are focused harder and shifted.
 
     The mean over classes; [n].
     """
     p = logits_nc.sigmoid()
     shifted = (p - loss.probability_margin).clamp(min=0)
-    present = power(1 - p, loss.gamma_positive) * functional.logsigmoid(logits_nc) * targets_nc * weights
-    absent = power(shifted, loss.gamma_negative) * torch.log((1 - shifted).clamp(min=1e-8)) * (1 - targets_nc)
+    present = _power(1 - p, loss.gamma_positive) * functional.logsigmoid(logits_nc) * targets_nc * weights
+    margin = torch.log((1 - shifted).clamp(min=1e-8))
+    absent = _power(shifted, loss.gamma_negative) * margin * (1 - targets_nc)
     return -(present + absent).mean(1)
 
 
-def power(base: Tensor, exponent: float) -> Tensor:
+def _power(base: Tensor, exponent: float) -> Tensor:
     """base^exponent of probabilities; below an exponent of 1 the gradient at 0 would be infinite."""
     return (base.clamp(min=1e-6) if 0 < exponent < 1 else base) ** exponent

@@ -243,18 +243,18 @@ class Recipe:
                 "bce, or put the labels into a column `labels`"
             )
         scratch = self.is_scratch
-        optimizer = with_defaults(
+        optimizer = _with_defaults(
             self.optimizer,
             learning_rate=5e-4 if scratch else 1e-4,
             ema_decay=0.998 if scratch else 0.0,
         )
-        loss = with_defaults(self.loss, label_smoothing=0.0 if multi_label else 0.1)
-        augment = with_defaults(self.augment, repeats=2 if scratch else 1)
+        loss = _with_defaults(self.loss, label_smoothing=0.0 if multi_label else 0.1)
+        augment = _with_defaults(self.augment, repeats=2 if scratch else 1)
         metric = self.metric_for_best_model
         if metric == "auto":
             metric = "map" if multi_label else "accuracy"
         sizes = {"image_size": 224, "patch_size": 16} if scratch else {}
-        resolved: Recipe = with_defaults(
+        resolved: Recipe = _with_defaults(
             replace(self, optimizer=optimizer, loss=loss, augment=augment, metric_for_best_model=metric),
             **sizes,
         )
@@ -291,6 +291,6 @@ class Search:
     """Seed of the proposals."""
 
 
-def with_defaults(spec: Any, **defaults: Any) -> Any:
+def _with_defaults(spec: Any, **defaults: Any) -> Any:
     """The spec with these values where it has None."""
     return replace(spec, **{name: value for name, value in defaults.items() if getattr(spec, name) is None})

@@ -45,11 +45,11 @@ def identity(recipe: Recipe, data: LabelledData) -> dict[str, Any]:
         "taxonomy": data.taxonomy.name,
         "classes": list(data.classes),
         "images": {name: len(data.indices(name)) for name in names},
-        "assignment_sha256": assignment_sha256(data),
+        "assignment_sha256": _assignment_sha256(data),
     }
 
 
-def assignment_sha256(data: LabelledData) -> str:
+def _assignment_sha256(data: LabelledData) -> str:
     """Over every image's URI, classes and split, in order: equal settings may meet a changed dataset."""
     digest = hashlib.sha256()
     for row in zip(data.recorded_uris(), data.rows["classes"].to_pylist(), data.splits.tolist(), strict=True):
@@ -92,17 +92,17 @@ def refuse_mismatch(output: str, before: Mapping[str, Any], now: Mapping[str, An
     if different is not None:
         raise InputError(
             f"{output} holds a run with another {different}: "
-            f"{difference(before.get(different), expected[different])}; "
+            f"{_difference(before.get(different), expected[different])}; "
             "give another --output, or the settings of that run to continue it. To train its best model "
             f"further: --model {uris.join(output, BEST)} and another --output"
         )
 
 
-def difference(before: Any, now: Any) -> str:
+def _difference(before: Any, now: Any) -> str:
     """The first setting in which two nested values differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(key for key in [*now, *before] if before.get(key) != now.get(key))
-        return f"{key} {difference(before.get(key), now.get(key))}"
+        return f"{key} {_difference(before.get(key), now.get(key))}"
     return f"was {before!r}, now {now!r}"
 
 

@@ -85,7 +85,7 @@ class Tracker:
 Log = Callable[[dict[str, float], int], None]
 
 
-def mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
+def _mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
     """MLflow at MLFLOW_TRACKING_URI; a continued run goes on in the same MLflow run."""
     import mlflow
 
@@ -102,7 +102,7 @@ def mlflow_log(run_uri: str, settings: dict[str, Any]) -> Log:
     )
 
 
-def wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
+def _wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
     """Weights & Biases as its environment says; a continued run goes on under the same id."""
     import wandb
 
@@ -112,7 +112,7 @@ def wandb_log(run_uri: str, settings: dict[str, Any]) -> Log:
     return lambda values, step: run.log(values, step=step)
 
 
-TRACKERS: dict[str, Callable[[str, dict[str, Any]], Log]] = {"mlflow": mlflow_log, "wandb": wandb_log}
+TRACKERS: dict[str, Callable[[str, dict[str, Any]], Log]] = {"mlflow": _mlflow_log, "wandb": _wandb_log}
 
 
 class ProgressQueue:

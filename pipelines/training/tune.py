@@ -45,16 +45,16 @@ def read_space(uri: str) -> dict[str, Any]:
         raise InputError(f"{uri} is not YAML: {error}") from error
     if not isinstance(content, dict) or not content:
         raise InputError(f"{uri} must map settings of the recipe to how they are drawn")
-    return flatten(content)
+    return _flatten(content)
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{optimizer: {learning_rate: …}}` as `{optimizer.learning_rate: …}`."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and not set(value) & set(DRAWS):
-            found |= flatten(value, f"{key}.")
+            found |= _flatten(value, f"{key}.")
         else:
             found[key] = value
     return found
@@ -74,7 +74,7 @@ def parse_distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, A
 
     found = {}
     for setting, how in space.items():
-        check_setting(recipe, setting)
+        _check_setting(recipe, setting)
         if not isinstance(how, dict) or len(how) != 1 or next(iter(how)) not in DRAWS:
             raise InputError(f"{setting} is {how!r}; it must be one of {', '.join(DRAWS)} with its values")
         ((draw, values),) = how.items()
@@ -85,7 +85,7 @@ def parse_distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, A
     return found
 
 
-def check_setting(recipe: Recipe, setting: str) -> None:
+def _check_setting(recipe: Recipe, setting: str) -> None:
     if setting in FIXED:
         raise InputError(f"{setting} cannot be searched: all trials share the same decoded images")
     owner: Any = recipe
@@ -118,9 +118,9 @@ def tune_recipe(
     folder = storage.open_storage(job.output)
     folder.put(runs.RECIPE, runs.as_json(search_identity(job, space, search)))
     search = replace(
-        search, max_concurrent=min(search.max_concurrent or count_parallel_trials(job), search.trials)
+        search, max_concurrent=min(search.max_concurrent or _count_parallel_trials(job), search.trials)
     )
-    results = build_tuner(share_machines(job, search), prepared, space, search).fit()
+    results = _build_tuner(_share_machines(job, search), prepared, space, search).fit()
     trials = list_trials(results, space)
     done = [trial for trial in trials if trial["score"] is not None]
     if not done:
@@ -158,7 +158,7 @@ def refuse_another(job: TrainingJob, space: Mapping[str, Any], search: Search) -
     return content
 
 
-def build_tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], search: Search) -> Any:
+def _build_tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any], search: Search) -> Any:
     """A new search, or the one to continue."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -194,12 +194,12 @@ def build_tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, Any
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
-            callbacks=[build_progress_log(search.trials)],
+            callbacks=[_build_progress_log(search.trials)],
         ),
     )
 
 
-def build_progress_log(total: int) -> Any:
+def _build_progress_log(total: int) -> Any:
     """A callback of Ray Tune that says in the log how the trials are doing."""
     from ray.tune import Callback
 
@@ -216,7 +216,7 @@ def build_progress_log(total: int) -> Any:
     return Announcer()
 
 
-def count_parallel_trials(job: TrainingJob) -> int:
+def _count_parallel_trials(job: TrainingJob) -> int:
     """Trials that fit the cluster at once, leaving a CPU to Ray Data; more would wait for each other."""
     import ray
 
@@ -226,7 +226,7 @@ def count_parallel_trials(job: TrainingJob) -> int:
     return max(1, int(min(by_cpu, by_gpu)))
 
 
-def share_machines(job: TrainingJob, search: Search) -> TrainingJob:
+def _share_machines(job: TrainingJob, search: Search) -> TrainingJob:
     """The job of a trial that shares each machine with its part of the others."""
     import ray
 

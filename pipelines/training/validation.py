@@ -16,7 +16,7 @@ from pipelines.training.losses import Criterion
 from pipelines.training.optimizer import autocast
 from pipelines.training.task import Task, Worker
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 def validate(
@@ -66,7 +66,7 @@ def gather(mine: npt.NDArray[Any], worker: Worker) -> npt.NDArray[Any]:
     return np.concatenate(parts)
 
 
-def from_main(value: Value, worker: Worker) -> Value:
+def from_main(value: _Value, worker: Worker) -> _Value:
     """The leading worker's value, on every worker."""
     if worker.world_size == 1:
         return value
