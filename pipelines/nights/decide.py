@@ -92,10 +92,13 @@ def decide(
 def count_removed(database: duckdb.DuckDBPyConnection, plan: Plan, nights: Sequence[Night]) -> int:
     """URIs of the last night, under whatever model, that are in tonight's plan no more."""
     earlier = [night for night in nights if night.state.exists(VALIDATORS)]
-    if not earlier or not plan.files:
+    if not earlier:
         return 0
-    create_view(database, "items", open_storage(plan.state_uri), [file.path for file in plan.files])
     create_view(database, "seen", earlier[-1].state, [VALIDATORS])
+    if not plan.files:
+        (removed,) = database.sql("SELECT count(*) FROM seen").fetchall()[0]
+        return int(removed)
+    create_view(database, "items", open_storage(plan.state_uri), [file.path for file in plan.files])
     query = """
     SELECT count(*) FROM (SELECT md5_number(uri) AS key FROM seen)
     ANTI JOIN (SELECT md5_number(uri) AS key FROM items) USING (key)

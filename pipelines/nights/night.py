@@ -89,12 +89,14 @@ def read_ledger(state: Storage) -> Ledger | None:
 def carry_over(night: NightRun) -> None:
     """Carry what stands, and leave for the workers what earlier nights know."""
     run = night.run
-    if not runs.is_missing_images(run):
+    if run.ledger.state.phase is not Phase.RUNNING:
+        return
+    if run.ledger.done.full and run.state.exists(CARRY_JSON):
         return
     started = time.monotonic()
     nights, previous, history = _look_back(night)
     with _working() as (database, folder):
-        if previous:
+        if previous and run.plan.n_items:
             found = decide(
                 database, run.plan, previous, tonight=night.folders.date, keep_failures=night.keep_failures
             )
@@ -103,7 +105,7 @@ def carry_over(night: NightRun) -> None:
             counts = {"new": run.plan.n_items, "removed": count_removed(database, run.plan, nights)}
         run.seconds["decide"] = time.monotonic() - started
         if not run.state.exists(CARRY_JSON):
-            if previous:
+            if previous and not run.ledger.done.full:
                 carry_rows(database, previous, _carry_target(night))
             about = {"previous": str(previous.date) if previous else None, "images": counts}
             run.state.put(CARRY_JSON, json.dumps(about, indent=1).encode())

@@ -50,7 +50,9 @@ class Nights:
         return main(self.command(day, *settings))
 
     def list_images(self, uris: list[str], **columns: list[object]) -> None:
-        pq.write_table(pa.table({"uri": uris, **columns}), self.folder / "inventory.parquet")
+        pq.write_table(
+            pa.table({"uri": pa.array(uris, pa.string()), **columns}), self.folder / "inventory.parquet"
+        )
 
     def rows(self, day: str) -> list[dict[str, object]]:
         """The rows of a night, by URI and image."""

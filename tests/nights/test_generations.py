@@ -218,3 +218,34 @@ def test_verify_notices_a_changed_file_and_an_unfinished_date(three: Nights, cap
     assert "_SUCCESS is missing" in " ".join(capsys.readouterr().out.split())
     assert three.make(FIRST) == 0
     assert main(["verify", str(three.table)]) == 0
+
+
+def test_a_night_killed_after_everything_was_carried_is_finished(
+    three: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make_here(three, FIRST) == 0
+    put = LocalStorage.put
+
+    def dying(self: LocalStorage, path: str, payload: bytes) -> None:
+        if path.endswith("carry.json"):
+            raise Crash
+        put(self, path, payload)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "put", dying)
+        with pytest.raises(Crash):
+            make_here(three, SECOND)
+    assert make_here(three, SECOND) == 0
+    assert set(three.carried(SECOND).values()) == {FIRST}
+
+
+def test_an_empty_inventory_is_a_night_of_no_rows(three: Nights) -> None:
+    inventory = (three.folder / "inventory.parquet").read_bytes()
+    three.list_images([], etag=[])
+    assert three.make(FIRST) == 0
+    (three.folder / "inventory.parquet").write_bytes(inventory)
+    assert three.make(SECOND) == 0
+    three.list_images([], etag=[])
+    assert three.make(THIRD) == 0
+    assert [len(three.rows(day)) for day in (FIRST, SECOND, THIRD)] == [0, 5, 0]
+    assert three.report(THIRD)["night"]["images"]["removed"] == 5
