@@ -120,7 +120,9 @@ class Fetcher:
     def _start(self, sources: Sequence[tuple[int, Source]], queue: ResultQueue) -> int:
         remote = []
         for index, source in sources:
-            if is_local(source.location):
+            if source.length == 0:  # a byte range must have a byte
+                queue.put(Result(index, Fetched.of(b""), Reservation(self._memory)))
+            elif is_local(source.location):
                 self._file_threads.submit(self._read_file, index, source, queue)
             else:
                 remote.append((index, source))

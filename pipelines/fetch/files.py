@@ -5,11 +5,14 @@ client of their own here. Only regular files are read: a named pipe in an invent
 """
 
 import asyncio
+import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -18,6 +21,7 @@ from pipelines.fetch.retry import FetchError
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion, Fetched, Source, Span, check_length
 from pipelines.status import Status
+from pipelines.storage.objects import OBJECT_SCHEMES
 from pipelines.storage.uris import scheme_of
 
 T = TypeVar("T")
@@ -25,14 +29,21 @@ T = TypeVar("T")
 FSSPEC_THREADS = 32
 """Threads for fsspec's blocking reads."""
 
-HOST_SCHEMES = frozenset("ftp sftp ssh smb webhdfs hdfs dask jlab jupyter github gitlab git".split())  # noqa: SIM905
-"""fsspec schemes that connect to a host named in the URI, without our SSRF check."""
+PUBLIC_SCHEMES = frozenset({"hf", "local", "memory", *OBJECT_SCHEMES})
+"""fsspec schemes that an inventory may use. Others connect to a host that the URI names, without our SSRF
+check, or read what another file describes; they need `allow_private_addresses`."""
+
+NOT_A_PATH = re.compile(r"//|(data|javascript|blob|about|mailto|https?):", re.I)
+"""How URIs of web pages begin that name no file."""
 
 
 def read_source(source: Source, reservation: Reservation) -> Fetched:
     """A file of this machine, or the source's span of it; blocks until there is memory for it."""
     if not source.location:
         return Fetched(Status.INVALID_URI, "the URI is empty")
+    if NOT_A_PATH.match(source.location):
+        error = f"neither an absolute URL nor a path: {source.location}"
+        return Fetched.of(FetchError(Status.INVALID_URI, error))
     try:
         return check_length(read_local(source, reservation), source)
     except FetchError as error:
@@ -63,6 +74,8 @@ def read_local(source: Source, reservation: Reservation) -> bytes:
     except ValueError as error:
         raise FetchError(Status.INVALID_URI, str(error)) from error
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FetchError(Status.INVALID_URI, "the path is too long") from error
         # A failing disk or mount may recover: retried in a later pass, like a connection.
         raise FetchError(Status.CONNECTION_FAILED, f"cannot read the file: {error.strerror}") from error
 
@@ -111,9 +124,13 @@ class FsspecClient:
 
 def check_scheme(uri: str, allow_private_addresses: bool) -> None:
     """Raise FetchError for a URI through which an inventory could reach any host (SSRF)."""
-    scheme = scheme_of(uri)
-    if "::" in uri or (scheme in HOST_SCHEMES and not allow_private_addresses):
+    from fsspec.registry import known_implementations
+
+    private = scheme_of(uri) in known_implementations and scheme_of(uri) not in PUBLIC_SCHEMES
+    if "::" in uri or (private and not allow_private_addresses):
         raise FetchError(Status.BLOCKED_ADDRESS, f"this kind of URI can reach any host: {uri}")
+    if scheme_of(uri) == "local" and not Path(uri.partition("://")[2]).is_file():
+        raise FetchError(Status.NOT_FOUND, "no such file, or not a regular one")
 
 
 def size_of(uri: str) -> int | None:

@@ -14,7 +14,8 @@ from pipelines.images.pixels import black_pixels, pixels_column
 from pipelines.images.prepare import Pixels, Prepared, prepare
 from pipelines.schema import LOADED
 from pipelines.specs import DecodeLimits, ImageSpec
-from pipelines.status import NOT_MODIFIED, SAME_BYTES
+from pipelines.status import NOT_MODIFIED, SAME_BYTES, Status
+from pipelines.storage.uris import scheme_of
 
 Decode = Callable[[Sequence[bytes], Pixels, Sequence[int]], Sequence[Prepared]]
 """Decodes payloads into these positions of uint8 [n, height, width, 3]; returns one outcome per payload."""
@@ -45,7 +46,7 @@ def load(
     for batch in fetcher.fetch_batches(sources):
         known = {index: _find_known(fetched, sources[index], knows) for index, fetched in batch}
         for index, row in _load_batch(batch, known, pixels_nhwc, decode):
-            rows[index] = {"item_id": item_ids[index], **row}
+            rows[index] = {"item_id": item_ids[index], **_without_bytes(row, sources[index])}
     table = pa.Table.from_pylist(rows, schema=LOADED)
     return table.append_column("pixels", pixels_column(pixels_nhwc))
 
@@ -86,6 +87,13 @@ def _load_batch(
         (index, (known[index] or _row(fetched, images.get(index))) | _response(fetched))
         for index, fetched in batch
     ]
+
+
+def _without_bytes(row: Row, source: Source) -> Row:
+    """The row; of a file that is no image, only web servers' bytes may be quoted in a published table."""
+    if row["status"] != Status.NOT_AN_IMAGE.value or scheme_of(source.location) in ("http", "https"):
+        return row
+    return {**row, "error": "no image format starts like this"}
 
 
 def _response(fetched: Fetched) -> Row:

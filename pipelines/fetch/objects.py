@@ -38,8 +38,12 @@ ODD_KEY = re.compile(r"^/|//|/$|(^|/)\.\.?(/|$)")
 """Keys that obstore cannot express (it drops a leading slash): they are legal, and s3fs reads them."""
 
 
+MAX_BUCKETS = 256
+"""Buckets whose clients are kept: each has 120 kB."""
+
+
 class BucketClient:
-    """Owns one obstore client, with its connection pool, per bucket."""
+    """Owns one obstore client, with its connection pool, for each of the last buckets."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
@@ -64,8 +68,9 @@ class BucketClient:
             raise to_fetch_error(error) from None
 
     def _store(self, bucket: str) -> Any:
-        if bucket not in self._stores:
-            self._stores[bucket] = open_store(bucket, self._limits)
+        self._stores[bucket] = self._stores.pop(bucket, None) or open_store(bucket, self._limits)
+        if len(self._stores) > MAX_BUCKETS:
+            del self._stores[next(iter(self._stores))]  # the one that was not used for longest
         return self._stores[bucket]
 
 

@@ -29,6 +29,10 @@ GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 DECOMPRESS_STEP = 256 << 10
 """Bytes decompressed at a time, so that a bomb meets the byte limit before it fills memory."""
 
+MAX_HEADER_BYTES = 64 << 10
+MAX_HEADERS = 512
+"""Longest header and most of them; content security policies and signed redirects exceed aiohttp's limits."""
+
 RETRY_AFTER_CODES = frozenset({429, 503})
 """Status codes whose Retry-After is honoured; elsewhere it is ignored."""
 
@@ -79,6 +83,9 @@ class WebClient:
             },
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADERS,
         )
 
     async def close(self) -> None:

@@ -340,6 +340,9 @@ FAULTS: dict[str, Respond] = {
     "busy-for-3-s": busy_for_3_s,
     "silent": silent,
     "drip": drip,
+    "large-headers": fixed(
+        whole(BODY, Content_Security_Policy="x" * 20_000, **{f"X_{n}": n for n in range(200)})
+    ),
     "truncated": cut(head("200 OK", Content_Length=len(BODY)) + BODY[:500]),
     "length-too-small": fixed(head("200 OK", Content_Length=500) + BODY),
     "length-of-terabytes": fixed(head("200 OK", Content_Length=10**13) + BODY),

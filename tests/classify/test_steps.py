@@ -73,3 +73,14 @@ def test_pixels_and_reasons_lie_in_plan_order_whatever_arrives_first(tmp_path: P
     assert table["status"].to_pylist() == [expected.get(number, "ok") for number in range(20)]
     shades = [set(pixels) for pixels in table["pixels"].to_pylist()]
     assert shades == [{0 if number in expected else number * 10} for number in range(20)]
+
+
+def test_bytes_of_a_local_file_that_is_no_image_are_not_told(tmp_path: Path) -> None:
+    (tmp_path / "passwd.jpg").write_bytes(b"root:x:0:0:root:/root")
+    state = open_storage(str(tmp_path / "state"))
+    plan(str(tmp_path / "passwd.jpg"), state)
+    loader = Loader(Source(state.uri, SPEC, DecodeLimits(), FETCH))
+    (table,) = loader(work_list([(0, 1)], items_per_batch=1))
+    loader.close()
+    assert table["status"].to_pylist() == ["not_an_image"]
+    assert "root" not in table["error"][0].as_py()

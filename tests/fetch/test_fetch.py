@@ -27,7 +27,7 @@ import s3fs
 from aiohttp import ClientPayloadError, ClientResponseError
 from obstore.exceptions import GenericError
 
-from pipelines.fetch import retry
+from pipelines.fetch import objects, retry
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.hosts import AdaptiveSlots, Hosts
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
@@ -143,6 +143,10 @@ def test_body_arrives_whole_through_redirects_and_packing(server: FaultServer, f
     )
     assert [fetched.payload for fetched in found] == [BODY] * 5
     assert server.requests["/hops/0"] == 1
+
+
+def test_large_headers_are_read(server: FaultServer, fetcher: Fetcher) -> None:
+    assert fetcher.fetch(f"{server.url}/large-headers").payload == BODY
 
 
 def test_retry_after_is_waited_for_and_never_into_the_time_out(server: FaultServer, fetcher: Fetcher) -> None:
@@ -431,6 +435,41 @@ def test_filesystem_that_hangs_stops_no_name_look_up(fetcher: Fetcher) -> None:
     Hung.restored.set()
     assert {fetched.status for fetched in found[:64]} == {Status.TIMEOUT}
     assert found[64].status is Status.BLOCKED_ADDRESS
+
+
+def test_member_without_bytes_is_empty_wherever_its_shard_is(fetcher: Fetcher, server: FaultServer) -> None:
+    shards = ("/tmp/none.tar", f"{server.url}/416.tar", "s3://bucket/shard.tar")
+    sources = [Source(f"{shard}#a.jpg", shard, 512, 0) for shard in shards]
+    assert {one.payload for _, one in fetcher.fetch_many(sources)} == {b""}
+
+
+@pytest.mark.parametrize(
+    "uri", ["//cdn.example.com/a.jpg", "data:image/png;base64,xx", "data:" + "x" * 9_000,
+            "javascript:void(0)", "https:/x", "/" + "x" * 300],
+)  # fmt: skip
+def test_text_that_names_no_file_is_an_invalid_uri(fetcher: Fetcher, uri: str) -> None:
+    assert fetcher.fetch(uri).status is Status.INVALID_URI
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "webdav", "oss", "arrow_hdfs", "reference", "generic", "zip"])
+def test_schemes_that_can_reach_any_host_are_refused(scheme: str) -> None:
+    with Fetcher(FetchLimits(max_attempts=1)) as fetcher:
+        assert fetcher.fetch(f"{scheme}://127.0.0.1/a.jpg").status is Status.BLOCKED_ADDRESS
+
+
+def test_pipe_under_the_name_of_another_scheme_hangs_nothing(fetcher: Fetcher, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert fetcher.fetch(f"local://{tmp_path}/pipe").status is Status.NOT_FOUND
+
+
+def test_clients_of_many_buckets_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "open_store", lambda bucket, _limits: bucket)
+    client = objects.BucketClient(LIMITS)
+    for number in range(1_000):
+        client._store("s3://often")
+        client._store(f"s3://{number}")
+    assert len(client._stores) == objects.MAX_BUCKETS
+    assert "s3://often" in client._stores
 
 
 URI_SEEDS = [
