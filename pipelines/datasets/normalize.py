@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 def normalize(pixels_nhwc: "torch.Tensor", spec: ImageSpec) -> "torch.Tensor":
     """float32 [n, 3, height, width] of uint8 [n, height, width, 3], on the same device."""
-    return standardize(unit_scaled(pixels_nhwc), spec)
+    return standardize(scale_to_unit(pixels_nhwc), spec)
 
 
-def unit_scaled(pixels_nhwc: "torch.Tensor") -> "torch.Tensor":
+def scale_to_unit(pixels_nhwc: "torch.Tensor") -> "torch.Tensor":
     """float32 [n, 3, height, width] in [0, 1]."""
     return pixels_nhwc.float().permute(0, 3, 1, 2) / 255
 

@@ -150,13 +150,13 @@ def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """A table of URIs and labels, or of image bytes and labels; whether it can have several per image."""
     schema = tables.schema_of([uri])
     label_columns = find_label_columns(schema, columns, uri)
-    wanted = {*label_columns, columns.split, columns.group, *FILE_COLUMNS, *template_fields(columns.file)}
+    wanted = {*label_columns, columns.split, columns.group, *FILE_COLUMNS, *parse_template(columns.file)}
     raw = read_columns(uri, schema, [name for name in schema.names if name in wanted])
     several = bool(columns.one_hot) or allows_several(schema, label_columns[0])
     if columns.one_hot:
         labels = [parse_one_hot(row, uri) for row in raw.select(label_columns).to_pylist()]
     else:
-        names = class_names(uri, label_columns[0])
+        names = read_class_names(uri, label_columns[0])
         values = raw[label_columns[0]].to_pylist()
         labels = [parse_labels(value, names, several=several) for value in values]
     return make_found(
@@ -267,7 +267,7 @@ def locate(uri: str, schema: pa.Schema, raw: pa.Table, columns: Columns) -> dict
             "offset": list(range(n_rows)),
             "payload_column": [image] * n_rows,
         }
-    names = file_names(uri, raw, columns)
+    names = build_file_names(uri, raw, columns)
     folder, _ = split(uri)
     return {"uri": [name if "://" in name or name.startswith("/") else join(folder, name) for name in names]}
 
@@ -289,10 +289,10 @@ def find_image_column(schema: pa.Schema) -> str | None:
     return str(held[0])
 
 
-def file_names(uri: str, raw: pa.Table, columns: Columns) -> list[str]:
+def build_file_names(uri: str, raw: pa.Table, columns: Columns) -> list[str]:
     """Each image's path or URI, by the template or from the column that holds it."""
     if columns.file:
-        missing = [name for name in template_fields(columns.file) if name not in raw.column_names]
+        missing = [name for name in parse_template(columns.file) if name not in raw.column_names]
         if missing:
             raise DatasetError(f"{columns.file!r} names {missing[0]!r}, which is no column of {redact(uri)}")
         return [columns.file.format_map(row) for row in raw.to_pylist()]
@@ -309,7 +309,7 @@ def file_names(uri: str, raw: pa.Table, columns: Columns) -> list[str]:
     return [str(name) for name in names]
 
 
-def template_fields(template: str) -> list[str]:
+def parse_template(template: str) -> list[str]:
     """The columns that a template names.
 
     Raises:
@@ -321,7 +321,7 @@ def template_fields(template: str) -> list[str]:
         raise DatasetError(f"--columns.file {template!r}: {error}") from error
 
 
-def class_names(uri: str, column: str) -> list[str] | None:
+def read_class_names(uri: str, column: str) -> list[str] | None:
     """The names that a Hugging Face dataset stores for an integer label column."""
     if tables.format_of(uri) != "parquet":
         return None

@@ -19,7 +19,7 @@ class NoAttention(Exception):
     """The model returns no attention over a grid of patches (it is no plain Vision Transformer)."""
 
 
-def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
+def roll_out(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     """`float32[N, rows, columns]` in [0, 1] per patch, 1 where the model looked most.
 
     Args:
@@ -30,7 +30,7 @@ def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     Raises:
         NoAttention: the model has no attention over patches.
     """
-    rows, columns = grid(model.config)
+    rows, columns = patch_grid(model.config)
     implementation, training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()
@@ -45,10 +45,10 @@ def rollout(model: Any, pixels_nhwc: Array, spec: ImageSpec) -> Array:
     # One shape for all blocks: window attention (Swin) and pyramids have several, and no common tokens.
     if len({attention.shape for attention in attentions}) != 1:
         raise NoAttention(f"{type(model).__name__} returns no attention of all its patches to each other")
-    return _scaled(_multiplied(attentions), rows, columns)
+    return _scale(_multiply(attentions), rows, columns)
 
 
-def grid(config: Any) -> tuple[int, int]:
+def patch_grid(config: Any) -> tuple[int, int]:
     """Rows and columns of patches."""
     try:
         (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
@@ -61,7 +61,7 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _multiplied(attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _multiply(attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """[N, tokens, tokens]: how much of each input token is in each output token."""
     tokens = attentions[0].shape[-1]
     flow = torch.eye(tokens, device=attentions[0].device).expand(len(attentions[0]), -1, -1)
@@ -71,7 +71,7 @@ def _multiplied(attentions: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return flow
 
 
-def _scaled(flow: torch.Tensor, rows: int, columns: int) -> Array:
+def _scale(flow: torch.Tensor, rows: int, columns: int) -> Array:
     """What reached the class token (without one, the mean token) from each patch, stretched to [0, 1]."""
     extra = flow.shape[-1] - rows * columns
     if extra < 0:

@@ -58,7 +58,7 @@ def build_eval_set(
         counts = ", ".join(f"{n} {name}" for name, n in sorted(Counter(data.splits.tolist()).items()))
         raise InputError(f"{data.settings.uri} has no image in split {split!r} ({counts}); use --split all")
     images = take_images(data, rows)
-    covering = np.array([covering_class(one, class_ids, taxonomy) for one in data.classes], np.int64)
+    covering = np.array([find_covering_class(one, class_ids, taxonomy) for one in data.classes], np.int64)
     labels = images["classes"].to_pylist()
     uncovered = Counter(data.classes[i] for indices in labels for i in indices if covering[i] < 0)
     kept = np.array([multi_label or bool((covering[indices] >= 0).all()) for indices in labels])
@@ -76,7 +76,7 @@ def take_images(data: LabelledData, rows: Array) -> pa.Table:
     return data.rows.take(pa.array(rows)).append_column("item_id", pa.array(rows, pa.int64()))
 
 
-def covering_class(node_id: str, class_ids: Sequence[str], taxonomy: Taxonomy) -> int:
+def find_covering_class(node_id: str, class_ids: Sequence[str], taxonomy: Taxonomy) -> int:
     """Index of the class that is the label or its nearest ancestor; -1 where there is none."""
     if node_id not in taxonomy:
         return -1

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation.eval_set import ALL, EvalSet, Leakage, build_eval_set, find_leakage
 from pipelines.evaluation.evaluation import Evaluation, evaluate
-from pipelines.evaluation.gallery import gallery
+from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.models import EvaluatedModel
 from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import write_report
@@ -57,7 +57,7 @@ def evaluate_model(
         thresholds=model.spec.thresholds,
         about=_about(model, data, split, leakage, result),
     )
-    shown = gallery(
+    shown = make_gallery(
         result.scored, model.taxonomy, result.images, model.spec.image_spec, network=model.network
     )
     counts = {} if split == ALL else data.images_per_class(data.rows_by_split())

@@ -21,7 +21,7 @@ from pipelines.taxonomy.taxonomy import Taxonomy
 ATTENTION_MAPS = 12
 
 
-def gallery(
+def make_gallery(
     scored: Scored, taxonomy: Taxonomy, images: pa.Table, spec: ImageSpec, *, network: Any = None
 ) -> ReportExtras:
     """The pictures of a report.
@@ -62,7 +62,7 @@ def add_attention(images: list[ReportImage], spec: ImageSpec, network: Any) -> l
     if not images:
         return []
     try:
-        maps = attention.rollout(network, np.stack([image.pixels_hwc for image in images]), spec)
+        maps = attention.roll_out(network, np.stack([image.pixels_hwc for image in images]), spec)
     except attention.NoAttention:
         return []
     return [

@@ -46,7 +46,7 @@ Classes = Sequence[Mapping[str, Any]]
 
 
 @contextmanager
-def drawing(width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
+def draw_figure(width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
     """A styled figure to draw on, and a list that receives its `data:` URI as SVG when the block ends."""
     uris: list[str] = []
     with mpl.rc_context(STYLE):
@@ -57,18 +57,18 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, list[str]]]:
         uris.append(f"data:image/svg+xml;base64,{base64.b64encode(sink.getvalue()).decode()}")
 
 
-def plot(width: float, height: float, draw: Callable[[Any], None]) -> str:
+def plot_axes(width: float, height: float, draw: Callable[[Any], None]) -> str:
     """One set of axes, drawn on by `draw`, as SVG."""
-    with drawing(width, height) as (figure, uris):
+    with draw_figure(width, height) as (figure, uris):
         draw(figure.subplots())
     return uris[0]
 
 
-def shortened(name: str, length: int = 30) -> str:
+def shorten(name: str, length: int = 30) -> str:
     return name if len(name) <= length else name[: length - 1].rstrip() + "…"
 
 
-def confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> str:
+def plot_confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> str:
     """Share of each true class that went to each predicted one; siblings next to each other."""
     order = sorted(range(len(classes)), key=lambda c: classes[c]["path"])
     counts_cc = np.zeros((len(classes), len(classes)))
@@ -78,11 +78,11 @@ def confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> str:
     names = [classes[c]["name"] for c in order]
     groups = [classes[c]["path"].split(SEPARATOR)[0] for c in order]
     if len(classes) <= NAMED:
-        return _named_matrix(counts_cc, names, groups, "Confusion matrix")
-    return _dense_matrix(counts_cc, groups)
+        return _plot_named_matrix(counts_cc, names, groups, "Confusion matrix")
+    return _plot_dense_matrix(counts_cc, groups)
 
 
-def tier1_confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> str | None:
+def plot_tier1_confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> str | None:
     """The confusion matrix summed to Tier 1; None where it would say nothing new or have no room."""
     groups = [one["path"].split(SEPARATOR)[0] for one in classes]
     names = sorted(set(groups))
@@ -92,21 +92,21 @@ def tier1_confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> str | N
     counts_cc = np.zeros((len(names), len(names)))
     for true, predicted, images in cells:
         counts_cc[index[groups[true]], index[groups[predicted]]] += images
-    return _named_matrix(counts_cc, names, names, "Confusion matrix at Tier 1")
+    return _plot_named_matrix(counts_cc, names, names, "Confusion matrix at Tier 1")
 
 
-def _shares(counts_cc: Array) -> Array:
+def _share_rows(counts_cc: Array) -> Array:
     """Each row as shares of its sum; a class without images keeps an empty row."""
     shares: Array = counts_cc / np.maximum(counts_cc.sum(axis=1, keepdims=True), 1)
     return shares
 
 
-def _named_matrix(counts_cc: Array, names: list[str], groups: list[str], title: str) -> str:
+def _plot_named_matrix(counts_cc: Array, names: list[str], groups: list[str], title: str) -> str:
     n = len(names)
     side = min(max(3.6 + 0.4 * n, 6.8), WIDE)
-    with drawing(side, side - 1.2) as (figure, uris):
+    with draw_figure(side, side - 1.2) as (figure, uris):
         axes = _matrix(figure, counts_cc, mpl.colors.Normalize(0, 1))
-        labels = [shortened(name) for name in names]
+        labels = [shorten(name) for name in names]
         axes.set_xticks(range(n), labels, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(n), labels)
         _separate(axes, groups, MUTED)
@@ -120,7 +120,7 @@ def _matrix(figure: Figure, counts_cc: Array, norm: Any) -> Any:
     """Axes with the shares of each true class as colours and a bar that explains them."""
     axes = figure.subplots()
     # Without interpolation the cells go into the SVG as they are: sharp at any zoom, one pixel each.
-    image = axes.imshow(_shares(counts_cc), cmap="Blues", norm=norm, aspect="auto", interpolation="none")
+    image = axes.imshow(_share_rows(counts_cc), cmap="Blues", norm=norm, aspect="auto", interpolation="none")
     axes.grid(False)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, label="share of the true class", format=PercentFormatter(1), shrink=0.6)
@@ -128,7 +128,7 @@ def _matrix(figure: Figure, counts_cc: Array, norm: Any) -> Any:
 
 
 def _write_counts(axes: Any, counts_cc: Array) -> None:
-    shares_cc = _shares(counts_cc)
+    shares_cc = _share_rows(counts_cc)
     for row, column in zip(*np.nonzero(counts_cc), strict=True):
         colour = "white" if shares_cc[row, column] > 0.5 else INK
         text = f"{int(counts_cc[row, column])}"
@@ -139,18 +139,18 @@ def _separate(axes: Any, groups: Sequence[str], colour: str) -> None:
     """Lines between groups of siblings, unless every class is a group of its own."""
     if len(set(groups)) == len(groups):
         return
-    for edge in _starts(groups)[1:]:
+    for edge in _find_starts(groups)[1:]:
         axes.axhline(edge - 0.5, color=colour, linewidth=0.6)
         axes.axvline(edge - 0.5, color=colour, linewidth=0.6)
 
 
-def _starts(groups: Sequence[str]) -> list[int]:
+def _find_starts(groups: Sequence[str]) -> list[int]:
     return [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
 
 
-def _dense_matrix(counts_cc: Array, groups: Sequence[str]) -> str:
+def _plot_dense_matrix(counts_cc: Array, groups: Sequence[str]) -> str:
     """Some hundred classes: a picture of the blocks, named by Tier 1 where there is room."""
-    with drawing(10, 8.8) as (figure, uris):
+    with draw_figure(10, 8.8) as (figure, uris):
         # The square root makes confusions of a few per cent visible beside the diagonal.
         axes = _matrix(figure, counts_cc, mpl.colors.PowerNorm(0.5, 0, 1))
         _separate(axes, groups, GRID)
@@ -164,7 +164,7 @@ def _dense_matrix(counts_cc: Array, groups: Sequence[str]) -> str:
 
 def _name_blocks(axes: Any, groups: Sequence[str]) -> None:
     """Tick labels in the middle of each block, left out where they would touch the one before."""
-    starts = _starts(groups)
+    starts = _find_starts(groups)
     least_gap = len(groups) / 45  # 45 lines of 8 points fill the height of the axes
     positions: list[float] = []
     names: list[str] = []
@@ -172,33 +172,33 @@ def _name_blocks(axes: Any, groups: Sequence[str]) -> None:
         middle = (start + stop - 1) / 2
         if not positions or middle - positions[-1] >= least_gap:
             positions.append(middle)
-            names.append(shortened(groups[start], 24))
+            names.append(shorten(groups[start], 24))
     axes.set_yticks(positions, names, fontsize=7)
     axes.set_xticks(positions, names, fontsize=7, rotation=90)
 
 
-def curves(found: Mapping[str, Any], classes: Classes) -> tuple[str, str]:
+def plot_curves(found: Mapping[str, Any], classes: Classes) -> tuple[str, str]:
     """ROC and precision-recall curves: the average over all decisions, and single classes."""
     lines = [("all decisions", found["average"], {"color": INK, "linewidth": 2.2})]
-    lines += [(shortened(classes[one["class"]]["name"], 26), one, {}) for one in found["classes"]]
+    lines += [(shorten(classes[one["class"]]["name"], 26), one, {}) for one in found["classes"]]
 
     def roc(axes: Any) -> None:
         for name, one, how in lines:
             x, y = one["false_positive_rate"], one["true_positive_rate"]
             axes.plot(x, y, label=f"{name} ({one['roc_auc']:.2f})", **how)
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
-        _share_axes(axes, "ROC curves (area)", "false positive rate (%)", "true positive rate (%)")
+        _set_shares(axes, "ROC curves (area)", "false positive rate (%)", "true positive rate (%)")
 
     def precision_recall(axes: Any) -> None:
         for name, one, how in lines:
             label = f"{name} ({one['average_precision']:.2f})"
             axes.step(one["recall"], one["precision"], where="post", label=label, **how)
-        _share_axes(axes, "Precision-recall curves (average precision)", "recall (%)", "precision (%)")
+        _set_shares(axes, "Precision-recall curves (average precision)", "recall (%)", "precision (%)")
 
-    return plot(HALF, 5.0, roc), plot(HALF, 5.0, precision_recall)
+    return plot_axes(HALF, 5.0, roc), plot_axes(HALF, 5.0, precision_recall)
 
 
-def _share_axes(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
+def _set_shares(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     """Both axes from 0 to 100 %, the legend below them where no curve can run through it."""
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
@@ -206,9 +206,9 @@ def _share_axes(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
     axes.figure.legend(loc="outside lower center", ncols=2)
 
 
-def reliability(calibration: Mapping[str, Any]) -> str:
+def plot_reliability(calibration: Mapping[str, Any]) -> str:
     """How often the answer is right against how sure it was, before and after the temperature."""
-    with drawing(HALF, 5.0) as (figure, uris):
+    with draw_figure(HALF, 5.0) as (figure, uris):
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1, label="perfectly calibrated")
         for moment, colour in (("before", ORANGE), ("after", BLUE)):
@@ -226,7 +226,7 @@ def reliability(calibration: Mapping[str, Any]) -> str:
     return uris[0]
 
 
-def coverage(curve: Mapping[str, Sequence[float]]) -> str:
+def plot_coverage(curve: Mapping[str, Sequence[float]]) -> str:
     """Precision of the best label when only the surest images are answered."""
 
     def draw(axes: Any) -> None:
@@ -234,31 +234,35 @@ def coverage(curve: Mapping[str, Sequence[float]]) -> str:
         axes.plot(
             curve["coverage"], curve["threshold"], color=ORANGE, linestyle="--", label="threshold needed"
         )
-        _share_axes(axes, "Coverage against precision", "images answered (%)", "precision, threshold (%)")
+        _set_shares(axes, "Coverage against precision", "images answered (%)", "precision, threshold (%)")
 
-    return plot(HALF, 5.0, draw)
+    return plot_axes(HALF, 5.0, draw)
 
 
-def learning_curves(history: Sequence[Mapping[str, Any]]) -> str | None:
+def plot_learning(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Losses, scores and learning rate of each evaluation of a training run; None without two of them."""
     panels = [
         (
             "Loss",
             "cross entropy (nats)",
-            [name for name in _numbers(history) if name.endswith("loss") and name != "log_loss"],
+            [name for name in _list_numbers(history) if name.endswith("loss") and name != "log_loss"],
         ),
-        ("Validation scores", "score (0 to 1)", [name for name in _numbers(history) if _is_score(name)]),
-        ("Learning rate", "per step", [name for name in _numbers(history) if name.endswith("learning_rate")]),
+        ("Validation scores", "score (0 to 1)", [name for name in _list_numbers(history) if _is_score(name)]),
+        (
+            "Learning rate",
+            "per step",
+            [name for name in _list_numbers(history) if name.endswith("learning_rate")],
+        ),
     ]
     panels = [panel for panel in panels if panel[2]]
     if len(history) < 2 or not panels:
         return None
-    with drawing(WIDE, 3.9) as (figure, uris):
+    with draw_figure(WIDE, 3.9) as (figure, uris):
         for axes, (title, unit, names) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
             for name in names:
-                axes.plot(*_series(history, name), "o-", markersize=2.5, label=name.replace("_", " "))
+                axes.plot(*_collect_series(history, name), "o-", markersize=2.5, label=name.replace("_", " "))
             axes.set(title=title, xlabel="epoch", ylabel=unit)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
@@ -272,17 +276,17 @@ def _is_score(name: str) -> bool:
     return any(name == score or name.endswith(("_" + score, "/" + score)) for score in SCORES)
 
 
-def _numbers(history: Sequence[Mapping[str, Any]]) -> list[str]:
+def _list_numbers(history: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for line in history for name in line)
     return [name for name in names if isinstance(next(line[name] for line in history if name in line), float)]
 
 
-def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def _collect_series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
     lines = [(i, line) for i, line in enumerate(history, start=1) if line.get(name) is not None]
     return [line.get("epoch", i) for i, line in lines], [line[name] for _, line in lines]
 
 
-def per_class(classes: Classes) -> str:
+def plot_classes(classes: Classes) -> str:
     """F1 of every class with its 95 % interval; of many classes, the best and the worst."""
     known = [one for one in classes if one["images"]]
     ranked = sorted(known, key=lambda one: (-one["f1"], one["images"], one["path"]))
@@ -294,17 +298,17 @@ def per_class(classes: Classes) -> str:
             (f"Worst {EXTREMES} classes", ranked[-EXTREMES:]),
         ]
     rows = max((len(shown) for _, shown in panels), default=1)
-    with drawing(WIDE, 1.1 + 0.24 * rows) as (figure, uris):
+    with draw_figure(WIDE, 1.1 + 0.24 * rows) as (figure, uris):
         for axes, (title, shown) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
         ):
-            _forest(axes, shown)
+            _draw_forest(axes, shown)
             axes.set(title=title, xlabel="F1 (%)", ylabel="class (images)", xlim=(-0.01, 1.01))
             axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     return uris[0]
 
 
-def _forest(axes: Any, shown: Classes) -> None:
+def _draw_forest(axes: Any, shown: Classes) -> None:
     """One dot with whiskers per class, the best on top."""
     f1 = np.array([one["f1"] for one in shown])
     interval = np.array([one["f1_interval"] for one in shown]).reshape(-1, 2)
@@ -312,32 +316,32 @@ def _forest(axes: Any, shown: Classes) -> None:
     axes.errorbar(
         f1, range(len(shown)), xerr=whiskers, fmt="o", markersize=4, color=BLUE, ecolor=MUTED, elinewidth=1
     )
-    axes.set_yticks(range(len(shown)), [f"{shortened(one['name'])} ({one['images']})" for one in shown])
+    axes.set_yticks(range(len(shown)), [f"{shorten(one['name'])} ({one['images']})" for one in shown])
     axes.invert_yaxis()
 
 
-def balance(counts: Mapping[str, Mapping[str, int]], classes: Classes) -> str:
+def plot_balance(counts: Mapping[str, Mapping[str, int]], classes: Classes) -> str:
     """Images per class in each split: bars with names, or for many classes a curve by rank."""
     biggest = next(iter(counts.values()))
     ranked = sorted(classes, key=lambda one: -biggest.get(one["id"], 0))
     if len(classes) <= NAMED:
-        return plot(WIDE, 1.2 + 0.26 * len(classes), lambda axes: _bars(axes, counts, ranked))
-    return plot(WIDE, 3.9, lambda axes: _ranks(axes, counts, ranked))
+        return plot_axes(WIDE, 1.2 + 0.26 * len(classes), lambda axes: _draw_bars(axes, counts, ranked))
+    return plot_axes(WIDE, 3.9, lambda axes: _draw_ranks(axes, counts, ranked))
 
 
-def _bars(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:
+def _draw_bars(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:
     left = np.zeros(len(ranked))
     for split, of_class in counts.items():
         width = np.array([of_class.get(one["id"], 0) for one in ranked])
         axes.barh(range(len(ranked)), width, left=left, label=split, height=0.7)
         left += width
-    axes.set_yticks(range(len(ranked)), [shortened(one["name"]) for one in ranked])
+    axes.set_yticks(range(len(ranked)), [shorten(one["name"]) for one in ranked])
     axes.invert_yaxis()
     axes.set(title="Class balance", xlabel="images", ylabel="class")
     axes.figure.legend(loc="outside lower center", ncols=3)
 
 
-def _ranks(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:
+def _draw_ranks(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:
     for split, of_class in counts.items():
         axes.plot(range(1, len(ranked) + 1), [of_class.get(one["id"], 0) for one in ranked], label=split)
     axes.set(title="Class balance", xlabel="class, by rank of its images", ylabel="images", yscale="symlog")

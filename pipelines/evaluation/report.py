@@ -89,7 +89,7 @@ class ReportExtras:
 def write_report(evaluation: Evaluation, output_uri: str, material: ReportExtras | None = None) -> None:
     """Write `report.html`, then `evaluation.json`, into a folder of any storage."""
     folder = storage.open_storage(output_uri)
-    folder.put(REPORT_FILE, page(evaluation.document(), material or ReportExtras()).encode())
+    folder.put(REPORT_FILE, render_page(evaluation.document(), material or ReportExtras()).encode())
     folder.put(EVALUATION_FILE, evaluation.to_json().encode())
 
 
@@ -114,7 +114,7 @@ def _answers(scored: Scored, taxonomy: Taxonomy, row: int) -> tuple[tuple[str, f
     return tuple((taxonomy.path(scored.class_ids[c]), float(scores[c])) for c in best)
 
 
-def page(document: Mapping[str, Any], material: ReportExtras) -> str:
+def render_page(document: Mapping[str, Any], material: ReportExtras) -> str:
     """The report as one HTML text, from the content of `evaluation.json`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipelines.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -142,17 +142,17 @@ def page(document: Mapping[str, Any], material: ReportExtras) -> str:
 def draw_plots(document: Mapping[str, Any], material: ReportExtras) -> dict[str, str | None]:
     """Every plot of the page by name; None where there is nothing to draw."""
     classes, cells, curves = document["classes"], document["confusions"], document["curves"]
-    roc, precision_recall = plots.curves(curves, classes) if curves else (None, None)
+    roc, precision_recall = plots.plot_curves(curves, classes) if curves else (None, None)
     return {
-        "confusion": plots.confusion(classes, cells) if cells else None,
-        "tier1_confusion": plots.tier1_confusion(classes, cells) if cells else None,
-        "per_class": plots.per_class(classes),
+        "confusion": plots.plot_confusion(classes, cells) if cells else None,
+        "tier1_confusion": plots.plot_tier1_confusion(classes, cells) if cells else None,
+        "per_class": plots.plot_classes(classes),
         "roc": roc,
         "precision_recall": precision_recall,
-        "reliability": plots.reliability(document["calibration"]),
-        "coverage": plots.coverage(document["coverage"]),
-        "learning": plots.learning_curves(material.history),
-        "balance": plots.balance(material.class_counts, classes) if material.class_counts else None,
+        "reliability": plots.plot_reliability(document["calibration"]),
+        "coverage": plots.plot_coverage(document["coverage"]),
+        "learning": plots.plot_learning(material.history),
+        "balance": plots.plot_balance(material.class_counts, classes) if material.class_counts else None,
     }
 
 
@@ -168,13 +168,13 @@ def list_confusions(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             "predicted": classes[predicted]["path"],
             "images": images,
             "share": images / classes[true]["images"],
-            "relation": relation(classes[true], classes[predicted]),
+            "relation": name_relation(classes[true], classes[predicted]),
         }
         for true, predicted, images in mistakes[:CONFUSIONS_LISTED]
     ]
 
 
-def relation(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def name_relation(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """How two classes are related: siblings, one below the other, the same Tier 1 category, or not at all."""
     first, second = one["path"].split(SEPARATOR), other["path"].split(SEPARATOR)
     shared = min(len(first), len(second))

@@ -60,7 +60,7 @@ def render(found: Inspection, data: LabelledData, images: pa.Table) -> str:
     return environment.get_template("inspection.html").render(
         i=found,
         total=data.rows.num_rows,
-        balance=plots.balance({name: _counts(found, name) for name in found.images}, found.classes),
+        balance=plots.plot_balance({name: _counts(found, name) for name in found.images}, found.classes),
         pictures=fetch_pictures(images, sorted(wanted)),
         of_class=of_class,
         groups=groups,

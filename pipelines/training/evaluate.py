@@ -15,7 +15,7 @@ from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation import calibration
 from pipelines.evaluation.eval_set import EvalSet, take_images
 from pipelines.evaluation.evaluation import Evaluation, evaluate
-from pipelines.evaluation.gallery import gallery
+from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import ReportImage, write_report
 from pipelines.evaluation.score import EvalResult, score
@@ -111,7 +111,9 @@ def write_run_report(
     """Write the run's report: the last split measured, its images, how training went."""
     split, data = list(found)[-1], corpus.data
     result = results[split]
-    shown = gallery(result.scored, data.taxonomy, result.images, corpus.spec, network=load_network(files))
+    shown = make_gallery(
+        result.scored, data.taxonomy, result.images, corpus.spec, network=load_network(files)
+    )
     extras = replace(
         shown,
         history=runs.history(output),

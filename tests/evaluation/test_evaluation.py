@@ -104,7 +104,7 @@ def test_the_page_says_which_categories_can_be_published_parents_included() -> N
     assert found.publishable == "1 of 8 categories (Sports), 0 of the 5 classes"
     sports = next(one for one in found.categories if one["id"] == "483")
     assert (sports["images"], sports["given"], sports["correct"]) == (2, 2, 2)
-    page = report.page(found.document(), report.ReportExtras())
+    page = report.render_page(found.document(), report.ReportExtras())
     assert "Can be published at the thresholds: 1 of 8 categories (Sports), 0 of the 5 classes" in page
     assert ">Parents</h3>" in page and "<code>483</code>" in page
 
@@ -140,7 +140,7 @@ def test_multi_label_evaluation_has_map_and_no_confusion_matrix() -> None:
     found = evaluation.evaluate(Scored(IDS, logits_nc, scores_nc, targets_nc), TAXONOMY)
     assert found.overall["map"] > 0.8
     assert found.confusions == []
-    page = report.page(found.document(), report.ReportExtras())
+    page = report.render_page(found.document(), report.ReportExtras())
     assert "mAP" in page
     assert 'id="confusion"' not in page
 
@@ -224,7 +224,7 @@ def test_hostile_labels_and_addresses_stay_text() -> None:
     tree = taxonomy.flat(labels)
     shown = report.ReportImage(0, '"><img src=http://evil.example/x>', np.zeros((4, 4, 3), np.uint8))
     pictures = report.ReportExtras(sample=report.caption_images(judged, tree, [shown]))
-    page = report.page(evaluation.evaluate(judged, tree).document(), pictures)
+    page = report.render_page(evaluation.evaluate(judged, tree).document(), pictures)
     found = References()
     found.feed(page)
     assert page.count("<script>") == 1
@@ -249,7 +249,7 @@ document.title = `wide ${wide.length} overlapping ${overlapping} scrolling ${scr
 @pytest.mark.parametrize("n_classes", [20, 300])
 def test_nothing_overflows_or_overlaps_at_1280_pixels(n_classes: int, tmp_path: Path) -> None:
     judged, tree = random_scores(n_classes, 3_000)
-    page = report.page(evaluation.evaluate(judged, tree).document(), report_extras(judged, tree))
+    page = report.render_page(evaluation.evaluate(judged, tree).document(), report_extras(judged, tree))
     (tmp_path / "page.html").write_text(page + OVERFLOW)
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -263,7 +263,7 @@ def test_nothing_overflows_or_overlaps_at_1280_pixels(n_classes: int, tmp_path: 
 def test_attention_rolls_out_as_the_product_of_the_layers() -> None:
     model = small_models.vit()
     pixels_nhwc = np.random.default_rng(0).integers(0, 255, (3, 40, 56, 3), np.uint8)
-    maps = attention.rollout(model, pixels_nhwc, small_models.SPEC)
+    maps = attention.roll_out(model, pixels_nhwc, small_models.SPEC)
     assert maps.shape == (3, 5, 7)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
@@ -283,7 +283,7 @@ def test_attention_rolls_out_as_the_product_of_the_layers() -> None:
 def test_a_model_without_patches_has_no_attention_map() -> None:
     model = ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[4, 8, 8, 8], depths=[1, 1, 1, 1]))
     with pytest.raises(attention.NoAttention):
-        attention.rollout(model, np.zeros((1, 40, 56, 3), np.uint8), small_models.SPEC)
+        attention.roll_out(model, np.zeros((1, 40, 56, 3), np.uint8), small_models.SPEC)
 
 
 def test_a_label_below_a_class_counts_as_that_class_and_a_foreign_one_is_left_out(tmp_path: Path) -> None:
