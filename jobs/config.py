@@ -176,6 +176,7 @@ class ClassificationConfig(RayConfig):
     rename: dict[str, str] = field_of(InventoryOptions, "rename")
     drop_columns: list[str] = field_of(InventoryOptions, "drop_columns")
     image_column: str = field_of(InventoryOptions, "image_column")
+    keep_plan: bool = field_of(InventoryOptions, "keep_plan")
     top_k: int = Field(default=5, ge=1)
     """Labels kept per image."""
     precision: Literal["auto", "fp32", "fp16", "int8"] = "fp32"
@@ -236,7 +237,6 @@ class ClassifyConfig(ClassificationConfig):
 
     output: str
     """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
-    keep_plan: bool = field_of(InventoryOptions, "keep_plan")
 
 
 class NightlyConfig(ClassificationConfig):

@@ -61,8 +61,13 @@ def prepare(config: NightlyConfig, folders: DateFolders) -> NightRun:
     """The run to continue or to begin, before an engine starts."""
     begun = folders.runs()
     last = nights.read_ledger(folders.run(begun[-1])) if begun else None
-    if last is None or not config.replace:
+    if last is None:
         return open_run(config, folders, begun[-1] if begun else 1)
+    if not config.replace:
+        try:
+            return open_run(config, folders, begun[-1])
+        except InputError as error:
+            raise InputError(f"{error}. To begin the date again: --replace") from error
     if last.state.phase is Phase.PUBLISHED:
         return open_run(config, folders, last.state.generation + 1)
     try:

@@ -58,13 +58,16 @@ def _describe(table_uri: str, day: date) -> Removal | None:
     folders = DateFolders(table_uri, day)
     listed: set[str] = set()
     state: set[str] = set()
-    for first in folders.runs():
-        ledger = read_ledger(folders.run(first))
-        if ledger is None or ledger.state.phase is not Phase.PUBLISHED:
-            log.warning("%s is kept: a run of it is not finished", day)
+    begun = folders.runs()
+    for first in begun:
+        prefix, ledger = "" if first == 1 else f"g{first}/", read_ledger(folders.run(first))
+        if first == begun[-1] and (ledger is None or ledger.state.phase is not Phase.PUBLISHED):
+            log.warning("%s is kept: its last run is not finished", day)
             return None
-        listed |= set(ledger.state.files)
-        state |= _list_run(folders.run(first), "" if first == 1 else f"g{first}/")
+        if ledger:
+            listed |= set(ledger.state.files)
+            state |= {prefix + part.path for part in ledger.state.parts}  # of a run that was replaced
+        state |= _list_run(folders.run(first), prefix)
     there = {entry.path: entry.size for entry in folders.images.list()}
     below = {entry.path: entry.size for entry in folders.root.list()}
     table = [name for name in (SUCCESS, *sorted(listed)) if name in there]

@@ -239,6 +239,28 @@ def test_a_night_killed_after_everything_was_carried_is_finished(
     assert set(three.carried(SECOND).values()) == {FIRST}
 
 
+def test_an_unfinished_run_of_another_inventory_is_replaced_and_pruned_with_its_date(
+    three: Nights, server: EtagServer, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    old = "2026-10-01"
+    with monkeypatch.context() as patched:
+        patched.setattr(run_nightly.nights, "publish_night", crash)
+        with pytest.raises(Crash):
+            make_here(three, old)
+    three.list_images([server.url("/0.png")])
+    assert three.make(old) == 2
+    assert "--replace" in capsys.readouterr().err
+    assert three.make(old, "--replace") == 0
+    assert len(three.rows(old)) == 1
+    assert three.make(FIRST) == 0
+    assert main(["prune", str(three.table), "--keep-days", "28"]) == 0
+    assert not [path for path in three.table.rglob("*") if old in str(path)]
+
+
+def crash(*_: object) -> None:
+    raise Crash
+
+
 def test_an_empty_inventory_is_a_night_of_no_rows(three: Nights) -> None:
     inventory = (three.folder / "inventory.parquet").read_bytes()
     three.list_images([], etag=[])
