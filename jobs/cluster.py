@@ -6,6 +6,8 @@ run, and with none left the tasks between two pools would wait for ever.
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +48,26 @@ def joins_cluster(address: str | None) -> bool:
 
 
 @contextmanager
+def without_log_level_line() -> Iterator[None]:
+    """Drop the line that Ray's native code prints on the process's streams because its log level is set.
+
+    What else arrives on standard error meanwhile is printed afterwards.
+    """
+    sys.stderr.flush()
+    printed_on = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(printed_on, 2)
+            os.close(printed_on)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if b"RAY_BACKEND_LOG_LEVEL" not in line))
+
+
+@contextmanager
 def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
     """Connect for the duration of a job, and disconnect; a cluster started here ends with it, or the process.
 
@@ -62,7 +84,7 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
-    with handlers_kept():
+    with handlers_kept(), without_log_level_line():
         if joins_cluster(address):
             ray.init(address=address, **quiet)
         else:  # "local": without it Ray would join whatever cluster it finds on this machine

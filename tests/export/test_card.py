@@ -55,7 +55,7 @@ def bundle(request, tmp_path_factory) -> Path:
     models.dataset(folder / "pictures", 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certificate, "SPEED_S", 0.0)
-        output, settings = str(folder / "bundle"), ParitySettings(sample_images=10)
+        output, settings = str(folder / "bundle"), ParitySettings(sample_images=10, min_images=5)
         release.export(str(folder / "best"), str(folder / "pictures"), output, settings=settings)
     blocks = re.findall(r"```python\n(.*?)```", (folder / "bundle" / "README.md").read_text(), re.DOTALL)
     for name, block in zip(("label.py", "examples.py"), blocks, strict=True):
