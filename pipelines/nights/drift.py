@@ -37,7 +37,7 @@ Counts = Mapping[str, int]
 """Images by category, or by another cell."""
 Array = npt.NDArray[np.float64]
 
-MIN_IMAGES = 100
+MIN_IMAGES = 50
 """Images of tonight, and of the past nights together, below which nothing is said."""
 MIN_NIGHTS = 2
 """Past nights from which the design effect is estimated; with fewer it is 1."""

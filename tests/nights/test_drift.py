@@ -53,7 +53,7 @@ def test_tiny_but_certain_change_of_many_images_raises_nothing():
 
 
 def test_too_few_images_are_not_judged():
-    few = Signal("tier 1", {"sports": 99}, [{"food": 5_000}])
+    few = Signal("tier 1", {"sports": 49}, [{"food": 5_000}])
     first_night = Signal("tier 1", {"sports": 5_000}, [])
     for found in drift.judge([few, first_night]):
         assert not found.is_judged
