@@ -222,10 +222,9 @@ def _run_dataflow(run: Run, engine: Engine, items: Sequence[Range], *, final: bo
         n_items=count(items),
         local_cores=engine.local_cores,
     )
-    fetch = settings.fetch.shared_by(pools.load_actors)
     return engine.run_dataflow(
         work_list(items, pools.items_per_batch),
-        Source(run.state.uri, bundle.spec.image_spec, settings.decode, fetch),
+        Source(run.state.uri, bundle.spec.image_spec, settings.decode, settings.fetch, pools.load_actors),
         Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
         part_context(run, final=final),
         pools,

@@ -37,6 +37,8 @@ class Source:
     image_spec: ImageSpec
     decode: DecodeLimits
     fetch: FetchLimits
+    load_actors: int = 1
+    """How many share the limits per host."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Loader:
         self._containers = {
             file.uri: ContainerVersion(file.size_bytes, file.version) for file in self._plan.containers
         }
-        self._fetcher = Fetcher(source.fetch)
+        self._fetcher = Fetcher(source.fetch, load_actors=source.load_actors)
         self._decoder = DecoderProcess(source.image_spec, source.decode)
         self._decoding = threading.Lock()
         self._closed = False

@@ -29,10 +29,10 @@ class StorageClient(Protocol):
 class Downloader:
     """Owns the remote clients of one event loop; every call is made on it."""
 
-    def __init__(self, limits: FetchLimits) -> None:
+    def __init__(self, limits: FetchLimits, load_actors: int) -> None:
         self._limits = limits
         self._slots = asyncio.Semaphore(limits.concurrency)
-        self._hosts = Hosts(limits)
+        self._hosts = Hosts(limits, load_actors)
         self._web = WebClient(limits)
         self._buckets = BucketClient(limits)
         self._fsspec = FsspecClient(limits)

@@ -37,11 +37,12 @@ cannot hold every slot."""
 class Fetcher:
     """Owns the event loop, connections and threads of one process; any thread may use it.
 
-    A context manager: leaving it closes it.
+    A context manager: leaving it closes it. `load_actors` fetchers share the limits per host.
     """
 
-    def __init__(self, limits: FetchLimits | None = None) -> None:
+    def __init__(self, limits: FetchLimits | None = None, *, load_actors: int = 1) -> None:
         self._limits = limits or FetchLimits()
+        self._load_actors = load_actors
         self._memory = Memory(self._limits)
         self._tables = EmbeddedReader()
         self._file_threads = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="fetch-files")
@@ -73,7 +74,7 @@ class Fetcher:
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def _open(self) -> Downloader:
-        return Downloader(self._limits)
+        return Downloader(self._limits, self._load_actors)
 
     async def _shut(self) -> None:
         for task in self._tasks:

@@ -5,6 +5,7 @@ A host is the name and port that a request is sent to, after any redirects.
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Iterator
 
 from pipelines import metrics
@@ -29,6 +30,10 @@ OVERLOAD_STATUSES = frozenset({Status.THROTTLED, Status.SERVER_ERROR})
 
 BREAKER_STATUSES = OVERLOAD_STATUSES | {Status.CONNECTION_FAILED, Status.TLS_FAILED, Status.TIMEOUT}
 """Failures of the host rather than of one object."""
+
+
+TURN_S = 1.0
+"""A load actor's turn at a host that has more of them than slots, seconds: a few requests' time."""
 
 
 class AdaptiveSlots:
@@ -65,9 +70,11 @@ class CircuitOpen(FetchError):
 class Host:
     """Per-host state: request slots, end of the current pause, circuit breaker."""
 
-    def __init__(self, limits: FetchLimits) -> None:
+    def __init__(self, limits: FetchLimits, load_actors: int = 1) -> None:
         self._limits = limits
-        self._slots = AdaptiveSlots(limits.per_host)
+        self._slots = AdaptiveSlots(max(1, limits.per_host // load_actors))
+        self._turns = -(-load_actors // limits.per_host)
+        self._turn = random.randrange(self._turns)
         self._users = 0
         self._resume_at = 0.0
         self._slowed_at = 0.0
@@ -88,7 +95,7 @@ class Host:
         self._users += 1
         try:
             async with self._slots.hold():
-                while pause_s := self._pause_s():
+                while pause_s := max(self._pause_s(), self._turn_s()):
                     await asyncio.sleep(pause_s)
                 self._check_circuit()
                 yield
@@ -163,6 +170,11 @@ class Host:
             final=True,
         )
 
+    def _turn_s(self) -> float:
+        """Time until this load actor's turn, which was drawn at random."""
+        since_s = (_now() - self._turn * TURN_S) % (self._turns * TURN_S)
+        return 0.0 if since_s < TURN_S else self._turns * TURN_S - since_s
+
     def _pause_s(self) -> float:
         pause_s = max(0.0, self._resume_at - _now())
         if pause_s > self._limits.total_timeout_s:
@@ -174,8 +186,9 @@ class Host:
 class Hosts:
     """Recently contacted hosts, at most MAX_HOSTS and those in use."""
 
-    def __init__(self, limits: FetchLimits) -> None:
+    def __init__(self, limits: FetchLimits, load_actors: int = 1) -> None:
         self._limits = limits
+        self._load_actors = load_actors
         self._known: dict[tuple[str, int], Host] = {}
 
     def get(self, name: str, port: int) -> Host:
@@ -184,7 +197,7 @@ class Hosts:
         if key not in self._known:
             if len(self._known) >= MAX_HOSTS:
                 self._forget()
-            self._known[key] = Host(self._limits)
+            self._known[key] = Host(self._limits, self._load_actors)
         return self._known[key]
 
     def _forget(self) -> None:

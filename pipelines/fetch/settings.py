@@ -1,6 +1,5 @@
 """How images are fetched: what one request may cost, and how many are made at a time."""
 
-from dataclasses import replace
 from ipaddress import ip_network
 from typing import Annotated
 
@@ -18,8 +17,8 @@ class FetchLimits:
     concurrency: PositiveInt = 128
     """Requests in flight per load actor."""
     per_host: PositiveInt = 16
-    """http(s) requests in flight per host (name and port), shared out among the load actors, one at least;
-    each halves its share when the host answers 429 or 5xx, and lets it grow again."""
+    """http(s) requests in flight per host (name and port), shared out among the load actors; where they are
+    more, they take turns. Each halves its share when the host answers 429 or 5xx, and lets it grow again."""
     breaker_failures: PositiveInt = 20
     """Failures of one http(s) host in a row (connections, time-outs, 429, 5xx), over 15 s and more, after
     which its further images are not tried in this pass, but for one every 30 s."""
@@ -54,7 +53,3 @@ class FetchLimits:
             )
         for network in self.allowed_networks:
             ip_network(network)
-
-    def shared_by(self, load_actors: int) -> "FetchLimits":
-        """One load actor's share of what all of them may do together."""
-        return replace(self, per_host=max(1, self.per_host // load_actors))

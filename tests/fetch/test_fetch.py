@@ -27,7 +27,7 @@ import s3fs
 from aiohttp import ClientPayloadError, ClientResponseError
 from obstore.exceptions import GenericError
 
-from pipelines.fetch import objects, retry
+from pipelines.fetch import hosts, objects, retry
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.hosts import AdaptiveSlots, Hosts
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
@@ -42,6 +42,7 @@ from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import StorageError
 from tests.builders.fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
 
+LIMITS_OF_A_RUN = FetchLimits(per_host=16)
 LIMITS = FetchLimits(
     connect_timeout_s=0.5,
     read_timeout_s=0.7,
@@ -318,8 +319,29 @@ def test_hosts_in_use_and_those_that_failed_last_are_remembered(monkeypatch: pyt
     asyncio.run(ask())
 
 
-def test_load_actors_share_what_a_host_may_be_asked_at_once() -> None:
-    assert [FetchLimits(per_host=16).shared_by(n).per_host for n in (1, 5, 40)] == [16, 3, 1]
+def test_load_actors_share_what_a_host_may_be_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """91 of them at a host with 16 slots take turns."""
+    monkeypatch.setattr(hosts, "TURN_S", 0.2)
+    monkeypatch.setattr(hosts, "random", Random(1))
+    now = most = served = 0
+
+    async def use(host: hosts.Host) -> None:
+        nonlocal now, most, served
+        async with host.slot():
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0.02)
+            now -= 1
+            served += 1
+
+    async def run() -> None:
+        actors = [Hosts(LIMITS_OF_A_RUN, 91).get("a", 80) for _ in range(91)]
+        await asyncio.gather(*(use(actor) for actor in actors for _ in range(5)))
+
+    asyncio.run(run())
+    assert served == 91 * 5
+    assert 8 < most <= 32
+    assert Hosts(LIMITS_OF_A_RUN, 4).get("a", 80)._slots._most == 4
 
 
 def test_crowded_host_does_not_hold_up_the_others(server: FaultServer) -> None:
