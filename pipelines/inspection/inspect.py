@@ -228,7 +228,8 @@ def _warn_of_images(
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    further = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {further} more" if further > 0 else "")
 
 
 def _quantiles(sides: Any) -> dict[str, int]:
