@@ -28,6 +28,7 @@ class Head:
 
     address: str
     metrics: str
+    agent: str
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes]
 
@@ -57,7 +58,7 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
     token.parent.mkdir(parents=True, exist_ok=True)
     token.write_text("ab" * 32)
     port = port or free_port()
-    metrics = free_port()
+    metrics, agent = free_port(), free_port()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "IAB_VISION_"))}
     environment = kept | {
         "HOME": str(home),
@@ -69,7 +70,7 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
     options = {
         "--port": free_port(),
         "--dashboard-port": port,
-        "--dashboard-agent-listen-port": free_port(),
+        "--dashboard-agent-listen-port": agent,
         "--dashboard-agent-grpc-port": free_port(),
         "--metrics-export-port": metrics,
         "--num-cpus": num_cpus,
@@ -82,7 +83,8 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    head = Head(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics", environment, process)
+    urls = [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{agent}"]
+    head = Head(*urls, environment, process)
     deadline = time.monotonic() + READY_S
     headers = {"Authorization": f"Bearer {token.read_text()}"}
     while time.monotonic() < deadline and process.poll() is None:

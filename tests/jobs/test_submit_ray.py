@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -64,10 +65,17 @@ def wait_for_line(process, start: str) -> str:
     raise AssertionError(f"no line {start!r}: {process.stderr.read()}")
 
 
+def finish(process) -> tuple[str, str]:
+    """The rest of both streams, when the process has ended; `communicate` would lose what is buffered."""
+    streams = process.stdout.read(), process.stderr.read()
+    process.wait()
+    return streams
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 3])
 def test_the_exit_code_is_the_commands_own(head, scripted, code) -> None:
     process = head.submit(*scripted(f"code{code}", code=code, seconds=1))
-    out, err = process.communicate(timeout=120)
+    out, err = finish(process)
     assert process.returncode == code, out + err
     assert out.count("second 0") == 1
 
@@ -75,7 +83,7 @@ def test_the_exit_code_is_the_commands_own(head, scripted, code) -> None:
 def test_a_driver_that_is_killed_has_failed(head, scripted) -> None:
     process = head.submit(*scripted("killed", seconds=60))
     os.kill(int(wait_for_line(process, "pid").split()[1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = finish(process)
     assert process.returncode == 1 and "iab-vision-taxonomy" in err
 
 
@@ -85,17 +93,17 @@ def test_a_stopped_job_puts_its_work_away_and_ends_as_stopped_and_the_same_comma
     process = head.submit(*scripted("stopped", seconds=60))
     wait_for_line(process, "second 1")
     stopping = head.submit("stop", "taxonomy", "stopped")
-    assert "STOPPED" in stopping.communicate(timeout=90)[0]
-    out, err = process.communicate(timeout=60)
+    assert "STOPPED" in finish(stopping)[0]
+    out, err = finish(process)
     assert (process.returncode, stopping.returncode) == (130, 0), err
     assert "put away" in out
     again = head.submit(*scripted("stopped", seconds=0))
-    assert again.communicate(timeout=60) and again.returncode == 0
+    assert finish(again) and again.returncode == 0
 
 
 def test_a_second_submission_attaches_and_both_end_alike(head, scripted) -> None:
     both = [head.submit(*scripted("raced", code=3, seconds=4)) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
+    outputs = [finish(process) for process in both]
     assert [process.returncode for process in both] == [3, 3]
     assert sum("attached" in err for _, err in outputs) == 1
     assert all(out.count("second 3") == 1 for out, _ in outputs)
@@ -108,7 +116,7 @@ def test_an_outage_of_the_server_costs_no_line_of_the_log(head, scripted) -> Non
         proxy.take_down()
         time.sleep(3)
         proxy.bring_back()
-        out, err = process.communicate(timeout=120)
+        out, err = finish(process)
     assert process.returncode == 2, err
     assert [line for line in out.splitlines() if line.startswith("second")] == [
         f"second {number}" for number in range(2, 12)
@@ -120,10 +128,10 @@ def test_a_submitter_that_is_ended_leaves_the_job_running(head, scripted) -> Non
     process = head.submit(*scripted("left", seconds=8))
     wait_for_line(process, "second 0")
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = finish(process)
     assert process.returncode == 1 and "runs on" in err
     again = head.submit("logs", "taxonomy", "left")
-    out, _ = again.communicate(timeout=60)
+    out, _ = finish(again)
     assert again.returncode == 0 and "second 7" in out
 
 
@@ -151,19 +159,24 @@ def test_a_real_classification_runs_on_the_cluster_and_prometheus_sees_it(head, 
         text = scraped(head)
         missing = {name for name in missing if name not in text}
         time.sleep(0.5)
-    out, err = process.communicate(timeout=240)
+    out, err = finish(process)
     assert process.returncode == 0, out + err
     assert pq.read_table(tmp_path / "out" / "table").num_rows == 1500
     assert not missing
     refused = head.submit(*classify, str(tmp_path / "strict"), "--bundle", str(tmp_path / "nowhere"))
-    out, _ = refused.communicate(timeout=120)
+    out, _ = finish(refused)
     assert refused.returncode == 2
 
 
 def test_without_the_token_the_cluster_refuses_and_the_message_says_where_it_goes(
     head, scripted, tmp_path
 ) -> None:
-    stranger = Head(head.address, head.metrics, {**head.environment, "HOME": str(tmp_path)}, head.process)
+    stranger = replace(head, environment={**head.environment, "HOME": str(tmp_path)})
     process = stranger.submit(*scripted("stranger"))
-    _, err = process.communicate(timeout=60)
+    _, err = finish(process)
     assert process.returncode == 2 and "RAY_AUTH_TOKEN" in err
+
+
+def test_the_probes_of_the_manifests_need_no_token(head) -> None:
+    assert requests.get(f"{head.address}/api/gcs_healthz", timeout=10).ok
+    assert requests.get(f"{head.agent}/api/local_raylet_healthz", timeout=10).ok
