@@ -39,6 +39,9 @@ COMMANDS = {
         "jobs.inspect_dataset", "InspectConfig", "look at labelled images before training on them"
     ),
     "train": Command("jobs.train_vit", "TrainConfig", "fine-tune a Vision Transformer on labelled images"),
+    "calibrate": Command(
+        "jobs.calibrate_run", "CalibrateConfig", "refit a run's temperature and thresholds without training"
+    ),
     "tune": Command("jobs.tune_vit", "TuneConfig", "search for a better training recipe"),
     "export": Command("jobs.export_onnx", "ExportConfig", "turn a checkpoint into a certified ONNX bundle"),
     "certify": Command("jobs.certify_bundle", "CertifyConfig", "add this machine's certificate to a bundle"),

@@ -90,6 +90,9 @@ class RecipeConfig(DatasetConfig):
     precision: recipe.Precision = field_of(Recipe, "precision")
     metric_for_best_model: str = field_of(Recipe, "metric_for_best_model")
     target_precision: float = field_of(Recipe, "target_precision")
+    threshold_goal: Literal["precision", "recall", "f1"] = field_of(Recipe, "threshold_goal")
+    target_recall: float = field_of(Recipe, "target_recall")
+    threshold_confidence: float = field_of(Recipe, "threshold_confidence")
     finetune: Finetune = field_of(Recipe, "finetune")
     optimizer: Optimizer = field_of(Recipe, "optimizer")
     loss: Loss = field_of(Recipe, "loss")
@@ -114,6 +117,17 @@ class TrainConfig(RecipeConfig):
     trackers: list[Literal["mlflow", "wandb"]] = field_of(Resources, "trackers")
     push_to_hub: str | None = None
     """Private Hugging Face repository for the finished model; the hub's own environment holds the token."""
+
+
+class CalibrateConfig(JobConfig):
+    """Fit temperature and thresholds of a finished run again, without training."""
+
+    run: CliPositionalArg[Location]
+    """Folder of a finished run of `train`."""
+    target_precision: float = field_of(Recipe, "target_precision")
+    threshold_goal: Literal["precision", "recall", "f1"] = field_of(Recipe, "threshold_goal")
+    target_recall: float = field_of(Recipe, "target_recall")
+    threshold_confidence: float = field_of(Recipe, "threshold_confidence")
 
 
 class TuneConfig(RecipeConfig):

@@ -1,7 +1,7 @@
 """Turn the scores of labelled images into an `Evaluation`: every number and curve of a report, as plain data.
 
 It knows arrays and the taxonomy, no files, pictures or pages: `report.py` draws it. What it says of
-thresholds is measured on the images given here, which are not those that the thresholds were fitted on.
+thresholds is measured on the images given here; `about` says so where they were fitted on the same ones.
 """
 
 import json
@@ -20,6 +20,8 @@ from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
 
 CURVE_POINTS = 150
+CLASS_BINS = 8
+"""Bins of one class's probability: fewer images of it than of all."""
 CURVES_SHOWN = 6
 """Classes with a ROC and a precision-recall curve of their own: more cannot be told apart in one plot."""
 
@@ -199,6 +201,9 @@ def _intervals(scored: Scored) -> dict[str, list[float]]:
 def _classes(scored: Scored, taxonomy: Taxonomy, thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
     counts = metrics.per_class(scored.given_nc, scored.targets_nc, len(scored.class_ids))
     roc_auc, average_precision = scored.ranking
+    limits = np.array([thresholds.get(one, metrics.LABEL_GIVEN) for one in scored.class_ids], np.float32)
+    passing_nc = (scored.probabilities_nc >= limits).astype(np.uint8)
+    published = metrics.per_class(passing_nc, scored.targets_nc, len(scored.class_ids))
     columns = {
         "id": scored.class_ids,
         "name": [taxonomy.node(one).name for one in scored.class_ids],
@@ -216,6 +221,13 @@ def _classes(scored: Scored, taxonomy: Taxonomy, thresholds: Mapping[str, float]
         "f1_interval": counts.f1_interval.tolist(),
         "average_precision": average_precision.tolist(),
         "roc_auc": roc_auc.tolist(),
+        "published": published.given.tolist(),
+        "published_precision": published.precision.tolist(),
+        "published_recall": published.recall.tolist(),
+        "published_f1": published.f1.tolist(),
+        "ece": metrics.class_errors(scored.probabilities_nc, scored.targets).tolist(),
+        "mean_probability": scored.probabilities_nc.mean(axis=0, dtype=np.float64).tolist(),
+        "share": scored.targets_nc.mean(axis=0, dtype=np.float64).tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -238,6 +250,26 @@ def _calibration(scored: Scored) -> dict[str, Any]:
             "frequency": bins.frequency.tolist(),
             "count": bins.count.tolist(),
         }
+    return {**found, "classes": _least_reliable(scored)}
+
+
+def _least_reliable(scored: Scored) -> list[dict[str, Any]]:
+    """Reliability of the own probability of the classes with the largest calibration errors."""
+    errors = metrics.class_errors(scored.probabilities_nc, scored.targets)
+    known = np.flatnonzero(np.isfinite(errors))
+    shown = known[np.argsort(-errors[known], kind="stable")][:CURVES_SHOWN]
+    found = []
+    for c in shown.tolist():
+        bins = metrics.binned(scored.probabilities_nc[:, c], scored.targets_nc[:, c], bins=CLASS_BINS)
+        found.append(
+            {
+                "class": c,
+                "ece": float(errors[c]),
+                "confidence": bins.confidence.tolist(),
+                "frequency": bins.frequency.tolist(),
+                "count": bins.count.tolist(),
+            }
+        )
     return found
 
 

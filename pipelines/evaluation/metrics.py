@@ -63,6 +63,7 @@ def single_label(probabilities_nc: Array, targets: Array) -> dict[str, float]:
         "mcc": sk.matthews_corrcoef(targets, predicted),
         "log_loss": sk.log_loss(targets, probabilities_nc, labels=np.arange(n_classes)),
         "ece": calibration_error(probabilities_nc, targets),
+        "ece_classwise": classwise_error(probabilities_nc, targets),
         **_ranking(probabilities_nc, indicator(targets, n_classes)),
     }
     return {name: float(value) for name, value in numbers.items()}
@@ -88,6 +89,7 @@ def multi_label(probabilities_nc: Array, targets_nc: Array) -> dict[str, float]:
         "exact_match": (given_nc == targets_nc.astype(bool)).all(axis=1).mean(),
         "log_loss": sk.log_loss(targets_nc.ravel(), probabilities_nc.ravel(), labels=[0, 1]),
         "ece": calibration_error(probabilities_nc, targets_nc),
+        "ece_classwise": classwise_error(probabilities_nc, targets_nc),
         **ranking,
     }
     return {name: float(value) for name, value in numbers.items()}
@@ -183,15 +185,36 @@ def reliability(probabilities_nc: Array, targets: Array, *, bins: int = ECE_BINS
     Not `sklearn.calibration.calibration_curve`: it does not return the counts that the error needs.
     """
     if targets.ndim == 2:
-        confidence, right = probabilities_nc.ravel(), targets.ravel()
-    else:
-        confidence, right = probabilities_nc.max(axis=1), probabilities_nc.argmax(axis=1) == targets
+        return binned(probabilities_nc.ravel(), targets.ravel(), bins=bins)
+    return binned(probabilities_nc.max(axis=1), probabilities_nc.argmax(axis=1) == targets, bins=bins)
+
+
+def binned(confidence: Array, right: Array, *, bins: int = ECE_BINS) -> Reliability:
+    """Confidence in equal-width bins, and how often it is right in each."""
     confidence = confidence.astype(np.float64)
     which = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     count = np.bincount(which, minlength=bins)
     filled = count > 0
     sums = [np.bincount(which, weights=values, minlength=bins)[filled] for values in (confidence, right)]
     return Reliability(sums[0] / count[filled], sums[1] / count[filled], count[filled])
+
+
+def class_errors(probabilities_nc: Array, targets: Array) -> Array:
+    """Expected calibration error of each class's own probability, `float[C]`; NaN for a class that is absent.
+
+    The error of the best label does not see a rare class (Kull et al. 2019, section 2).
+    """
+    targets_nc = indicator(targets, probabilities_nc.shape[1])
+    found = np.full(probabilities_nc.shape[1], np.nan)
+    for c in np.flatnonzero(targets_nc.any(axis=0)):
+        found[c] = binned(probabilities_nc[:, c], targets_nc[:, c]).error
+    return found
+
+
+def classwise_error(probabilities_nc: Array, targets: Array) -> float:
+    """Class-wise calibration error: the mean of `class_errors` over the classes that occur."""
+    errors = class_errors(probabilities_nc, targets)
+    return float(np.nanmean(errors)) if np.isfinite(errors).any() else 0.0
 
 
 def calibration_error(probabilities_nc: Array, targets: Array) -> float:

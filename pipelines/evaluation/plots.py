@@ -226,6 +226,28 @@ def plot_reliability(calibration: Mapping[str, Any]) -> str:
     return uris[0]
 
 
+def plot_class_reliability(calibration: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -> str:
+    """How often an image has a class against the probability of that class: the least reliable ones."""
+    with drawing(HALF, 5.0) as (figure, uris):
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
+        for one in calibration["classes"]:
+            name = classes[one["class"]]["name"]
+            axes.plot(
+                one["confidence"],
+                one["frequency"],
+                "o-",
+                markersize=4,
+                label=f"{name} (error {one['ece']:.3f})",
+            )
+        axes.set(title="Reliability of the least reliable classes", xlabel="probability of the class (%)")
+        axes.set(ylabel="images that have it (%)", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, symbol=""))
+        axes.legend(loc="upper left", fontsize="small")
+    return uris[0]
+
+
 def plot_coverage(curve: Mapping[str, Sequence[float]]) -> str:
     """Precision of the best label when only the surest images are answered."""
 

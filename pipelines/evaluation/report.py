@@ -37,6 +37,7 @@ TILES = (
     ("balanced_accuracy", "balanced accuracy", "mean recall over classes: each class counts the same"),
     ("f1_macro", "F1 macro", "mean F1 over classes"),
     ("ece", "calibration error", "mean gap between confidence and outcome; lower is better"),
+    ("ece_classwise", "class-wise error", "mean over classes of the same for each class's own probability"),
 )
 """The numbers at the top of the page: name, caption, what it means."""
 
@@ -150,6 +151,11 @@ def draw_plots(document: Mapping[str, Any], material: ReportExtras) -> dict[str,
         "roc": roc,
         "precision_recall": precision_recall,
         "reliability": plots.plot_reliability(document["calibration"]),
+        "class_reliability": (
+            plots.plot_class_reliability(document["calibration"], classes)
+            if document["calibration"]["classes"]
+            else None
+        ),
         "coverage": plots.plot_coverage(document["coverage"]),
         "learning": plots.plot_learning(material.history),
         "balance": plots.plot_balance(material.class_counts, classes) if material.class_counts else None,

@@ -3,33 +3,37 @@
 Nothing is fitted on the test split. A dataset without one gets a report on validation, which says so.
 """
 
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from pipelines.datasets import pixels, splits
-from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation import calibration
+from pipelines.evaluation.calibration import ThresholdRule
 from pipelines.evaluation.eval_set import EvalSet, take_images
-from pipelines.evaluation.evaluation import Evaluation, evaluate
+from pipelines.evaluation.evaluation import Evaluation, Scored, evaluate
 from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import ReportImage, write_report
 from pipelines.evaluation.score import EvalResult, score
 from pipelines.images.pixels import pixels_of
 from pipelines.images.prepare import Pixels
-from pipelines.messages import JobFailed, redact
+from pipelines.messages import JobFailed
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.status import Status
 from pipelines.storage.uris import join
+from pipelines.taxonomy.taxonomy import Taxonomy
 from pipelines.training import augment, runs
 from pipelines.training.decoded import DecodedData
 from pipelines.training.logits import load_network, predict_on_cluster
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
+
+log = logging.getLogger(__name__)
 
 MEASURED = (splits.VALIDATION, splits.TEST)
 AUGMENTED_IMAGES = 8
@@ -67,35 +71,69 @@ def _refuse_lost(result: EvalResult) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """Scores at their fitted temperature, and what was fitted."""
+
+    scored: dict[str, Scored]
+    """Split -> scores."""
+    spec: ModelSpec
+    """With temperature and thresholds."""
+    images_needed: dict[str, int | None]
+    """Categories that are never published, and how many more validation images each needs, if that helps."""
+
+
 def calibrate(
-    results: Results, model_spec: ModelSpec, data: LabelledData, *, target_precision: float
-) -> tuple[dict[str, EvalResult], ModelSpec]:
-    """Results and spec with the temperature and the thresholds that suit the validation images."""
-    on_validation = results[splits.VALIDATION].scored
+    scored: Mapping[str, Scored], model_spec: ModelSpec, taxonomy: Taxonomy, rule: ThresholdRule
+) -> Calibrated:
+    """The temperature and the thresholds that suit the validation images."""
+    on_validation = scored[splits.VALIDATION]
     temperature = calibration.fit_temperature(on_validation.logits_nc, on_validation.targets)
-    calibrated = {
-        name: replace(result, scored=result.scored.at_temperature(temperature))
-        for name, result in results.items()
-    }
-    thresholds = calibration.fit_thresholds(
-        calibrated[splits.VALIDATION].scored.probabilities_nc,
-        on_validation.targets,
-        data.taxonomy.rollup(model_spec.class_ids),
-        target_precision=target_precision,
+    calibrated = {name: one.at_temperature(temperature) for name, one in scored.items()}
+    rollup = taxonomy.rollup(model_spec.class_ids)
+    fitted_on = calibrated[splits.VALIDATION].probabilities_nc, on_validation.targets
+    return Calibrated(
+        scored=calibrated,
+        spec=replace(
+            model_spec,
+            temperature=temperature,
+            thresholds=calibration.fit_thresholds(*fitted_on, rollup, rule),
+        ),
+        images_needed=calibration.images_needed(*fitted_on, rollup, rule),
     )
-    return calibrated, replace(model_spec, temperature=temperature, thresholds=thresholds)
+
+
+def rule_of(recipe: Recipe) -> ThresholdRule:
+    """What the recipe asks of thresholds."""
+    return ThresholdRule(
+        recipe.threshold_goal, recipe.target_precision, recipe.target_recall, recipe.threshold_confidence
+    )
+
+
+def log_unpublished(found: Calibrated, taxonomy: Taxonomy, rule: ThresholdRule) -> None:
+    """Name the categories that no image will be given in `cat`."""
+    total = len(found.spec.thresholds)
+    if rule.goal == "precision":
+        reached = total - len(found.images_needed)
+        log.info("%d of %d categories reach a precision of %g", reached, total, rule.target_precision)
+    for category, more in found.images_needed.items():
+        advice = "a better model" if more is None else f"some {more} more validation images of it"
+        log.warning("never published: %s (%s); it needs %s", taxonomy.path(category), category, advice)
 
 
 def evaluate_splits(
-    results: Results, model_spec: ModelSpec, data: LabelledData, *, model: str
+    scored: Mapping[str, Scored], model_spec: ModelSpec, taxonomy: Taxonomy, *, about: Mapping[str, str]
 ) -> dict[str, Evaluation]:
-    """Split -> everything measured on it."""
-    about = {"model": model, "dataset": redact(data.settings.uri), "taxonomy": data.taxonomy.name}
+    """Split -> everything measured on it, marked where thresholds were fitted on the same images."""
+    marks = {splits.VALIDATION: {"thresholds": "fitted on these images: their precision is biased upward"}}
     return {
         name: evaluate(
-            result.scored, data.taxonomy, thresholds=model_spec.thresholds, about={**about, "split": name}
+            one,
+            taxonomy,
+            thresholds=model_spec.thresholds,
+            about={**about, "split": name, **marks.get(name, {})},
         )
-        for name, result in results.items()
+        for name, one in scored.items()
     }
 
 

@@ -7,7 +7,7 @@
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData, refuse_untrainable
 from pipelines.datasets.settings import ImageCache
 from pipelines.evaluation import metrics
-from pipelines.messages import InputError, JobFailed, root_cause
+from pipelines.messages import InputError, JobFailed, redact, root_cause
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.storage import storage, uris
-from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, runs
+from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, prior, runs, scores
 from pipelines.training import model as vit
 from pipelines.training.decoded import DecodedData
 from pipelines.training.hub import model_card
 from pipelines.training.loop import Diverged, train_worker
+from pipelines.training.losses import ClassCounts, prior_shift
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 from pipelines.training.task import Task, validation_name
@@ -106,12 +107,26 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
     result = train(job, prepared, listen)
     files, best = best_model(result)
     train_s = time.time() - started
+    shift = shift_of(job, prepared)
+    files = prior.put_back(files, shift)
     log.info("epoch %s is the best; measuring and calibrating it", best["epoch"])
     results = evaluate.score_splits(prepared, job.model_spec, files, job.resources)
-    results, model_spec = evaluate.calibrate(
-        results, job.model_spec, job.data, target_precision=job.recipe.target_precision
+    scores.write(job.output, results)
+    calibrated = evaluate.calibrate(
+        {name: result.scored for name, result in results.items()},
+        job.model_spec,
+        job.data.taxonomy,
+        evaluate.rule_of(job.recipe),
     )
-    found = evaluate.evaluate_splits(results, model_spec, job.data, model=job.recipe.model)
+    evaluate.log_unpublished(calibrated, job.data.taxonomy, evaluate.rule_of(job.recipe))
+    model_spec = calibrated.spec
+    results = {name: replace(one, scored=calibrated.scored[name]) for name, one in results.items()}
+    about = {
+        "model": job.recipe.model,
+        "dataset": redact(job.data.settings.uri),
+        "taxonomy": job.data.taxonomy.name,
+    }
+    found = evaluate.evaluate_splits(calibrated.scored, model_spec, job.data.taxonomy, about=about)
     log.info("drawing the report")
     evaluate.write_run_report(results, found, prepared, job.recipe, files=files, output=job.output)
     content = {
@@ -121,6 +136,9 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
         "best": best,
         "temperature": model_spec.temperature,
         "thresholds": dict(model_spec.thresholds),
+        "never_published": calibrated.images_needed,
+        "prior_shift": dict(zip(job.data.classes, shift.tolist(), strict=True)),
+        "published": {name: dict(one.published) for name, one in found.items()},
         **{name: dict(found[name].overall) if name in found else {} for name in evaluate.MEASURED},
         "data": prepared.account(),
         "resources": asdict(job.resources),
@@ -222,6 +240,18 @@ def task_of(job: TrainingJob, prepared: DecodedData, queue: Any) -> Task:
         log_every_steps=job.resources.log_every_steps,
         trackers=job.resources.trackers,
         progress_queue=queue,
+    )
+
+
+def shift_of(job: TrainingJob, prepared: DecodedData) -> npt.NDArray[np.float64]:
+    """What the run's class balance added to each logit."""
+    balance, rows = job.recipe.class_balance, prepared.rows[splits.TRAIN]
+    drawn = decoded.one_pass(prepared.strata(), balance, np.random.default_rng(job.recipe.seed))
+    return prior_shift(
+        balance,
+        drawn=ClassCounts(job.data.class_counts(rows[drawn]), len(drawn)),
+        natural=ClassCounts(job.data.class_counts(rows), len(rows)),
+        multi_label=job.data.multi_label,
     )
 
 

@@ -70,6 +70,38 @@ def build_criterion(
     )
 
 
+@dataclass(frozen=True)
+class ClassCounts:
+    """How often each class occurs among so many images."""
+
+    counts: npt.NDArray[np.int64]
+    images: int
+
+    def log_prior(self, *, multi_label: bool) -> npt.NDArray[np.float64]:
+        """Log share of each class; multi-label: its log odds."""
+        if multi_label:
+            share = np.clip(self.counts / max(self.images, 1), 1e-6, 1 - 1e-6)
+            return np.asarray(np.log(share / (1 - share)))
+        return np.asarray(np.log(np.maximum(self.counts, 1) / max(self.counts.sum(), 1)))
+
+
+def prior_shift(
+    balance: ClassBalance, *, drawn: ClassCounts, natural: ClassCounts, multi_label: bool
+) -> npt.NDArray[np.float64]:
+    """What sampling, class weights and logit adjustment added to each class's logit, float64 [classes].
+
+    A class drawn or weighed k times as much comes out log k higher (Saerens et al. 2002, equation 4), and
+    `logit_adjustment` takes tau log-priors away (Menon et al. 2021). Zeros where nothing was done.
+    """
+    prior = drawn.log_prior(multi_label=multi_label)
+    if multi_label:
+        weights = positive_weights(balance, drawn.counts, drawn.images)
+    else:
+        weights = class_weights(balance, drawn.counts)
+    sampled = prior - natural.log_prior(multi_label=multi_label)
+    return np.asarray(np.log(weights) + sampled - balance.logit_adjustment * prior)
+
+
 def class_weights(balance: ClassBalance, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """One weight per class, scaled so that the average over the training images is 1.
 

@@ -209,7 +209,13 @@ class Recipe:
     metric_for_best_model: str = "auto"
     """Validation metric that picks the best epoch; `auto` is accuracy, or map when multi-label."""
     target_precision: FractionAboveZero = 0.9
-    """Share of right answers that each category's threshold is set for, on validation images."""
+    """Share of right answers that each category's threshold is set for."""
+    threshold_goal: Literal["precision", "recall", "f1"] = "precision"
+    """What thresholds are set for: `target_precision`, `target_recall`, or the best F1."""
+    target_recall: FractionAboveZero = 0.9
+    """Share of a category's images that its threshold lets through, with `threshold_goal: recall`."""
+    threshold_confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
+    """How sure it must be, from the validation images, that new images reach `target_precision`."""
     finetune: Finetune = Finetune()
     """What learns."""
     optimizer: Optimizer = Optimizer()

@@ -1,0 +1,90 @@
+"""What sampling, class weights and logit adjustment did to class frequencies is put back into the logits."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from pipelines.evaluation import calibration, metrics
+from pipelines.training.losses import ClassCounts, class_weights, positive_weights, prior_shift
+from pipelines.training.prior import WEIGHTS, put_back
+from pipelines.training.recipe import ClassBalance
+
+RARE = 0.02
+
+
+def images(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """One feature and whether the image is of the rare class: log odds of the feature are 3x - 4.5."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random(n) < share
+    return rng.normal(3.0 * truth, 1.0), truth.astype(int)
+
+
+def ideal_logits(x: np.ndarray, share: float, weights: np.ndarray | None = None) -> np.ndarray:
+    """What a perfect model of images with this share of the rare class says."""
+    log_odds = 3 * x - 4.5 + np.log(share / (1 - share))
+    if weights is not None:
+        log_odds += np.log(weights[1] / weights[0])
+    return np.column_stack([np.zeros_like(x), log_odds])
+
+
+def counts(n: int, share: float) -> ClassCounts:
+    rare = round(n * share)
+    return ClassCounts(np.array([n - rare, rare]), n)
+
+
+BALANCES = {
+    "oversampled": (ClassBalance(sampling="oversample"), 0.5),
+    "weighted": (ClassBalance(class_weights="inverse"), RARE),
+    "adjusted": (ClassBalance(logit_adjustment=1.0), RARE),
+    "nothing": (ClassBalance(), RARE),
+}
+
+
+@pytest.mark.parametrize(("balance", "drawn_share"), BALANCES.values(), ids=BALANCES)
+def test_probability_of_a_rare_class_is_its_share_again(balance, drawn_share):
+    x, truth = images(50_000, RARE, seed=0)
+    drawn = counts(20_000, drawn_share)
+    logits_nc = ideal_logits(x, drawn_share, class_weights(balance, drawn.counts))
+    # a model trained with the log prior added learns what is left of the logits
+    logits_nc = logits_nc - balance.logit_adjustment * drawn.log_prior(multi_label=False)
+    shift = prior_shift(balance, drawn=drawn, natural=counts(20_000, RARE), multi_label=False)
+
+    def mean_rare(logits_nc: np.ndarray) -> tuple[float, float]:
+        temperature = calibration.fit_temperature(logits_nc, truth)
+        scores_nc = metrics.probabilities(logits_nc, temperature=temperature)
+        return float(scores_nc[:, 1].mean()), metrics.classwise_error(scores_nc, truth)
+
+    mean, error = mean_rare(logits_nc - shift)
+    assert mean == pytest.approx(truth.mean(), rel=0.1)
+    assert error < 0.005
+    if shift.any():  # no temperature undoes it, and the class-wise error shows it
+        mean, error = mean_rare(logits_nc)
+        assert mean > 2 * truth.mean()
+        assert error > 0.02
+
+
+def test_positive_weights_of_a_multi_label_model_are_put_back():
+    x, truth = images(50_000, RARE, seed=1)
+    balance, seen = ClassBalance(class_weights="inverse"), ClassCounts(np.array([400]), 20_000)
+    weights = positive_weights(balance, seen.counts, seen.images)
+    logits_nc = (3 * x - 4.5 + np.log(RARE / (1 - RARE)) + np.log(weights[0]))[:, None]
+    shift = prior_shift(balance, drawn=seen, natural=seen, multi_label=True)
+    scores_nc = metrics.probabilities(logits_nc - shift, multi_label=True)
+    assert scores_nc.mean() == pytest.approx(truth.mean(), rel=0.1)
+
+
+def test_shift_is_taken_from_the_bias_and_leaves_everything_else():
+    tensors = {"classifier.bias": torch.tensor([1.0, 2.0]), "classifier.weight": torch.ones(2, 3)}
+    files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), "config.json": b"{}"}
+    found = put_back(files, np.array([0.5, -1.0]))
+    after = load(found[WEIGHTS])
+    assert after["classifier.bias"].tolist() == [0.5, 3.0]
+    assert torch.equal(after["classifier.weight"], tensors["classifier.weight"])
+    assert found["config.json"] == b"{}"
+
+
+def test_model_of_a_run_that_balanced_nothing_keeps_its_bytes():
+    seen = counts(1000, 0.3)
+    shift = prior_shift(ClassBalance(), drawn=seen, natural=seen, multi_label=False)
+    assert put_back({WEIGHTS: b"untouched"}, shift) == {WEIGHTS: b"untouched"}
