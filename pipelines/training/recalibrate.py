@@ -11,7 +11,7 @@ from pipelines.storage import storage, uris
 from pipelines.taxonomy import taxonomy
 from pipelines.training import evaluate, model_files, runs, scores
 from pipelines.training.evaluate import Calibrated
-from pipelines.training.model_card import model_card
+from pipelines.training.hub import model_card
 
 REPORT = "calibration"
 """Folder of the page over the new figures; `report/` stays as training left it."""
