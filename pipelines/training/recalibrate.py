@@ -49,8 +49,9 @@ def recalibrate(run_uri: str, rule: ThresholdRule) -> Calibrated:
         "threshold_rule": asdict(rule),
         **{name: dict(one.overall) for name, one in measured.items()},
     }
+    paths = {one: tree.path(one) for one in spec.class_ids}
     folder.put(sidecar, model_files.sidecar_json(found.spec).encode())
-    folder.put(f"{runs.BEST}/README.md", model_card(content).encode())
+    folder.put(f"{runs.BEST}/README.md", model_card(content, paths).encode())
     folder.put(runs.MARKER, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     evaluate.log_unpublished(found, tree, rule)
     return found
