@@ -100,7 +100,11 @@ def finished(tmp_path: Path) -> TrainConfig:
     best.mkdir()
     for name in ("config.json", "README.md"):
         (best / name).write_text("{}")
-    content = {"test": {"accuracy": 0.5}, "best": {"epoch": 1}, "recipe": {"epochs": 1}}
+    content = {
+        "test": {"accuracy": 0.5},
+        "best": {"epoch": 1},
+        "recipe": {"epochs": 1, "target_precision": 0.9},
+    }
     content |= {"classes": list(job.data.classes), "thresholds": {}}
     runs.finish(job.output, {**content, "seconds": 1.0, "temperature": 1.0})
     return config
