@@ -228,7 +228,7 @@ def plot_reliability(calibration: Mapping[str, Any]) -> str:
 
 def plot_class_reliability(calibration: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -> str:
     """How often an image has a class against the probability of that class: the least reliable ones."""
-    with drawing(HALF, 5.0) as (figure, uris):
+    with draw_figure(HALF, 5.0) as (figure, uris):
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
         for one in calibration["classes"]:
