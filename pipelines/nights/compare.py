@@ -11,7 +11,6 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-from scipy import stats
 
 from pipelines.nights.counts import open_files
 from pipelines.nights.pictures import LABELS_SHOWN
@@ -155,6 +154,8 @@ def _agreement(
     database: duckdb.DuckDBPyConnection, truth: Mapping[str, Sequence[str]]
 ) -> dict[str, Any] | None:
     """How often each side is right, and the p-value of McNemar's exact test that they are equally often."""
+    from scipy import stats  # half a second that the pages of runs do not need
+
     ids = pa.array(list(truth.values()), pa.list_(pa.string()))
     database.register("truth", pa.table({"uri": pa.array(list(truth), pa.string()), "ids": ids}))
     images, right_a, right_b, a_alone, b_alone = database.execute(TRUTH).fetchall()[0]
