@@ -6,7 +6,6 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from pipelines.machine import cores
 from pipelines.storage.storage import Storage
@@ -40,6 +39,8 @@ def create_view(
         quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
         database.execute(f"CREATE OR REPLACE VIEW {name} AS SELECT * FROM read_parquet([{quoted}])")
         return
+    import pyarrow.dataset as pads  # brings pandas along, which local runs do not need
+
     filesystem, folder = storage.filesystem_and_path()
     found = pads.dataset([f"{folder.rstrip('/')}/{path}" for path in paths], filesystem=filesystem)
     database.register(name, found)

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import duckdb
-import pyarrow.dataset as ds
 from PIL import Image
 
 from pipelines.fetch.fetch import Fetcher
@@ -124,6 +123,8 @@ def find_sources(plan: Plan, uris: Collection[str]) -> dict[str, Source]:
     """URI -> where its bytes are, of those that lie in a file with others: tars, and Parquet with images."""
     if not plan.containers or not uris:
         return {}
+    import pyarrow.dataset as ds  # brings pandas along, which other runs do not need
+
     state = open_storage(plan.state_uri)
     filesystem, root = state.filesystem_and_path()
     files = [f"{root.rstrip('/')}/{file.path}" for file in plan.files]
