@@ -2,10 +2,9 @@
 
     iab-vision nightly --inventory inventory.parquet --bundle bundle --table nights --date 2026-11-21
 
-An unchanged inventory of a million rows with validators takes about half a minute on two cores, fetches no
-image and starts no engine (BENCHMARKS.md). Expected result: `images/run_date=2026-11-21/` with `_SUCCESS`,
-and `state/run_date=2026-11-21/report.json`. The same command continues an interrupted night, and repeats the
-verdict and the exit code of a published one.
+A night in which nothing changed fetches no image and starts no engine (BENCHMARKS.md). Expected result:
+`images/run_date=2026-11-21/` with `_SUCCESS`, and `state/run_date=2026-11-21/report.json`. The same command
+continues an interrupted night, and repeats the verdict and the exit code of a published one.
 """
 
 import json
