@@ -92,7 +92,7 @@ def test_folder_in_rows_out_each_with_a_status_and_a_rerun_does_nothing(
     assert main(command(images, bundle, output, "--engine", engine)) == 0
     assert f"60 rows, 60 images (60 to classify) of {images}; bundle {bundle}" in caplog.text
     assert f"engine {engine}: " in caplog.text
-    assert f"report: {output}/state/report.json" in capsys.readouterr().out
+    assert f"report: {output}/state/report.html" in capsys.readouterr().out
     rows = published(output)
     assert Counter(rows["status"].to_pylist()) == {"ok": 54, "not_an_image": 6}
     assert sorted(rows["uri"].to_pylist()) == sorted(str(path) for path in images.iterdir())
