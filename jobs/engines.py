@@ -52,9 +52,10 @@ def open_engine(
 
 @contextmanager
 def _ray_engine(ray_address: str | None, num_cpus: int | None, folders: Sequence[str]) -> Iterator[Engine]:
-    from jobs.cluster import nodes_without, quieten, ray_cluster
+    from jobs.cluster import nodes_without, quieten, ray_cluster, use_token
 
     quieten()
+    use_token()  # before the first import of Ray, or its clients send none
     from ray.exceptions import RayError
 
     from pipelines.classify.on_ray import run_dataflow
