@@ -35,8 +35,11 @@ def use_token() -> None:
     """Send Ray's token where this user has one; Ray's clients do so only when `RAY_AUTH_MODE` says it.
 
     A cluster on this machine writes `~/.ray/auth_token`, and every `ray start --head` after that asks for it.
-    Only before Ray is imported does it take effect.
+    Ray's clients read the mode when Ray is imported and its servers when they start: set in between, the two
+    would disagree, so a process that has imported Ray is left as it is.
     """
+    if "ray" in sys.modules:
+        return
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     if "RAY_AUTH_TOKEN" in os.environ or file.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
