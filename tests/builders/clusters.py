@@ -37,6 +37,7 @@ def remove_later(cluster: Cluster, node: Any, ledger: Path) -> None:
     while len(list(ledger.glob("*.json"))) < 2:
         time.sleep(0.1)
     cluster.remove_node(node, allow_graceful=False)
+    print("a node was removed", file=sys.stderr, flush=True)
 
 
 def classify(shape: dict[str, Any], arguments: list[str]) -> int:

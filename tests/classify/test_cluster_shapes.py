@@ -128,5 +128,7 @@ def test_lost_node_shrinks_the_run(tmp_path: Path, lost: int) -> None:
     settings = ["--provider", "cuda", "--workers.items-per-part", "100"]
     done = classify(tmp_path, shape, *settings, images=4_000)
     assert done.returncode == 0, done.stderr
-    assert "found no place; the rest of the cluster goes on" in done.stderr
+    assert "a node was removed" in done.stderr
+    if lost == 0:  # load actors may have finished what they had to load: then nothing waits for a place
+        assert "found no place; the rest of the cluster goes on" in done.stderr
     assert rows(tmp_path) == 4_000
