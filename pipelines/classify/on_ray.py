@@ -26,19 +26,23 @@ BLOCKS_PER_CALL = 2
 STEPS = 3
 """Ray shares a limit among the steps; the share of loading, the largest, must keep all its calls busy."""
 
-INPUT_BLOCKS = 2_000
-"""Most blocks that the work list is cut into: enough for any pool, few enough for the driver's memory."""
+BATCHES_PER_BLOCK = 16
+"""Most batches of one task of a load actor, which repeats them from the first if the actor is lost."""
+
+BLOCKS_AT_ONCE = 2_000
+"""Most blocks of one dataset, which the driver keeps in memory; a longer work list is several datasets."""
 
 
 def run_dataflow(
     batches: pa.Table, source: Source, model: Model, target: parts.PartContext, pools: Pools
 ) -> Iterator[pa.Table]:
     """Classify a `work_list`; yields a row per written part, as `parts.read_result` reads it."""
-    written = build_dataset(batches, source, model, target, pools)
-    try:
-        yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    except ExecutionTimeoutError as stalled:
-        raise stalled.__cause__ or stalled from None
+    for at_once in cut(batches, BLOCKS_AT_ONCE * BATCHES_PER_BLOCK):
+        written = build_dataset(at_once, source, model, target, pools)
+        try:
+            yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        except ExecutionTimeoutError as stalled:
+            raise stalled.__cause__ or stalled from None
 
 
 def build_dataset(
@@ -63,6 +67,7 @@ def build_dataset(
             num_cpus=pools.cpus_per_load,
             compute=ActorPoolStrategy(
                 size=pools.load_actors,
+                max_tasks_in_flight_per_actor=CALLS_PER_LOAD_ACTOR + 1,  # a slow actor holds no more
                 max_concurrent_calls_per_actor=CALLS_PER_LOAD_ACTOR,
                 enable_true_multi_threading=True,
             ),
@@ -96,5 +101,10 @@ def memory_ahead(block_bytes: int, pools: Pools) -> int:
 
 
 def blocks_of(batches: pa.Table) -> list[pa.Table]:
-    rows = max(1, -(-batches.num_rows // INPUT_BLOCKS))
+    """As many blocks as a dataset may have, so that every load actor finds work to the end."""
+    return cut(batches, -(-batches.num_rows // BLOCKS_AT_ONCE))
+
+
+def cut(batches: pa.Table, rows: int) -> list[pa.Table]:
+    """Slices of at most `rows` rows."""
     return [batches.slice(start, rows) for start in range(0, batches.num_rows, rows)]
