@@ -8,11 +8,24 @@ run.json, and writes a page to RUN/calibration; export makes the bundle with the
 
 import logging
 
-from jobs.config import CalibrateConfig
+from pydantic_settings import CliPositionalArg
+
 from jobs.errors import checking_input
+from jobs.settings import JobConfig, Location, flags_of
 from pipelines.messages import redact
+from pipelines.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+
+class CalibrateConfig(
+    flags_of(Recipe, "target_precision", "threshold_goal", "target_recall", "threshold_confidence"),  # type: ignore[misc]
+    JobConfig,
+):
+    """Fit temperature and thresholds of a finished run again, without training."""
+
+    run: CliPositionalArg[Location]
+    """Folder of a finished run of `train`."""
 
 
 def run(config: CalibrateConfig) -> int:

@@ -7,9 +7,31 @@ much; its certificate then says so, and classify does not run it. What is compar
 float32 model on CPU; that one itself can only be certified against its run: `--checkpoint RUN`.
 """
 
-from jobs.config import CertifyConfig
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from export.settings import ParitySettings
 from jobs.errors import checking_input
+from jobs.settings import JobConfig
 from pipelines.messages import redact
+from pipelines.specs import Precision, Provider
+
+
+class CertifyConfig(JobConfig):
+    """Measure an existing bundle on a provider of this machine and add the certificate to it."""
+
+    bundle: CliPositionalArg[str]
+    """Bundle made by `iab-vision export`."""
+    images: str
+    """Images to measure on: a labelled dataset, a table of URIs, or a folder."""
+    provider: Provider = "cpu"
+    """Execution provider to certify."""
+    precisions: list[Precision] = Field(default=["fp32"])
+    """Precisions to certify."""
+    checkpoint: str | None = None
+    """What the bundle was exported from, to compare with; without it the bundle's own fp32 model on cpu."""
+    parity: ParitySettings = ParitySettings()
+    """How parity is measured; nothing is calibrated, so calibration_images is for `export` alone."""
 
 
 def run(config: CertifyConfig) -> int:

@@ -1,13 +1,14 @@
 """The command line: `iab-vision COMMAND …`, one subcommand per job.
 
-Only the chosen command's module is imported, and that module imports heavy libraries when it runs, so
-`--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 refused by a quality gate.
+Only the chosen command's settings are imported before it runs, and no heavy library with them, so `--help`
+answers at once. Exit codes: 0 done, 1 failed, 2 wrong input, 3 refused by a quality gate.
 """
 
 import contextlib
 import importlib
 import logging
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,36 +31,39 @@ EXIT_CODES: dict[type[CommandError], int] = {JobFailed: 1, InputError: 2, Refuse
 class Command:
     module: str
     config: str
+    """Class of its settings, in that module or, as `module:Class`, in one that is imported more quickly."""
     summary: str
+
+    def settings(self) -> "type[JobConfig]":
+        """The class of its settings."""
+        name = self.config if ":" in self.config else f"{self.module}:{self.config}"
+        cls: type[JobConfig] = pkgutil.resolve_name(f"jobs.{name}")
+        return cls
 
 
 COMMANDS = {
-    "demo": Command("jobs.run_demo", "DemoConfig", "the whole story on pictures drawn here"),
-    "inspect": Command(
-        "jobs.inspect_dataset", "InspectConfig", "look at labelled images before training on them"
-    ),
-    "train": Command("jobs.train_vit", "TrainConfig", "fine-tune a Vision Transformer on labelled images"),
+    "demo": Command("run_demo", "DemoConfig", "the whole story on pictures drawn here"),
+    "inspect": Command("inspect_dataset", "InspectConfig", "look at labelled images before training on them"),
+    "train": Command("train_vit", "config:TrainConfig", "fine-tune a Vision Transformer on labelled images"),
     "calibrate": Command(
-        "jobs.calibrate_run", "CalibrateConfig", "refit a run's temperature and thresholds without training"
+        "calibrate_run", "CalibrateConfig", "refit a run's temperature and thresholds without training"
     ),
-    "tune": Command("jobs.tune_vit", "TuneConfig", "search for a better training recipe"),
-    "export": Command("jobs.export_onnx", "ExportConfig", "turn a checkpoint into a certified ONNX bundle"),
-    "certify": Command("jobs.certify_bundle", "CertifyConfig", "add this machine's certificate to a bundle"),
-    "classify": Command("jobs.classify_images", "ClassifyConfig", "label an inventory into a Parquet table"),
-    "nightly": Command("jobs.run_nightly", "NightlyConfig", "publish a date, at the cost of what changed"),
-    "prune": Command("jobs.prune_table", "PruneConfig", "remove the oldest dates of a table"),
-    "evaluate": Command(
-        "jobs.evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"
+    "tune": Command("tune_vit", "config:TuneConfig", "search for a better training recipe"),
+    "export": Command("export_onnx", "ExportConfig", "turn a checkpoint into a certified ONNX bundle"),
+    "certify": Command("certify_bundle", "CertifyConfig", "add this machine's certificate to a bundle"),
+    "classify": Command(
+        "classify_images", "config:ClassifyConfig", "label an inventory into a Parquet table"
     ),
+    "nightly": Command("run_nightly", "config:NightlyConfig", "publish a date, at the cost of what changed"),
+    "prune": Command("prune_table", "config:PruneConfig", "remove the oldest dates of a table"),
+    "evaluate": Command("evaluate_model", "EvaluateConfig", "measure a run or a bundle on labelled images"),
     "compare": Command(
-        "jobs.compare_tables", "CompareConfig", "which labels differ between two nights or bundles"
+        "compare_tables", "config:CompareConfig", "which labels differ between two nights or bundles"
     ),
-    "predict": Command("jobs.predict_images", "PredictConfig", "label a few images on the terminal"),
-    "submit": Command(
-        "jobs.submit_job", "SubmitConfig", "run a command on a Ray cluster, and end as it ends"
-    ),
-    "taxonomy": Command("jobs.show_taxonomy", "TaxonomyConfig", "list or search the categories"),
-    "verify": Command("jobs.verify_output", "VerifyConfig", "prove that predictions or a bundle are whole"),
+    "predict": Command("predict_images", "PredictConfig", "label a few images on the terminal"),
+    "submit": Command("submit_job", "SubmitConfig", "run a command on a Ray cluster, and end as it ends"),
+    "taxonomy": Command("show_taxonomy", "TaxonomyConfig", "list or search the categories"),
+    "verify": Command("verify_output", "VerifyConfig", "prove that predictions or a bundle are whole"),
 }
 
 
@@ -119,16 +123,13 @@ def parse(name: str, argv: Sequence[str]) -> "JobConfig":
     """The settings of a command. Raises InputError."""
     if name not in COMMANDS:
         raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
-    from jobs import config as configs
-
-    settings: JobConfig = getattr(configs, COMMANDS[name].config).parse(argv, command=name)
-    return settings
+    return COMMANDS[name].settings().parse(argv, command=name)
 
 
 def run(name: str, settings: "JobConfig") -> int:
     start_logging(settings.log_format, name)
     quieten()
-    module = importlib.import_module(COMMANDS[name].module)
+    module = importlib.import_module(f"jobs.{COMMANDS[name].module}")
     try:
         with stoppable():
             code: int = module.run(settings)

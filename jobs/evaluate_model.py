@@ -12,23 +12,62 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.config import EvaluateConfig
+from pydantic import Field
+
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
+from jobs.settings import JobConfig
+from pipelines.datasets.settings import Columns, DataSettings, Splits
 from pipelines.machine import cores
 from pipelines.messages import InputError, redact
+from pipelines.specs import Precision, Provider
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
-    from pipelines.datasets.settings import DataSettings
     from pipelines.evaluation.models import EvaluatedModel
 
 log = logging.getLogger(__name__)
 
 OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 """Settings without a meaning for a checkpoint."""
+
+
+class EvaluateConfig(JobConfig):
+    """Measure a bundle or a trained run on labelled images, in this process."""
+
+    bundle: str | None = None
+    """Bundle made by `iab-vision export`; or give `checkpoint`."""
+    checkpoint: str | None = None
+    """Run made by `iab-vision train`, or any Hugging Face image classifier's folder; or give `bundle`."""
+    dataset: str | None = None
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet; unset:
+    those that the model's run had."""
+    output: str
+    """Folder for `report.html`, `evaluation.json` and `evaluation.parquet`."""
+    run: str | None = None
+    """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""
+    split: Literal["test", "validation", "train", "all"] = "test"
+    """Which images are asked about; `all` for a dataset that no model was trained on."""
+    label_map: str | None = None
+    """Table whose first two columns rename labels; an empty target drops the image."""
+    tier: int | None = Field(default=None, ge=1)
+    """Lift every label to its ancestor of this tier."""
+    columns: Columns = Columns()
+    """Which columns of a table mean what."""
+    splits: Splits = Splits()
+    """How images are divided when neither the run nor the dataset says."""
+    precision: Precision = "fp32"
+    """Which file of the bundle runs."""
+    provider: Provider = "cpu"
+    """Execution provider of the bundle."""
+    batch_size: int = Field(default=0, ge=0)
+    """Most images per session run of the bundle; 0 is 16 on CPU and 256 on GPU."""
+    threads: int = Field(default=0, ge=0)
+    """Decoding threads and CPU threads of the model; 0 is one per core."""
+    allow_uncertified: bool = False
+    """Judge a precision and provider that no certificate covers; the report says so."""
 
 
 def run(config: EvaluateConfig) -> int:
@@ -66,7 +105,7 @@ def refuse_settings(config: EvaluateConfig) -> None:
         )
 
 
-def data_settings(config: EvaluateConfig, taxonomy: str) -> "DataSettings":
+def data_settings(config: EvaluateConfig, taxonomy: str) -> DataSettings:
     """The dataset, in the model's taxonomy; when all of it is used, its split column means nothing.
 
     Columns, label map and division are those of the model's run, if that had this dataset and none are given.
@@ -75,7 +114,6 @@ def data_settings(config: EvaluateConfig, taxonomy: str) -> "DataSettings":
     Raises:
         InputError: no dataset is given, and no run of the model is known.
     """
-    from pipelines.datasets.settings import Columns, DataSettings, Splits
     from pipelines.inventory.listing import absolute
     from pipelines.training import runs
 

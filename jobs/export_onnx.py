@@ -7,9 +7,28 @@ Prints one line per precision and the bundle's model id. Exit code 3, and no bun
 differs too much from the checkpoint; the report is then at OUTPUT-refused.
 """
 
-from jobs.config import ExportConfig
+from pydantic import Field
+
+from export.settings import ParitySettings
 from jobs.errors import checking_input
+from jobs.settings import JobConfig
 from pipelines.messages import redact
+from pipelines.specs import Precision
+
+
+class ExportConfig(JobConfig):
+    """Turn a checkpoint into an ONNX bundle; exit code 3 and no bundle when it differs from it."""
+
+    checkpoint: str
+    """Run folder of `train`, its `best/`, or any Hugging Face image classifier in safetensors."""
+    images: str
+    """Images to measure on: a labelled dataset (its held-out rows are used), a table of URIs, or a folder."""
+    output: str
+    """Folder for the bundle; must not exist."""
+    precisions: list[Precision] = Field(default=["fp32"])
+    """`fp32`, `fp16` (for GPU) and `int8` (for CPU); fp32 is always made."""
+    parity: ParitySettings = ParitySettings()
+    """How parity is measured."""
 
 
 def run(config: ExportConfig) -> int:

@@ -14,6 +14,10 @@ MAPPING = re.compile(r"dict\[str,(\w+)\]$")
 class HelpText(argparse.HelpFormatter):
     """Leaves out of the usage what is optional, and of a setting's text a default that says nothing."""
 
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """What is required comes first."""
+        super().add_arguments(sorted(actions, key=lambda action: REQUIRED not in (action.help or "")))
+
     def _format_usage(
         self,
         usage: str | None,

@@ -9,29 +9,41 @@ with their reasons, duplicates across splits and labels, sizes and formats. Exit
 
 import logging
 
-from jobs.config import InspectConfig
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
+from jobs.settings import JobConfig, flags_of, part_of
+from pipelines.datasets.settings import DataSettings
 from pipelines.machine import cores
 
 log = logging.getLogger(__name__)
 
 
+class InspectConfig(
+    flags_of(DataSettings, "taxonomy", "label_map", "tier", "columns", "splits"),  # type: ignore[misc]
+    JobConfig,
+):
+    """Look at a labelled dataset before training: counts, pictures, unreadable images, duplicates."""
+
+    dataset: CliPositionalArg[str]
+    """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
+    output: str = "inspection"
+    """Folder for `inspection.html` and `inspection.json`."""
+    max_distance: int = Field(default=4, ge=0, le=16)
+    """Bits of 64 in which the perceptual hashes of two copies of a picture may differ."""
+    threads: int = Field(default=0, ge=0)
+    """Threads that fetch and decode; 0 is one per core."""
+
+
 def run(config: InspectConfig) -> int:
     """Write the page and the JSON, and log what should be mended."""
-    from pipelines.datasets.settings import DataSettings
     from pipelines.inspection import page
     from pipelines.inspection.inspect import inspect_dataset
 
     with checking_input():
-        settings = DataSettings(
-            config.dataset,
-            config.taxonomy,
-            label_map=config.label_map,
-            tier=config.tier,
-            columns=config.columns,
-            splits=config.splits,
-        )
+        settings = part_of(config, DataSettings, uri=config.dataset)
         data = load_dataset(
             settings, config.output, otherwise=", or --taxonomy labels to see the labels as they are"
         )

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from pipelines.messages import InputError
-from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import join
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ def load_dataset(settings: "DataSettings", output: str, *, otherwise: str = "") 
         InputError: it cannot be used; of unknown labels, a label map with guesses is left in `output`.
     """
     from pipelines.datasets import dataset
+    from pipelines.storage.storage import open_storage
 
     try:
         return dataset.load(settings)

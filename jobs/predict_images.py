@@ -10,9 +10,35 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.config import PredictConfig
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
 from jobs.errors import checking_input
+from jobs.settings import JobConfig
+from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError
+from pipelines.specs import Precision
+
+
+class PredictConfig(JobConfig):
+    """Label a few images in this process, without a cluster."""
+
+    model_config = SettingsConfigDict(cli_shortcuts={"as-json": "json"})
+
+    images: CliPositionalArg[list[str]]
+    """Image files or URLs."""
+    bundle: str
+    """Bundle made by `iab-vision export`."""
+    top_k: int = Field(default=5, ge=1)
+    """Labels per image."""
+    precision: Precision = "fp32"
+    """Which file of the bundle runs."""
+    as_json: bool = False
+    """Print one JSON object per image instead of a table."""
+    allow_uncertified: bool = False
+    """Run a precision that no certificate covers; every row of `--json` says so."""
+    fetch: FetchLimits = FetchLimits()
+    """Limits of each request."""
 
 
 def run(config: PredictConfig) -> int:

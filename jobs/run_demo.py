@@ -19,13 +19,8 @@ from rich.table import Table
 
 from jobs import demo_images
 from jobs.cluster import ray_cluster
-from jobs.config import (
-    ClassifyConfig,
-    DemoConfig,
-    ExportConfig,
-    TrainConfig,
-    VerifyConfig,
-)
+from jobs.config import ClassifyConfig, TrainConfig
+from jobs.settings import JobConfig
 from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError, JobFailed
 from pipelines.training.recipe import Augment
@@ -39,6 +34,13 @@ MARKER = ".iab-vision-demo"
 MADE = ("dataset", "new", "run", "bundle", "inventory.parquet", "predictions")
 
 console = Console()
+
+
+class DemoConfig(JobConfig):
+    """Draw pictures, train, export, classify and verify, all on this machine."""
+
+    output: str = "demo-output"
+    """Folder for the demo's dataset, run, bundle and predictions; a second run starts afresh."""
 
 
 def run(config: DemoConfig) -> int:
@@ -101,7 +103,7 @@ def export(root: Path) -> None:
     from jobs import export_onnx
 
     tell("export", "the best checkpoint to ONNX, compared with it on the pictures")
-    bundle = ExportConfig(
+    bundle = export_onnx.ExportConfig(
         checkpoint=str(root / "run"), images=str(root / "dataset"), output=str(root / "bundle")
     )
     finished(export_onnx.run(bundle), "export")
@@ -154,7 +156,7 @@ def verify(root: Path) -> int:
     from jobs import verify_output
 
     tell("verify", "that every row is there once, unaltered")
-    return verify_output.run(VerifyConfig(path=str(root / "predictions")))
+    return verify_output.run(verify_output.VerifyConfig(path=str(root / "predictions")))
 
 
 def finished(code: int, stage: str) -> None:

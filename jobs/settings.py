@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
 import yaml
@@ -30,7 +30,7 @@ from jobs.help_text import HelpText
 from jobs.logs import LogFormat
 from pipelines.messages import InputError
 from pipelines.specs import wrong_setting
-from pipelines.storage.uris import is_local
+from pipelines.storage.uris import is_local, local_path
 
 ENVIRONMENT = "IAB_VISION_"
 EXAMPLES = {
@@ -43,10 +43,27 @@ EXAMPLES = {
 Spec = TypeVar("Spec")
 
 
+def located(uri: str) -> str:
+    """A local path made absolute, for Ray's workers have a working directory of their own; else the URI."""
+    return str(local_path(uri)) if is_local(uri) else uri
+
+
+Location = Annotated[str, pydantic.AfterValidator(located)]
+
+
 def field_of(spec: type, name: str) -> Any:
     """A field of validated settings, to be a setting of a command under its own name."""
     fields: dict[str, FieldInfo] = spec.__pydantic_fields__  # type: ignore[attr-defined]
     return copy.copy(fields[name])
+
+
+def flags_of(spec: type, *names: str) -> Any:
+    """A base class with the fields of validated settings, all or these, as settings of a command."""
+    fields: dict[str, FieldInfo] = spec.__pydantic_fields__  # type: ignore[attr-defined]
+    given: dict[str, Any] = {
+        name: (fields[name].annotation, field_of(spec, name)) for name in names or fields
+    }
+    return pydantic.create_model(spec.__name__, __base__=JobConfig, **given)
 
 
 def part_of(config: "JobConfig", spec: type[Spec], **given: Any) -> Spec:
@@ -136,21 +153,19 @@ class Environment(EnvSettingsSource):
 
 def refuse_unknown_variables() -> None:
     """Refuse a variable `IAB_VISION_*` that is a setting of no command; another command's may be set."""
+    given = {name.upper() for name in os.environ if name.upper().startswith(ENVIRONMENT)}
+    if not given:
+        return
+    from jobs.cli import COMMANDS
+
     known = {
         ENVIRONMENT + name.replace(".", "__").upper()
-        for cls in all_subclasses(JobConfig)
-        for setting in settings_of(cls)
+        for command in COMMANDS.values()
+        for setting in settings_of(command.settings())
         for name in (setting, setting.partition(".")[0])
     }
-    given = {name.upper() for name in os.environ if name.upper().startswith(ENVIRONMENT)}
     if unknown := sorted(name for name in given - known if not name.startswith(f"{ENVIRONMENT}TEST_")):
         raise InputError(f"{unknown[0]} is not a setting{suggestion(unknown[0], sorted(known))}")
-
-
-def all_subclasses(cls: type[JobConfig]) -> list[type[JobConfig]]:
-    """Every class below a class."""
-    children: list[type[JobConfig]] = cls.__subclasses__()
-    return [one for child in children for one in (child, *all_subclasses(child))]
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,21 @@
 iab-vision taxonomy auto racing
 """
 
-from jobs.config import TaxonomyConfig
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
 from jobs.errors import checking_input
+from jobs.settings import JobConfig, field_of
+from pipelines.datasets.settings import DataSettings
 from pipelines.messages import InputError
+
+
+class TaxonomyConfig(JobConfig):
+    """List a taxonomy, or search it."""
+
+    words: CliPositionalArg[list[str]] = Field(default_factory=list)
+    """Words that a category's id or path must hold; none lists all."""
+    taxonomy: str = field_of(DataSettings, "taxonomy")
 
 
 def run(config: TaxonomyConfig) -> int:

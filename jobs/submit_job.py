@@ -16,26 +16,86 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
 
 from jobs import ray_jobs
 from jobs.logs import RUN
 from jobs.ray_jobs import RayJobs, Server, Submission
 from jobs.settings import ENVIRONMENT, JobConfig, given_settings
 from pipelines.messages import InputError, JobFailed, Stopped
-
-if TYPE_CHECKING:
-    from jobs.config import SubmitConfig
+from pipelines.specs import validated
 
 PREFIX = "iab-vision"
 ACTIONS = ("status", "logs", "stop")
 NOT_IDENTITY = {"debug", "config", "log_format", "ray_address", "num_cpus"}
 """Settings that do not decide what a command makes."""
 
+SWITCHES = {"--detach", "--again", "--insecure", "--debug", "--help", "-h"}
+"""Flags of submit that take no value."""
+
 log = logging.getLogger(__name__)
 
 
-def run(config: "SubmitConfig") -> int:
+@validated
+class Entrypoint:
+    """What a job's driver needs of the node that it runs on; its workers ask for their own."""
+
+    num_cpus: float = Field(default=0, ge=0)
+    """CPUs; 0 also runs on a head that takes no work."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs."""
+    memory_bytes: int = Field(default=0, ge=0)
+    """Memory."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources of a node."""
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments of Ray's client."""
+        return {
+            "entrypoint_num_cpus": self.num_cpus or None,
+            "entrypoint_num_gpus": self.num_gpus or None,
+            "entrypoint_memory": self.memory_bytes or None,
+            "entrypoint_resources": self.resources or None,
+        }
+
+
+class SubmitConfig(JobConfig):
+    """Run a command as a job of a Ray cluster: `submit [settings] COMMAND …`; or status, logs, stop."""
+
+    job: CliPositionalArg[list[str]]
+    """The command and its settings; or `status`, `logs`, `stop` and a submission id."""
+    address: str | None = None
+    """Job server, as http://HOST:8265; unset: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine's."""
+    working_dir: str | None = None
+    """Folder sent along with the job (or a zip's URI); unset: what is installed on the cluster runs."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment of the job and its workers."""
+    entrypoint: Entrypoint = Entrypoint()
+    """What the job's driver needs."""
+    detach: bool = False
+    """Return once the job is submitted."""
+    again: bool = False
+    """Start the job also when it succeeded before."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """Headers of every request, for a proxy in front of the cluster."""
+    ca_file: str | None = None
+    """Certificates to check the server's TLS certificate with; unset: the system's."""
+    insecure: bool = False
+    """Do not check the server's TLS certificate."""
+    reconnect_s: float = Field(default=300, ge=0)
+    """How long a job server that does not answer is asked again, seconds."""
+
+    @classmethod
+    def parse(cls, argv: Sequence[str], *, command: str) -> Self:
+        """Settings before the submitted command are submit's own, all after it the command's."""
+        own = leading_flags(argv)
+        return super().parse([*argv[:own], *(["--", *argv[own:]] if argv[own:] else [])], command=command)
+
+
+def run(config: SubmitConfig) -> int:
     """Submit, attach to, show or stop a job; its exit code."""
     word, *rest = config.job
     if word in ACTIONS:
@@ -55,13 +115,21 @@ def run(config: "SubmitConfig") -> int:
     return 0 if config.detach else watch(jobs, name)
 
 
-def server_of(config: "SubmitConfig") -> Server:
+def leading_flags(argv: Sequence[str]) -> int:
+    """How many arguments come before the first that is neither a flag of submit nor a flag's value."""
+    at = 0
+    while at < len(argv) and argv[at].startswith("-") and argv[at] != "--":
+        at += 1 if "=" in argv[at] or argv[at].replace("--no-", "--") in SWITCHES else 2
+    return min(at, len(argv))
+
+
+def server_of(config: SubmitConfig) -> Server:
     """Where the settings say that the cluster's job server is."""
     verify = config.ca_file or not config.insecure
     return Server(config.address, config.headers, verify, config.reconnect_s)
 
 
-def submission(config: "SubmitConfig", command: str, argv: Sequence[str]) -> Submission:
+def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submission:
     """The job that runs a command on the cluster with the settings that it would have here.
 
     What a YAML file or the environment says here travels as variables of the job: neither exists there.

@@ -50,7 +50,7 @@ def fitting_here(config: TuneConfig) -> int:
     """Trials at once on a cluster of this machine, which has more logical CPUs than cores; 0 on another."""
     if cluster.joins_cluster(config.ray_address):
         return 0
-    return max(1, cores() // config.num_workers)
+    return max(1, cores() // int(config.num_workers))
 
 
 def tell(content: dict[str, Any], output: str) -> None:

@@ -3,8 +3,23 @@
 Exit code 0 when every check passes, 1 when one fails, 2 when the path is neither.
 """
 
-from jobs.config import VerifyConfig
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
 from jobs.errors import checking_input
+from jobs.settings import JobConfig
+from pipelines.fetch.settings import FetchLimits
+
+
+class VerifyConfig(JobConfig):
+    """Prove that a predictions folder, a table of nights or a bundle is whole and unaltered."""
+
+    path: CliPositionalArg[str]
+    """Folder written by `classify`, `nightly` or `export`."""
+    sample: int = Field(default=0, ge=0)
+    """Rows of the predictions, drawn at random, whose images are fetched again and compared by sha256."""
+    fetch: FetchLimits = FetchLimits()
+    """Limits of each request for them."""
 
 
 def run(config: VerifyConfig) -> int:

@@ -16,7 +16,7 @@ import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from jobs import evaluate_model
-from jobs.config import EvaluateConfig
+from jobs.evaluate_model import EvaluateConfig
 from pipelines.datasets import dataset as datasets
 from pipelines.datasets.normalize import normalize
 from pipelines.datasets.settings import Columns, DataSettings, Splits

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs import inspect_dataset
-from jobs.config import InspectConfig
+from jobs.inspect_dataset import InspectConfig
 from pipelines.datasets import dataset
 from pipelines.datasets.settings import DataSettings
 from pipelines.inspection import duplicates, inspect, page

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from jobs import cli
-from jobs import config as configs
 from jobs.classify_images import run_settings
-from jobs.config import ClassifyConfig
+from jobs.config import ClassifyConfig, TrainConfig
 from jobs.errors import checking_input
+from jobs.predict_images import PredictConfig
+from jobs.settings import JobConfig
 from pipelines.classify.run import identity
 from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError
@@ -31,8 +32,8 @@ def parse(*argv: str) -> ClassifyConfig:
 
 def test_every_command_of_the_usage_has_a_config_and_a_module() -> None:
     for command in cli.COMMANDS.values():
-        assert hasattr(configs, command.config)
-        assert Path(f"{command.module.replace('.', '/')}.py").exists()
+        assert issubclass(command.settings(), JobConfig)
+        assert (JOBS / f"{command.module}.py").exists()
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -41,7 +42,7 @@ def test_help_of_every_command_describes_every_setting(name: str, capsys: pytest
         cli.main([name, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    config = getattr(configs, cli.COMMANDS[name].config)
+    config = cli.COMMANDS[name].settings()
     for field in config.model_fields.values():
         assert field.description, f"{name} has a setting without help"
     assert "--config" in text
@@ -138,14 +139,14 @@ def test_a_number_for_a_text_is_to_be_quoted(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("taxonomy: 3.1\n")
     argv = ["--config", str(tmp_path / "job.yaml"), "--dataset", "d", "--output", "o"]
     with pytest.raises(InputError, match=r"taxonomy in .*job.yaml is 3.1; .*quote it: '3.1'"):
-        configs.TrainConfig.parse(argv, command="train")
+        TrainConfig.parse(argv, command="train")
 
 
 def test_lists_and_mappings_are_written_alike_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IAB_VISION_DROP_COLUMNS", "a,b")
     monkeypatch.setenv("IAB_VISION_MAX_ERROR_RATE_OF", "timeout=0.1,not_found=0.2")
     config = parse("--rename", "x=uri,y=z")
-    assert (config.drop_columns, config.rename) == (["a", "b"], {"x": "uri", "y": "z"})
+    assert (config.drop_columns, config.rename) == (("a", "b"), {"x": "uri", "y": "z"})
     assert config.max_error_rate_of == {"timeout": 0.1, "not_found": 0.2}
 
 
@@ -201,7 +202,7 @@ def test_what_takes_no_flag_is_said_to(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_predict_prints_json_when_asked_so() -> None:
-    assert configs.PredictConfig.parse(["a.jpg", "--bundle", "b", "--json"], command="predict").as_json
+    assert PredictConfig.parse(["a.jpg", "--bundle", "b", "--json"], command="predict").as_json
 
 
 def test_the_traceback_is_shown_wherever_debug_was_set(

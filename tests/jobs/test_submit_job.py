@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import cli, ray_jobs
-from jobs.config import SubmitConfig
 from jobs.ray_jobs import Shown
-from jobs.submit_job import base_id, parsed, submission
+from jobs.submit_job import SubmitConfig, base_id, parsed, submission
 
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "s3://b/out"]
 
