@@ -27,7 +27,6 @@ from pipelines.bundle.bundle import Bundle, open_bundle
 from pipelines.bundle.categories import FILE
 from pipelines.bundle.precision import choose_precision
 from pipelines.bundle.settings import RuntimeSpec
-from pipelines.classify import report
 from pipelines.classify import run as runs
 from pipelines.classify.passes import Passes
 from pipelines.classify.run import Engine, ErrorBudget, Run, RunSettings
@@ -100,17 +99,17 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
         if config.retry_failed and run.ledger.state.phase is Phase.RUNNING:
             runs.reopen_failed(run)
     elif not (config.retry_failed and runs.reopen_failed(run)):
-        if not report.is_current(run.state, run.ledger):  # the driver died before it could report
+        if not runs.is_reported(run):  # the driver died before it could report
             runs.write_report(run)
             reporting.report_run(run, part_of(config, ReportSettings))
-        print(f"complete already, nothing was done. {report.one_line(run.ledger, run.plan, run.table)}")
+        print(f"complete already, nothing was done. {runs.summarize(run)}")
         return 0
     classify_missing(run, config)
     runs.write_categories(run, open_storage(config.output))
     runs.publish_table(run)
     reporting.report_run(run, part_of(config, ReportSettings))
     lineage.write_event(run, "classify", inputs=[config.inventory, config.bundle])
-    print(report.one_line(run.ledger, run.plan, run.table))
+    print(runs.summarize(run))
     output = redact(config.output.rstrip("/"))
     print(f"read {output}/table; names of ids: {output}/{FILE}; report: {output}/state/report.html")
     return 0

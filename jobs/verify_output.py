@@ -64,7 +64,7 @@ def predictions_checks(uri: str, config: VerifyConfig) -> list[tuple[str, bool, 
 
     if is_table(uri):
         return [(check.name, check.ok, check.detail) for check in verify_nights(uri)]
-    checks = list(verify(uri).checks)
+    checks = verify(uri)
     if config.sample and all(check.ok for check in checks):
         from pipelines.classify.sources import check_sources
 

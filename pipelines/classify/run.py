@@ -4,7 +4,9 @@ What the `classify` command and a night have in common. Where it runs is an `Eng
 (`local.run_dataflow`) or a Ray cluster (`on_ray.run_dataflow`).
 """
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,6 @@ import pyarrow as pa
 from pipelines.bundle import categories
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.settings import RuntimeSpec
-from pipelines.classify import report
 from pipelines.classify.passes import Passes, Progress, run_passes
 from pipelines.classify.settings import Workers
 from pipelines.classify.sizing import Node, size_pools
@@ -22,15 +23,21 @@ from pipelines.classify.steps import Model, Pools, Source, work_list
 from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
-from pipelines.ledger.entries import Phase
+from pipelines.ledger.entries import Phase, sum_counts
 from pipelines.ledger.item_set import Range, count
 from pipelines.ledger.layout import PLAIN, TableLayout
 from pipelines.ledger.ledger import Ledger, read_run_id
 from pipelines.ledger.parts import Committer, PartContext
+from pipelines.ledger.verify import REPORT_JSON
 from pipelines.messages import Refused, redact
 from pipelines.specs import DecodeLimits
+from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import Storage
 
+HOSTS_SHOWN = 20
+"""Hosts in the report: those of most rows without a label."""
+NAMED = 5
+"""Reasons and hosts that a refusal names."""
 Dataflow = Callable[[pa.Table, Source, Model, PartContext, Pools], Iterator[pa.Table]]
 
 
@@ -54,6 +61,24 @@ class ErrorBudget:
     """Largest fraction of all rows."""
     max_error_rate_of: Mapping[str, float]
     """Largest fraction of all rows by status."""
+
+    def find_excess(self, statuses: Mapping[str, int], hosts: Mapping[str, int]) -> str | None:
+        """Why so many rows without a label must not be published, naming reasons and hosts; or None."""
+        rows = max(1, sum(statuses.values()))
+        failed = {status: n for status, n in statuses.items() if status != Status.OK.value}
+        shares = {
+            f"rate of {status}": (failed.get(status, 0), limit)
+            for status, limit in self.max_error_rate_of.items()
+        }
+        shares["error rate"] = (sum(failed.values()), self.max_error_rate)
+        over = [
+            f"the {name} is {n / rows:.1%} ({n:,} of {rows:,} rows), the limit is {limit:.1%}"
+            for name, (n, limit) in shares.items()
+            if n > limit * rows
+        ]
+        if not over:
+            return None
+        return f"{'; '.join(over)}. Top reasons: {_format_top(failed)}. Top hosts: {_format_top(hosts)}"
 
 
 @dataclass(frozen=True)
@@ -184,9 +209,23 @@ def publish_table(run: Run) -> None:
 
 
 def write_report(run: Run) -> None:
-    """Write `state/report.json`."""
-    sessions = run.ledger.state.sessions
-    about = {
+    """Write `state/report.json`: the table's counts, and what this process did."""
+    ledger, sessions = run.ledger, run.ledger.state.sessions
+    statuses = _count_rows(ledger)
+    classify_s = run.seconds.get("classify", 0.0)
+    report = {
+        "rows": run.plan.n_rows,
+        "images": run.plan.n_items,
+        "statuses": dict(sorted(statuses.items())),
+        "retryable_rows": sum(statuses[status.value] for status in TRANSIENT),
+        "failing_hosts": dict(ledger.hosts().most_common(HOSTS_SHOWN)),
+        "labels": dict(sum_counts(file.labels for file in ledger.state.files.values()).most_common()),
+        "generation": ledger.state.generation,
+        "last_session": {
+            "images": run.images,
+            "seconds": {name: round(value, 3) for name, value in run.seconds.items()},
+            "images_per_second": round(run.images / classify_s, 1) if classify_s else None,
+        },
         "model_id": run.bundle.model_id,
         "taxonomy": run.bundle.spec.taxonomy,
         "providers": sorted({each["provider"] for each in sessions}),
@@ -194,8 +233,28 @@ def write_report(run: Run) -> None:
         "certified": all(each["certified"] for each in sessions),
         **run.about,
     }
-    seconds = {name: round(value, 3) for name, value in run.seconds.items()}
-    report.write(run.state, run.ledger, run.plan, {"images": run.images, "seconds": seconds}, about)
+    run.state.put(REPORT_JSON, json.dumps(report, indent=1).encode())
+
+
+def is_reported(run: Run) -> bool:
+    """Whether the report is there and speaks of the ledger's last generation."""
+    if not run.state.exists(REPORT_JSON):
+        return False
+    generation: int = json.loads(run.state.read(REPORT_JSON))["generation"]
+    return generation == run.ledger.state.generation
+
+
+def summarize(run: Run) -> str:
+    """A published table in one line."""
+    counted = ", ".join(f"{name} {n:,}" for name, n in _count_rows(run.ledger).most_common())
+    return (
+        f"{redact(run.table.uri)}: {run.plan.n_rows:,} rows published ({counted or 'the inventory is empty'})"
+    )
+
+
+def _count_rows(ledger: Ledger) -> Counter[str]:
+    """Published rows by status."""
+    return sum_counts(file.statuses for file in ledger.state.files.values())
 
 
 def part_context(run: Run, *, final: bool) -> PartContext:
@@ -235,12 +294,7 @@ def _check_budget(run: Run) -> None:
     """Refuse too many rows without a label; a rerun of failed rows can only improve a published table."""
     if run.ledger.state.reopened:
         return
-    over = parts.exceeded_error_budget(
-        run.ledger.statuses(),
-        run.ledger.hosts(),
-        max_error_rate=run.settings.budget.max_error_rate,
-        max_error_rate_of=run.settings.budget.max_error_rate_of,
-    )
+    over = run.settings.budget.find_excess(run.ledger.statuses(), run.ledger.hosts())
     if over:
         raise Refused(
             f"nothing was published: {over}. What was classified is kept in {redact(run.state.uri)}: the "
@@ -252,3 +306,9 @@ def _check_budget(run: Run) -> None:
 def _session(run: Run) -> dict[str, Any]:
     """What the ledger keeps of each process that classified or published."""
     return {"provider": run.settings.runtime.provider, "certified": run.certified}
+
+
+def _format_top(counted: Mapping[str, int]) -> str:
+    """The most frequent names with their counts, as text."""
+    ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))[:NAMED]
+    return ", ".join(f"{name} {n:,}" for name, n in ordered) or "none"

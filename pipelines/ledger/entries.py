@@ -133,7 +133,7 @@ def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerSt
         case "close":
             return replace(state, phase=Phase.PUBLISHING, rows_per_file=entry["rows_per_file"])
         case "file":
-            file = _read_file_entry(entry["file"])
+            file = TableFile(**{**entry["file"], "items": read_ranges(entry["file"]["items"])})
             others = {name: other for name, other in state.files.items() if name != entry.get("replaces")}
             return replace(state, files={**others, file.name: file})
         case _:
@@ -157,10 +157,6 @@ def _apply_start(state: LedgerState, entry: Mapping[str, Any]) -> LedgerState:
 def read_part_entry(written: Mapping[str, Any]) -> Part:
     """A part from its JSON form."""
     return Part(**{**written, "items": read_ranges(written["items"])})
-
-
-def _read_file_entry(written: Mapping[str, Any]) -> TableFile:
-    return TableFile(**{**written, "items": read_ranges(written["items"])})
 
 
 def read_ranges(written: Iterable[Sequence[int]]) -> tuple[Range, ...]:

@@ -21,12 +21,6 @@ class ItemSet:
         self.n_items = n_items
         self._bits = np.zeros(-(-n_items // 8), np.uint8)
 
-    def copy(self) -> "ItemSet":
-        """An independent set of the same items."""
-        twin = ItemSet(self.n_items)
-        twin._bits = self._bits.copy()
-        return twin
-
     def add(self, ranges: Iterable[Range]) -> None:
         """Add the items. Raises IndexError for a range outside 0 … n."""
         self._write(ranges, 1)
@@ -66,17 +60,12 @@ class ItemSet:
     def _select(self, ranges: Iterable[Range], value: int) -> list[Range]:
         found: list[Range] = []
         for start, stop in self._blocks(ranges):
-            edges = (
-                np.flatnonzero(np.diff(self._unpacked(start, stop) == value, prepend=False, append=False))
-                + start
-            )
+            first = start // 8
+            window = np.unpackbits(self._bits[first : -(-stop // 8)], bitorder="little")
+            chosen = window[start - first * 8 : stop - first * 8] == value
+            edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)) + start
             found.extend(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
         return join_adjacent(found)
-
-    def _unpacked(self, start: int, stop: int) -> np.ndarray:
-        first = start // 8
-        window = np.unpackbits(self._bits[first : -(-stop // 8)], bitorder="little")
-        return window[start - first * 8 : stop - first * 8]
 
     def _blocks(self, ranges: Iterable[Range]) -> Iterator[Range]:
         for start, stop in ranges:

@@ -25,10 +25,6 @@ SUCCESS = "_SUCCESS"
 _FILE_NAME = re.compile(r"part-(?P<number>\d{5,})(-g(?P<generation>\d+))?\.parquet")
 
 
-def _keep(rows: pa.Table) -> pa.Table:
-    return rows
-
-
 @dataclass(frozen=True)
 class TableLayout:
     """The names, the marker and the columns of one kind of table."""
@@ -39,16 +35,8 @@ class TableLayout:
     """Published state -> the bytes of `_SUCCESS`."""
     schema: Callable[[pa.Schema], pa.Schema]
     """The caller's carried columns -> the schema of every file."""
-    complete: Callable[[pa.Table], pa.Table] = _keep
+    complete: Callable[[pa.Table], pa.Table] = lambda rows: rows
     """Rows of a part -> the same rows with the results of earlier nights put in."""
-
-
-def _name_plain(number: int, generation: int) -> str:
-    return f"part-{number:05d}.parquet"
-
-
-def _name_generation(number: int, generation: int) -> str:
-    return f"part-{number:05d}-g{generation}.parquet"
 
 
 def encode_manifest(state: LedgerState) -> bytes:
@@ -65,8 +53,12 @@ def decode_manifest(payload: bytes) -> Mapping[str, Any]:
     return manifest
 
 
-PLAIN = TableLayout(_name_plain, lambda state: b"", predictions_schema)
-GENERATIONS = TableLayout(_name_generation, encode_manifest, nights_schema)
+PLAIN = TableLayout(
+    lambda number, generation: f"part-{number:05d}.parquet", lambda state: b"", predictions_schema
+)
+GENERATIONS = TableLayout(
+    lambda number, generation: f"part-{number:05d}-g{generation}.parquet", encode_manifest, nights_schema
+)
 
 
 def detect_layout(names: Iterable[str]) -> TableLayout:

@@ -9,14 +9,6 @@ create-if-absent log also fences two drivers: the one that finds its next number
 
 After any exception, between any two lines, the same Ledger may be used again: a pending entry is kept, byte
 for byte, until the storage is known to hold it.
-
-Why not Delta's log, which is also numbered JSON, created if absent, that lists the files that count? The
-table's readers would need Delta, or read files that the log has removed; with this log they need plain
-Parquet and `_SUCCESS`. An entry lists the plan's items in each file, which resume, the removal of repeats and
-`verify` need and Delta's add action has no field for. Parts are recorded long before anything is
-readable: in a Delta table they would be visible, or need a second log. And delta-rs commits a stale retry of
-a transaction again (delta-rs#2580), so the fence would still be ours. A Delta view over a published table
-is 12 lines.
 """
 
 import hashlib

@@ -1,10 +1,11 @@
-"""Scored items -> part files joined with the caller's rows; parts -> ledger entries; counts -> error budget.
+"""Scored items -> part files joined with the caller's rows; parts -> ledger entries.
 
 A part holds whole items, ascending by item id, under a fresh name: writing one twice makes a second file,
 which the ledger will not list. It has the item id in front of the table's columns, so that a part that
 repeats recorded items can be rewritten without them. `publish` makes the table out of the parts.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -264,7 +265,7 @@ class Committer:
         self.interval_s, self._clock = every_s, clock
         self._written_at = clock()
         self._pending: list[Part] = []
-        self._claimed: ItemSet = ledger.done.copy()
+        self._claimed: ItemSet = copy.deepcopy(ledger.done)
 
     def add(self, part: Part) -> Part | None:
         """Accept a written part without what it repeats; returns what will be recorded, if anything."""
@@ -294,33 +295,3 @@ class Committer:
         pending = list(self._pending)
         self._ledger.record(pending)
         del self._pending[: len(pending)]
-
-
-def exceeded_error_budget(
-    statuses: Mapping[str, int],
-    hosts: Mapping[str, int],
-    *,
-    max_error_rate: float,
-    max_error_rate_of: Mapping[str, float],
-) -> str | None:
-    """Why so many rows without a label must not be published, naming reasons and hosts; or None."""
-    rows = max(1, sum(statuses.values()))
-    failed = {status: n for status, n in statuses.items() if status != Status.OK.value}
-    shares = {
-        f"rate of {status}": (failed.get(status, 0), limit) for status, limit in max_error_rate_of.items()
-    }
-    shares["error rate"] = (sum(failed.values()), max_error_rate)
-    over = [
-        f"the {name} is {n / rows:.1%} ({n:,} of {rows:,} rows), the limit is {limit:.1%}"
-        for name, (n, limit) in shares.items()
-        if n > limit * rows
-    ]
-    if not over:
-        return None
-    return f"{'; '.join(over)}. Top reasons: {_format_top(failed)}. Top hosts: {_format_top(hosts)}"
-
-
-def _format_top(counted: Mapping[str, int], names: int = 5) -> str:
-    """The most frequent names with their counts, as text."""
-    ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))[:names]
-    return ", ".join(f"{name} {n:,}" for name, n in ordered) or "none"

@@ -54,13 +54,6 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The outcome of every check that could be made."""
-
-    checks: tuple[Check, ...]
-
-
-@dataclass(frozen=True)
 class Predictions:
     """What is verified."""
 
@@ -75,7 +68,7 @@ class Predictions:
         return sort_files(self.ledger.state)
 
 
-def verify(predictions_uri: str) -> Report:
+def verify(predictions_uri: str) -> list[Check]:
     """Check a predictions folder with its `table/` and `state/`.
 
     Raises:
@@ -90,22 +83,43 @@ def verify(predictions_uri: str) -> Report:
         raise InputError(f"{error}{hint}") from error
 
 
-def verify_table(table: Storage, state: Storage) -> Report:
+def verify_table(table: Storage, state: Storage) -> list[Check]:
     """Check a table against its state folder, wherever the two are. Raises InputError, as `verify` does."""
     if not any(state.exists(path) for path in (RUN_JSON, PLAN_JSON)):
         raise InputError(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
     try:
         plan = _open_checked_plan(state)
     except (_StateDamaged, NoPlan) as error:
-        return Report((Check("plan", False, str(error)),))
-    planned = Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows")
-    started = _check_run(plan, state)
+        return [Check("plan", False, str(error))]
+    begun = _find_other_plan(plan, state)
+    checks = [
+        Check("plan", True, f"{plan.n_items:,} images, {plan.n_rows:,} rows"),
+        _make_check("run", begun, f"it was begun with the plan {plan.hash[:12]}"),
+    ]
     try:
         ledger = Ledger(state, plan.n_items)
     except (LedgerDamaged, IndexError) as error:
-        return Report((planned, started, Check("ledger", False, str(error))))
-    found = Predictions(plan, ledger, state, table)
-    return Report((planned, started, *(check(found) for check in _CHECKS)))
+        return [*checks, Check("ledger", False, str(error))]
+    return checks + _check_table(Predictions(plan, ledger, state, table))
+
+
+def _check_table(found: Predictions) -> list[Check]:
+    """What can be checked once the plan and the ledger are read."""
+    state, files = found.ledger.state, found.files
+    n_bytes, n_rows = sum(file.bytes for file in files), sum(file.rows for file in files)
+    unchanged = f"{n_bytes:,} bytes unchanged" if files else UNCHECKED
+    as_planned = f"{n_rows:,}, each the plan's, schema as stated" if files else UNCHECKED
+    return [
+        _make_check("ledger", _find_repeats(found), f"{state.entries} entries, none missing or altered"),
+        _make_check(
+            "published", _find_unpublished(found), f"{SUCCESS} is there, generation {state.generation}"
+        ),
+        _make_check("files", _find_unlisted(found), f"{len(files)}, as the ledger lists them"),
+        _make_check("images", _find_lost_items(found), f"all {found.plan.n_items:,}, each in one file"),
+        _make_check("checksums", _find_changed_bytes(found), unchanged),
+        _make_check("rows", _find_other_rows(found), as_planned),
+        _make_check("report", _find_miscounts(found), "its counts are the table's"),
+    ]
 
 
 def _make_check(name: str, problems: Iterator[str], fine: str) -> Check:
@@ -147,100 +161,75 @@ def _read_json(state: Storage, path: str) -> Mapping[str, Any]:
     return found
 
 
-def _check_run(plan: Plan, state: Storage) -> Check:
-    """The plan is the one that the ledger was begun with."""
-
-    def problems() -> Iterator[str]:
-        if not state.exists(RUN_JSON):
-            yield f"{RUN_JSON} is missing"
-            return
-        run = _read_json(state, RUN_JSON)
-        begun = run.get("identity", {}).get("plan"), run.get("n_items")
-        if begun != (plan.hash, plan.n_items):
-            yield (
-                f"{RUN_JSON} names the plan {begun[0]} of {begun[1]} images, and {PLAN_JSON} is "
-                f"{plan.hash} of {plan.n_items}: the plan was exchanged"
-            )
-
-    return _make_check("run", problems(), f"it was begun with the plan {plan.hash[:12]}")
+def _find_other_plan(plan: Plan, state: Storage) -> Iterator[str]:
+    """The plan is not the one that the ledger was begun with."""
+    if not state.exists(RUN_JSON):
+        yield f"{RUN_JSON} is missing"
+        return
+    run = _read_json(state, RUN_JSON)
+    begun = run.get("identity", {}).get("plan"), run.get("n_items")
+    if begun != (plan.hash, plan.n_items):
+        yield (
+            f"{RUN_JSON} names the plan {begun[0]} of {begun[1]} images, and {PLAN_JSON} is "
+            f"{plan.hash} of {plan.n_items}: the plan was exchanged"
+        )
 
 
-def _check_ledger(found: Predictions) -> Check:
-    """The entries follow each other; reading them has shown that. Items must not be recorded twice."""
-    spans = [span for part in found.ledger.state.parts for span in part.items]
-    problems = iter(["parts in the ledger repeat each other's items"] if overlap(spans) else [])
-    return _make_check("ledger", problems, f"{found.ledger.state.entries} entries, none missing or altered")
+def _find_repeats(found: Predictions) -> Iterator[str]:
+    """Items are recorded twice. That the entries follow each other, reading them has shown."""
+    if overlap([span for part in found.ledger.state.parts for span in part.items]):
+        yield "parts in the ledger repeat each other's items"
 
 
-def _check_published(found: Predictions) -> Check:
-    """The run is finished and says so to readers."""
-
-    def problems() -> Iterator[str]:
-        state = found.ledger.state
-        if state.phase is not Phase.PUBLISHED:
-            left = found.plan.n_items - len(found.ledger.done)
-            yield f"generation {state.generation} is still {state.phase}, {left:,} images are not recorded"
-        if not found.table.exists(SUCCESS):
-            yield f"{SUCCESS} is missing"
-        elif found.table.read(SUCCESS) != detect_layout(state.files).encode_marker(state):
-            yield f"{SUCCESS} does not list the files of generation {state.generation}"
-
-    return _make_check(
-        "published", problems(), f"{SUCCESS} is there, generation {found.ledger.state.generation}"
-    )
+def _find_unpublished(found: Predictions) -> Iterator[str]:
+    """The run is not finished, or does not say so to readers."""
+    state = found.ledger.state
+    if state.phase is not Phase.PUBLISHED:
+        left = found.plan.n_items - len(found.ledger.done)
+        yield f"generation {state.generation} is still {state.phase}, {left:,} images are not recorded"
+    if not found.table.exists(SUCCESS):
+        yield f"{SUCCESS} is missing"
+    elif found.table.read(SUCCESS) != detect_layout(state.files).encode_marker(state):
+        yield f"{SUCCESS} does not list the files of generation {state.generation}"
 
 
-def _check_listing(found: Predictions) -> Check:
-    """The table's folder holds the listed files and nothing else."""
+def _find_unlisted(found: Predictions) -> Iterator[str]:
+    """The table's folder lacks a listed file, or holds another."""
     there = {entry.path for entry in found.table.list()} - {SUCCESS}
     listed = {file.name for file in found.files}
-    problems = [f"{name} is missing" for name in sorted(listed - there)]
-    problems += [f"{name} is in no ledger entry" for name in sorted(there - listed)]
-    return _make_check("files", iter(problems), f"{len(listed)}, as the ledger lists them")
+    yield from (f"{name} is missing" for name in sorted(listed - there))
+    yield from (f"{name} is in no ledger entry" for name in sorted(there - listed))
 
 
-def _check_items(found: Predictions) -> Check:
-    """The listed files hold every item of the plan once."""
-
-    def problems() -> Iterator[str]:
-        seen = ItemSet(found.plan.n_items)
-        for file in found.files:
-            try:
-                again = seen.present(file.items)
-                seen.add(file.items)
-            except IndexError as error:
-                yield f"{file.name}: {error}"
-                continue
-            if again or overlap(file.items):
-                yield f"{file.name} repeats images of another file or its own"
-        if not seen.full:
-            yield f"{found.plan.n_items - len(seen):,} images are in no file"
-
-    return _make_check("images", problems(), f"all {found.plan.n_items:,}, each in one file")
+def _find_lost_items(found: Predictions) -> Iterator[str]:
+    """The listed files do not hold every item of the plan once."""
+    seen = ItemSet(found.plan.n_items)
+    for file in found.files:
+        try:
+            again = seen.present(file.items)
+            seen.add(file.items)
+        except IndexError as error:
+            yield f"{file.name}: {error}"
+            continue
+        if again or overlap(file.items):
+            yield f"{file.name} repeats images of another file or its own"
+    if not seen.full:
+        yield f"{found.plan.n_items - len(seen):,} images are in no file"
 
 
-def _check_bytes(found: Predictions) -> Check:
-    """Every file has the bytes that were published."""
-
-    def problems() -> Iterator[str]:
-        for file in found.files:
-            if not found.table.exists(file.name):
-                yield f"{file.name} is missing"
-            elif sha256_of(found.table, file.name) != file.sha256:
-                yield f"{file.name} has changed since it was published"
-
-    size = sum(file.bytes for file in found.files)
-    return _make_check("checksums", problems(), f"{size:,} bytes unchanged" if found.files else UNCHECKED)
+def _find_changed_bytes(found: Predictions) -> Iterator[str]:
+    """A file does not have the bytes that were published."""
+    for file in found.files:
+        if not found.table.exists(file.name):
+            yield f"{file.name} is missing"
+        elif sha256_of(found.table, file.name) != file.sha256:
+            yield f"{file.name} has changed since it was published"
 
 
-def _check_rows(found: Predictions) -> Check:
-    """Every file has the schema, and the plan's rows in the listed order with the listed statuses."""
-    problems = (
-        f"{file.name} {problem}" for file in found.files for problem in _find_row_problems(file, found)
-    )
-    n_rows = sum(file.rows for file in found.files)
-    fine = f"{n_rows:,}, each the plan's, schema as stated" if found.files else UNCHECKED
-    return _make_check("rows", problems, fine)
+def _find_other_rows(found: Predictions) -> Iterator[str]:
+    """A file has another schema, or not the plan's rows in the listed order with the listed statuses."""
+    for file in found.files:
+        yield from (f"{file.name} {problem}" for problem in _find_row_problems(file, found))
 
 
 def _find_row_problems(file: TableFile, found: Predictions) -> Iterator[str]:
@@ -275,29 +264,14 @@ def _read_planned_rows(file: TableFile, plan: Plan) -> Iterator[pa.Table]:
         yield pa.table(columns, names=_KEYS.names)
 
 
-def _check_report(found: Predictions) -> Check:
-    """The report's counts are those of the table."""
-
-    def problems() -> Iterator[str]:
-        if not found.state.exists(REPORT_JSON):
-            yield f"{REPORT_JSON} is missing"
-            return
-        report = _read_json(found.state, REPORT_JSON)
-        statuses = dict(sum_counts(file.statuses for file in found.files))
-        if report.get("rows") != sum(statuses.values()) or report.get("statuses") != statuses:
-            yield f"it says {report.get('rows')} rows, {report.get('statuses')}; the table has {statuses}"
-        if sum(statuses.values()) != found.plan.n_rows:
-            yield f"the table has {sum(statuses.values()):,} rows, the plan {found.plan.n_rows:,}"
-
-    return _make_check("report", problems(), "its counts are the table's")
-
-
-_CHECKS = (
-    _check_ledger,
-    _check_published,
-    _check_listing,
-    _check_items,
-    _check_bytes,
-    _check_rows,
-    _check_report,
-)
+def _find_miscounts(found: Predictions) -> Iterator[str]:
+    """The report's counts are not those of the table."""
+    if not found.state.exists(REPORT_JSON):
+        yield f"{REPORT_JSON} is missing"
+        return
+    report = _read_json(found.state, REPORT_JSON)
+    statuses = dict(sum_counts(file.statuses for file in found.files))
+    if report.get("rows") != sum(statuses.values()) or report.get("statuses") != statuses:
+        yield f"it says {report.get('rows')} rows, {report.get('statuses')}; the table has {statuses}"
+    if sum(statuses.values()) != found.plan.n_rows:
+        yield f"the table has {sum(statuses.values()):,} rows, the plan {found.plan.n_rows:,}"

@@ -18,7 +18,6 @@ from typing import Any
 
 import duckdb
 
-from pipelines.classify import report
 from pipelines.classify import run as runs
 from pipelines.classify.run import Run
 from pipelines.ledger import publish
@@ -135,7 +134,7 @@ def publish_night(night: NightRun) -> None:
 def ensure_report(night: NightRun) -> None:
     """Write `report.json` if the process that published the date died before it did."""
     run = night.run
-    if not report.is_current(run.state, run.ledger):
+    if not runs.is_reported(run):
         run.about["night"] = json.loads(run.state.read(NIGHT_JSON))
         runs.write_report(run)
 
@@ -162,7 +161,7 @@ def describe(night: NightRun) -> str:
         f"{rows['carried']:,} carried", f"{rows['not_modified']:,} not modified (304)",
         f"{rows['same_bytes']:,} of known bytes", f"{rows['tonight']:,} from tonight",
     ]  # fmt: skip
-    return f"{report.one_line(night.run.ledger, night.run.plan, night.run.table)}; {', '.join(parts)}"
+    return f"{runs.summarize(night.run)}; {', '.join(parts)}"
 
 
 def _look_back(night: NightRun) -> tuple[list[Night], Night | None, History]:

@@ -30,5 +30,5 @@ def verify_nights(table_uri: str) -> list[Check]:
             checks.append(Check(f"{day} published", False, "it was planned and not begun"))
             continue
         found = verify_table(folders.images, open_storage(state.uri))
-        checks += [Check(f"{day} {check.name}", check.ok, check.detail) for check in found.checks]
+        checks += [Check(f"{day} {check.name}", check.ok, check.detail) for check in found]
     return checks

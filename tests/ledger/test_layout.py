@@ -104,7 +104,7 @@ def read_table(table: Storage) -> dict[str, int] | None:
 
 
 def verified(run: SmallRun) -> bool:
-    return all(check.ok for check in verify(run.uri).checks if check.name != "report")
+    return all(check.ok for check in verify(run.uri) if check.name != "report")
 
 
 OLD, NEW = {"ok": 26, "timeout": 1}, {"ok": 27}
@@ -238,4 +238,4 @@ def test_a_table_of_generations_refuses_files_of_somebody_else_and_of_later_gene
 def test_a_manifest_that_was_changed_is_noticed(run: SmallRun) -> None:
     manifest = dict(decode_manifest(run.table.read(SUCCESS)))
     run.table.put(SUCCESS, json.dumps(manifest | {"generation": 7}).encode())
-    assert [check.name for check in verify(run.uri).checks if not check.ok] == ["published", "report"]
+    assert [check.name for check in verify(run.uri) if not check.ok] == ["published", "report"]

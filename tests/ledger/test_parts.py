@@ -1,4 +1,4 @@
-"""Parts, their repair, the error budget, and a published table that every reader understands."""
+"""Parts, their repair, and a published table that every reader understands."""
 
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import LedgerLost
 from pipelines.ledger.parts import (
     Committer,
-    exceeded_error_budget,
     read_part,
     read_result,
     write_batch,
@@ -253,30 +252,3 @@ def test_the_whole_story_on_a_storage_without_conditional_put(tmp_path: Path) ->
     files = [entry.path for entry in open_storage(f"{run.uri}/table").list()]
     assert files[0] == "_SUCCESS"
     assert run.state.list("parts") == []
-
-
-def budget(statuses: dict[str, int], rate: float = 0.5, of: dict[str, float] | None = None) -> str | None:
-    return exceeded_error_budget(
-        statuses, {"slow.example": 7, "x.example": 1}, max_error_rate=rate, max_error_rate_of=of or {}
-    )
-
-
-def test_the_budget_holds_at_its_limit_and_names_reasons_and_hosts_beyond_it() -> None:
-    assert budget({"ok": 5, "timeout": 5}) is None
-    message = budget({"ok": 4, "timeout": 4, "not_found": 2})
-    assert message is not None
-    assert "60.0% (6 of 10 rows), the limit is 50.0%" in message
-    assert "timeout 4, not_found 2" in message
-    assert "slow.example 7" in message
-
-
-def test_a_status_can_have_its_own_limit() -> None:
-    assert budget({"ok": 9, "denied": 1}, of={"denied": 0.1}) is None
-    message = budget({"ok": 8, "denied": 2}, of={"denied": 0.1, "timeout": 0.0})
-    assert message is not None
-    assert "rate of denied is 20.0%" in message
-    assert "timeout" not in message
-
-
-def test_an_empty_run_is_within_any_budget() -> None:
-    assert budget({}, rate=0.0) is None

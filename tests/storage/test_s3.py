@@ -115,7 +115,7 @@ def test_a_publisher_that_was_paused_does_not_write_over_a_rerun(bucket: str) ->
     run = small_run_on(bucket, 2)
     with pytest.raises(LedgerLost, match="another driver"):
         paused_in_the_put(run)
-    assert [check.name for check in verify(run.uri).checks if not check.ok] == ["report"]
+    assert [check.name for check in verify(run.uri) if not check.ok] == ["report"]
     table = pq.read_table(run.table.open_input("part-00000.parquet"))
     assert set(table["status"].to_pylist()) == {"ok"}
 
@@ -189,7 +189,7 @@ def test_the_whole_story_in_a_bucket(bucket: str) -> None:
         committer.add(run.write(item_ids))
     committer.flush()
     run.publish(ledger)
-    failed = [check for check in verify(run.uri).checks if not check.ok]
+    failed = [check for check in verify(run.uri) if not check.ok]
     assert [check.name for check in failed] == ["report"]
     assert run.state.list("parts") == []
     filesystem, path = run.table.filesystem_and_path()
@@ -226,7 +226,7 @@ def test_of_drivers_started_at_once_one_finishes_and_the_others_say_why(bucket: 
     for _ in range(5):
         run = small_run_on(bucket, 4)
         assert race(run, lambda state: state) == ["finished", "lost", "lost", "lost"]
-        assert [check.name for check in verify(run.uri).checks if not check.ok] == ["report"]
+        assert [check.name for check in verify(run.uri) if not check.ok] == ["report"]
 
 
 def through(operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]) -> Any:
@@ -268,7 +268,7 @@ def test_a_driver_killed_in_the_middle_is_continued(bucket: str, survives: int) 
     with pytest.raises(Killed):
         drive(HookedStorage(run.state, dying), HookedStorage(run.table, dying))
     drive(run.state, run.table)
-    assert [check.name for check in verify(run.uri).checks if not check.ok] == ["report"]
+    assert [check.name for check in verify(run.uri) if not check.ok] == ["report"]
 
 
 @only_s3
@@ -290,4 +290,4 @@ def test_an_outage_in_mid_run_is_ridden_out(
         ledger.record(parts[1:])
         assert time.monotonic() - started >= OUTAGE_S
         run.publish(ledger)
-        assert [check.name for check in verify(run.uri).checks if not check.ok] == ["report"]
+        assert [check.name for check in verify(run.uri) if not check.ok] == ["report"]
