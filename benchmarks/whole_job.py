@@ -178,7 +178,8 @@ class Run:
         inventory = folder / "inventory.parquet"
         pq.write_table(pa.table({"uri": [str(path.resolve()) for path in files]}), inventory)
         self._images = len(files)
-        self._command = classify(str(inventory), str(bundle), str(self.output), *further)
+        allow = ("--fetch.allow", os.path.commonpath([path.resolve().parent for path in files]))
+        self._command = classify(str(inventory), str(bundle), str(self.output), *allow, *further)
 
     def finish(self, **environment: str) -> None:
         began, began_at = time.monotonic(), time.time()

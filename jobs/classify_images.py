@@ -81,7 +81,8 @@ def prepare(config: ClassifyConfig) -> Run:
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
         refuse_strangers(state, table)
-        plan = inventory.plan(config.inventory, state, options=part_of(config, InventoryOptions))
+        options = part_of(config, InventoryOptions)
+        plan = inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
     details = describe_run(config, certified=certified)
     identity = runs.identity(bundle, plan, settings)
     with checking_input():

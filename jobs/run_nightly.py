@@ -91,7 +91,8 @@ def open_run(config: NightlyConfig, folders: DateFolders, first_generation: int)
         if (last := nights.read_ledger(state)) and last.state.phase is Phase.PUBLISHED:
             plan = open_plan(state)
         else:
-            plan = inventory.plan(config.inventory, state, options=part_of(config, InventoryOptions))
+            options = part_of(config, InventoryOptions)
+            plan = inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
     identity = runs.identity(bundle, plan, settings) | {"run_date": str(folders.date)}
     ledger = Ledger.open(
         state,

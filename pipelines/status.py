@@ -30,7 +30,10 @@ class Status(StrEnum):
         "The object store rejected the credentials, or the clock is wrong.",
     )
     REDIRECT_LOOP = "redirect_loop", "There were more redirects than `--fetch.max-redirects` allows."
-    BLOCKED_ADDRESS = "blocked_address", "Fetching from there is not allowed; it may be a private address."
+    BLOCKED_ADDRESS = (
+        "blocked_address",
+        "Fetching from there is not allowed: a private address, or a place that needs `--fetch.allow`.",
+    )
     INVALID_URI = "invalid_uri", "The URI is empty, malformed, or does not name a file."
     HTTP_ERROR = "http_error", "The server answered with another error, or invalidly."
     SOURCE_CHANGED = (

@@ -131,6 +131,7 @@ def identity(bundle: Bundle, plan: Plan, settings: RunSettings) -> dict[str, Any
         "max_redirects": settings.fetch.max_redirects,
         "allow_private_addresses": settings.fetch.allow_private_addresses,
         "allowed_networks": settings.fetch.allowed_networks,
+        "allow": settings.fetch.allow,
     }
 
 

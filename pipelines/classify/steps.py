@@ -26,6 +26,7 @@ from pipelines.inventory.plan import open_plan
 from pipelines.ledger.item_set import Range
 from pipelines.messages import JobFailed, redact
 from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.storage.places import Places
 from pipelines.storage.storage import open_storage
 
 
@@ -100,7 +101,8 @@ class Loader:
         self._containers = {
             file.uri: ContainerVersion(file.size_bytes, file.version) for file in self._plan.containers
         }
-        self._fetcher = Fetcher(source.fetch, load_actors=source.load_actors)
+        places = Places.of(self._plan.origin.base, source.fetch.allow)
+        self._fetcher = Fetcher(source.fetch, load_actors=source.load_actors, places=places)
         self._decoder = DecoderProcess(source.image_spec, source.decode)
         self._decoding = threading.Lock()
         self._closed = False

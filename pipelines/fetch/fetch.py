@@ -18,9 +18,11 @@ from pipelines.fetch.download import Downloader
 from pipelines.fetch.memory import Memory, Reservation
 from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
 from pipelines.fetch.results import BATCH_BYTES, Result, ResultQueue, done
-from pipelines.fetch.retry import internal_error
+from pipelines.fetch.retry import FetchError, internal_error
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Batch, Fetched, Source
+from pipelines.status import Status
+from pipelines.storage.places import Places, place_of
 from pipelines.storage.uris import is_local
 
 FILE_THREADS = 16
@@ -37,10 +39,14 @@ cannot hold every slot."""
 class Fetcher:
     """Owns the event loop, connections and threads of one process; any thread may use it.
 
-    A context manager: leaving it closes it. `load_actors` fetchers share the limits per host.
+    A context manager: leaving it closes it. `load_actors` fetchers share the limits per host. Objects outside
+    of `places`, if given, are `blocked_address`.
     """
 
-    def __init__(self, limits: FetchLimits | None = None, *, load_actors: int = 1) -> None:
+    def __init__(
+        self, limits: FetchLimits | None = None, *, load_actors: int = 1, places: Places | None = None
+    ) -> None:
+        self._places = places
         self._limits = limits or FetchLimits()
         self._load_actors = load_actors
         self._memory = Memory(self._limits)
@@ -121,8 +127,8 @@ class Fetcher:
     def _start(self, sources: Sequence[tuple[int, Source]], queue: ResultQueue) -> int:
         remote = []
         for index, source in sources:
-            if source.length == 0:  # a byte range must have a byte
-                queue.put(Result(index, Fetched.of(b""), Reservation(self._memory)))
+            if known := self._find_known(source):
+                queue.put(Result(index, known, Reservation(self._memory)))
             elif is_local(source.location):
                 self._file_threads.submit(self._read_file, index, source, queue)
             else:
@@ -130,6 +136,13 @@ class Fetcher:
         if remote:
             self._loop.call_soon_threadsafe(self._start_remote, remote, queue)
         return len(sources)
+
+    def _find_known(self, source: Source) -> Fetched | None:
+        """The result of an object that needs no request, or None."""
+        if self._places and not self._places.permit(source.location):
+            error = f"not a place of this inventory (--fetch.allow {place_of(source.location)})"
+            return Fetched.of(FetchError(Status.BLOCKED_ADDRESS, error))
+        return Fetched.of(b"") if source.length == 0 else None  # a byte range must have a byte
 
     def _read_file(self, index: int, source: Source, queue: ResultQueue) -> None:
         reservation = Reservation(self._memory)

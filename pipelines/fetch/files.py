@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote_to_bytes
 
 from pipelines.fetch.memory import Reservation, check_size
 from pipelines.fetch.retry import FetchError
@@ -22,7 +21,7 @@ from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion, Fetched, Source, Span, check_length
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
-from pipelines.storage.uris import scheme_of
+from pipelines.storage.uris import local_file, scheme_of
 
 T = TypeVar("T")
 
@@ -31,7 +30,7 @@ FSSPEC_THREADS = 32
 
 PUBLIC_SCHEMES = frozenset({"hf", "local", "memory", *OBJECT_SCHEMES})
 """fsspec schemes that an inventory may use. Others connect to a host that the URI names, without our SSRF
-check, or read what another file describes; they need `allow_private_addresses`."""
+check, or read what another file describes; they need `allow_private_addresses` or `allow`."""
 
 NOT_A_PATH = re.compile(r"//|(data|javascript|blob|about|mailto|https?):", re.I)
 """How URIs of web pages begin that name no file."""
@@ -48,13 +47,6 @@ def read_source(source: Source, reservation: Reservation) -> Fetched:
         return check_length(read_local(source, reservation), source)
     except FetchError as error:
         return Fetched.of(error)
-
-
-def local_file(uri: str) -> bytes:
-    """The path of a plain path or `file://` URI (percent-decoded), as the filesystem's bytes."""
-    if scheme_of(uri) != "file" or "://" not in uri:
-        return os.fsencode(os.path.expanduser(uri))  # noqa: PTH111 - bytes: any name, UTF-8 or not
-    return b"/" + unquote_to_bytes(uri.partition("://")[2].removeprefix("localhost").lstrip("/"))
 
 
 def read_local(source: Source, reservation: Reservation) -> bytes:
@@ -111,7 +103,7 @@ class FsspecClient:
     async def get(self, uri: str, source: Source, reservation: Reservation) -> bytes:
         """One attempt: the payload. Raises FetchError."""
         span = source.span
-        check_scheme(uri, self._limits.allow_private_addresses)
+        check_scheme(uri, self._limits)
         loop = asyncio.get_running_loop()
         n_bytes = span[1] if span else await loop.run_in_executor(self._threads, size_of, uri)
         max_bytes = self._limits.max_bytes
@@ -122,14 +114,16 @@ class FsspecClient:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def check_scheme(uri: str, allow_private_addresses: bool) -> None:
+def check_scheme(uri: str, limits: FetchLimits) -> None:
     """Raise FetchError for a URI through which an inventory could reach any host (SSRF)."""
     from fsspec.registry import known_implementations
 
-    private = scheme_of(uri) in known_implementations and scheme_of(uri) not in PUBLIC_SCHEMES
-    if "::" in uri or (private and not allow_private_addresses):
+    scheme = scheme_of(uri)
+    private = scheme in known_implementations and scheme not in PUBLIC_SCHEMES
+    allowed = limits.allow_private_addresses or scheme in map(scheme_of, limits.allow)
+    if "::" in uri or (private and not allowed):
         raise FetchError(Status.BLOCKED_ADDRESS, f"this kind of URI can reach any host: {uri}")
-    if scheme_of(uri) == "local" and not Path(uri.partition("://")[2]).is_file():
+    if scheme == "local" and not Path(uri.partition("://")[2]).is_file():
         raise FetchError(Status.NOT_FOUND, "no such file, or not a regular one")
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from aiohttp import ClientError, ClientResponseError
 from obstore.exceptions import BaseError
 
-from pipelines.fetch.files import check_unchanged, local_file
+from pipelines.fetch.files import check_unchanged
 from pipelines.fetch.memory import check_size
 from pipelines.fetch.retry import FetchError, backoff_s, internal_error, status_of_code
 from pipelines.fetch.settings import FetchLimits
@@ -27,7 +27,7 @@ from pipelines.fetch.source import ContainerVersion
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
 from pipelines.storage.storage import open_input, open_storage
-from pipelines.storage.uris import is_local, scheme_of, split
+from pipelines.storage.uris import is_local, local_file, scheme_of, split
 
 BATCH_BYTES = 8 << 20
 """Payloads in memory at a time, about."""

@@ -44,6 +44,8 @@ class FetchLimits:
     """Fetch from private, loopback and link-local addresses too (tests, intranets)."""
     allowed_networks: tuple[str, ...] = ()
     """Private networks that may be fetched from all the same, as `10.20.0.0/16`."""
+    allow: tuple[str, ...] = ()
+    """Where an inventory may name images besides http(s) and its own bucket or folder: `s3://other/,/mnt/images`."""
 
     def __post_init__(self) -> None:
         if self.max_buffered_bytes < self.max_bytes:
@@ -53,3 +55,6 @@ class FetchLimits:
             )
         for network in self.allowed_networks:
             ip_network(network)
+        for place in self.allow:
+            if not place.startswith("/") and "://" not in place:
+                raise ValueError(f"allow names {place}; a place is an absolute path, or SCHEME://BUCKET/")

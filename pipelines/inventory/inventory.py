@@ -21,17 +21,23 @@ from pipelines.inventory.plan import (
     LOCATION,
     PLAN_JSON,
     FoundFile,
+    Origin,
     Plan,
     item_schema,
     open_plan,
     write_plan,
 )
 from pipelines.inventory.settings import InventoryOptions
+from pipelines.inventory.strays import Strays
 from pipelines.messages import InputError, redact
 from pipelines.schema import RESERVED
 from pipelines.storage.storage import Storage
+from pipelines.storage.uris import scheme_of
 
 KEYS = ("uri", "image_id")
+ABSOLUTE = r"^([a-z][a-z0-9+.-]*://|(data|javascript|blob|about|mailto|https?):|$)"
+"""How URIs begin that are not relative; other colons belong to names of files."""
+
 TABLE_ROWS_AT_ONCE = 65_536
 
 
@@ -55,12 +61,21 @@ class Columns:
         return pa.RecordBatch.from_arrays(arrays, names=list(self.source))
 
 
-def plan(inventory_uri: str, state: Storage, *, options: InventoryOptions | None = None) -> Plan:
+def plan(
+    inventory_uri: str,
+    state: Storage,
+    *,
+    options: InventoryOptions | None = None,
+    allowed: Sequence[str] = (),
+) -> Plan:
     """Freeze what there is to do under `state`, or find it frozen there.
 
+    Args:
+        allowed: places where rows may name images, besides the web and the inventory's own.
+
     Raises:
-        InputError: there is no such inventory, it cannot be read, or its columns do not serve; or `state`
-            holds the plan of another inventory, or of this one before it changed.
+        InputError: there is no such inventory, it cannot be read, its columns do not serve, or many of its
+            images are elsewhere; or `state` holds the plan of another inventory, or of this one as it was.
     """
     options = options or InventoryOptions()
     if options.keep_plan and state.exists(PLAN_JSON):
@@ -70,11 +85,11 @@ def plan(inventory_uri: str, state: Storage, *, options: InventoryOptions | None
     if state.exists(PLAN_JSON):
         return _unchanged(open_plan(state), fingerprint, inventory_uri, len(found.files))
     with tempfile.TemporaryDirectory(prefix="iab-vision-plan-") as folder:
-        carried, items, containers = READERS[found.form](found, options, Path(folder))
-        name = redact(listing.absolute(inventory_uri))
-        return write_plan(
-            items, state, carried=carried, inventory=name, fingerprint=fingerprint, containers=containers
-        )
+        strays = Strays(found.base, allowed)
+        carried, items, containers = READERS[found.form](found, options, Path(folder), strays)
+        base = redact(found.base) if scheme_of(found.base) in ("http", "https") else found.base
+        origin = Origin(redact(listing.absolute(inventory_uri)), base, fingerprint)
+        return write_plan(items, state, carried=carried, origin=origin, containers=containers)
 
 
 def _kept(state: Storage, inventory_uri: str, options: InventoryOptions) -> Plan:
@@ -92,12 +107,12 @@ def _kept(state: Storage, inventory_uri: str, options: InventoryOptions) -> Plan
 
 
 def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int) -> Plan:
-    if frozen.fingerprint == fingerprint:
+    if frozen.origin.fingerprint == fingerprint:
         return frozen
     finish = "" if frozen.containers else ", or finish the frozen plan as it is with --keep-plan"
     raise InputError(
-        f"{frozen.state_uri} holds a plan of {frozen.n_rows:,} rows frozen from {frozen.inventory}, and "
-        f"{redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory: "
+        f"{frozen.state_uri} holds a plan of {frozen.n_rows:,} rows frozen from {frozen.origin.inventory}, "
+        f"and {redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory: "
         f"choose another output folder{finish}"
     )
 
@@ -115,7 +130,7 @@ Items = tuple[pa.Schema, Iterator[pa.Table], Sequence[FoundFile]]
 """What each form yields: the carried columns' schema, tables of items, the files of several images each."""
 
 
-def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Items:
+def _read_images(found: Found, _options: InventoryOptions, _folder: Path, _strays: Strays) -> Items:
     def items() -> Iterator[pa.Table]:
         for start in range(0, len(found.files), TABLE_ROWS_AT_ONCE):
             files = found.files[start : start + TABLE_ROWS_AT_ONCE]
@@ -127,7 +142,7 @@ def _read_images(found: Found, _options: InventoryOptions, _folder: Path) -> Ite
     return pa.schema([]), items(), ()
 
 
-def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
+def _read_tars(found: Found, options: InventoryOptions, _folder: Path, _strays: Strays) -> Items:
     carried = pa.schema([shards.MEMBERS.field("key")])
 
     def items() -> Iterator[pa.Table]:
@@ -138,7 +153,7 @@ def _read_tars(found: Found, options: InventoryOptions, _folder: Path) -> Items:
     return carried, items(), found.files
 
 
-def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
+def _read_table(found: Found, options: InventoryOptions, folder: Path, strays: Strays) -> Items:
     uris = [file.uri for file in found.files]
     schema = tables.schema_of(uris)
     if column := _payload_column(schema, options):
@@ -148,25 +163,27 @@ def _read_table(found: Found, options: InventoryOptions, folder: Path) -> Items:
     def batches(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return tables.read_batches(uris, schema, names)
 
-    return columns.carried, _table_items(batches, columns, found.base, folder), ()
-
-
-def _table_items(
-    batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]],
-    columns: Columns,
-    base: str,
-    folder: Path,
-) -> Iterator[pa.Table]:
     def read() -> Iterator[pa.RecordBatch]:
         return (_with_known_uris(columns.pick(batch)) for batch in batches(columns.names))
 
     def read_uris() -> Iterator[pa.RecordBatch]:
         keys = Columns({"uri": columns.source["uri"]}, pa.schema([]))
-        return (_with_known_uris(keys.pick(batch)) for batch in batches(keys.names))
+        for batch in batches(keys.names):
+            picked = _with_known_uris(keys.pick(batch))
+            strays.count(picked.column(0), _containers(picked.column(0), found.base))
+            yield picked
+        strays.refuse_many()  # before anything is written
 
-    for rows, offsets in dedupe.group_rows(read, read_uris, folder):
-        places = pa.table({"validator": _find_validators(rows).take(pa.array(offsets[:-1]))})
-        yield _with_containers(to_items(rows, offsets, columns.carried, places), base)
+    def items() -> Iterator[pa.Table]:
+        for rows, offsets in dedupe.group_rows(read, read_uris, folder):
+            firsts = pa.array(offsets[:-1])
+            places = {
+                "container": _containers(rows["uri"].take(firsts), found.base),
+                "validator": _find_validators(rows).take(firsts),
+            }
+            yield to_items(rows, offsets, columns.carried, pa.table(places))
+
+    return columns.carried, items(), ()
 
 
 def _find_validators(rows: pa.Table) -> pa.Array:
@@ -270,19 +287,13 @@ def _column(rows: pa.Table, field: pa.Field) -> pa.Array:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
-def _with_containers(items: pa.Table, base: str) -> pa.Table:
-    """A relative URI starts at the table's folder: `uri` stays as given, `container` says where that is."""
-    uris = items["uri"]
-    path = pc.match_substring_regex(uris, r"^(/|~|$)")
+def _containers(uris: pa.Array, base: str) -> pa.Array:
+    """Where relative URIs are, which start at the table's folder; null for the others."""
+    path = pc.match_substring_regex(uris, r"^(/|~/|$)")
     # Without the white space around it, as fetching takes a URL that was copied from a page.
-    url = pc.match_substring_regex(pc.utf8_trim_whitespace(uris), r"^([A-Za-z][A-Za-z0-9+.-]*:|$)")
-    placed = pc.or_(path, url)
-    if pc.all(placed).as_py() is not False:
-        return items
+    url = pc.match_substring_regex(pc.utf8_trim_whitespace(uris), ABSOLUTE, ignore_case=True)
     joined = pc.binary_join_element_wise(base, uris, "/")
-    index = items.column_names.index("container")
-    located = pc.if_else(placed, pa.scalar(None, pa.string()), joined)
-    return items.set_column(index, items.schema.field(index), located)
+    return pc.if_else(pc.or_(path, url), pa.scalar(None, pa.string()), joined)
 
 
 def choose_columns(schema: pa.Schema, options: InventoryOptions) -> Columns:
@@ -333,7 +344,7 @@ def _check_key(key: str, field: pa.Field) -> None:
     raise InputError(f"column {field.name} is of type {field.type}, and {key} must be text")
 
 
-READERS: dict[str, Callable[[Found, InventoryOptions, Path], Items]] = {
+READERS: dict[str, Callable[[Found, InventoryOptions, Path, Strays], Items]] = {
     "images": _read_images,
     "table": _read_table,
     "tars": _read_tars,

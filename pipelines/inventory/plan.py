@@ -76,12 +76,22 @@ class FoundFile:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a plan was frozen from."""
+
+    inventory: str
+    """Its URI, without secrets."""
+    base: str
+    """The folder that its relative URIs start from."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A finished plan; small, picklable, readable on any machine that reaches the state folder."""
 
     state_uri: str
-    inventory: str
-    fingerprint: str
+    origin: Origin
     hash: str
     """sha256 over the files' checksums and the carried schema: what a resumed run must agree on."""
     n_items: int
@@ -183,8 +193,7 @@ def write_plan(
     state: Storage,
     *,
     carried: pa.Schema,
-    inventory: str,
-    fingerprint: str,
+    origin: Origin,
     containers: Sequence[FoundFile] = (),
 ) -> Plan:
     """Write items (the columns of `item_schema` without `item_id`) and, last, `plan.json`.
@@ -192,11 +201,10 @@ def write_plan(
     Raises:
         InputError: meanwhile another driver froze a different plan there.
     """
-    files = list(_write_files(items, state, item_schema(carried), fingerprint))
+    files = list(_write_files(items, state, item_schema(carried), origin.fingerprint))
     described = {
         "format_version": FORMAT_VERSION,
-        "inventory": inventory,
-        "fingerprint": fingerprint,
+        **asdict(origin),
         "hash": hash_of(files, carried),
         "n_items": sum(file.items for file in files),
         "n_rows": sum(file.rows for file in files),
@@ -313,8 +321,7 @@ def open_plan(state: Storage) -> Plan:
         )
     return Plan(
         state_uri=state.uri,
-        inventory=found["inventory"],
-        fingerprint=found["fingerprint"],
+        origin=Origin(found["inventory"], found.get("base", "/"), found["fingerprint"]),
         hash=found["hash"],
         n_items=found["n_items"],
         n_rows=found["n_rows"],

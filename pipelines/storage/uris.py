@@ -1,11 +1,12 @@
 """What the storages share: the text of URIs, listing entries, versions, errors and temporary names."""
 
+import os
 import re
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{32}\.tmp$")
 
@@ -53,8 +54,14 @@ def is_local(uri: str) -> bool:
 
 def local_path(uri: str) -> Path:
     """The absolute path of a local URI."""
-    path = unquote(urlsplit(uri).path) if "://" in uri else uri
-    return Path(path).expanduser().absolute()
+    return Path(os.fsdecode(local_file(uri))).absolute()
+
+
+def local_file(uri: str) -> bytes:
+    """The path of a plain path or `file://` URI (percent-decoded), as the filesystem's bytes."""
+    if "://" not in uri:
+        return os.fsencode(os.path.expanduser(uri))  # noqa: PTH111 - bytes: any name, UTF-8 or not
+    return b"/" + unquote_to_bytes(uri.partition("://")[2].removeprefix("localhost").lstrip("/"))
 
 
 def join(uri: str, *names: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import schema
-from pipelines.inventory.plan import Plan, item_schema, write_plan
+from pipelines.inventory.plan import Origin, Plan, item_schema, write_plan
 from pipelines.ledger.entries import Part
 from pipelines.ledger.layout import PLAIN, TableLayout
 from pipelines.ledger.ledger import Ledger
@@ -84,7 +84,7 @@ def small_run(uri: str | Path, n_items: int = 20, *, host: str = "host") -> Smal
     state = open_storage(join(str(uri), "state"))
     tables = [items] if n_items else []
     return SmallRun(
-        str(uri), write_plan(tables, state, carried=CARRIED, inventory="small", fingerprint="f" * 16)
+        str(uri), write_plan(tables, state, carried=CARRIED, origin=Origin("small", str(uri), "f" * 16))
     )
 
 

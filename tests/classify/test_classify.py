@@ -274,7 +274,7 @@ def test_rejected_credentials_stop_the_run_with_the_remedy(bundle, tmp_path, cap
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
         uris = [f"s3://s3-expired-token/{n}.jpg" for n in range(5)]
         pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
-        settings = ["--max-error-rate", "1", "--retry-passes", "0"]
+        settings = ["--max-error-rate", "1", "--retry-passes", "0", "--fetch.allow", "s3://s3-expired-token/"]
         assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)) == 1
         assert "Renew the credentials" in capsys.readouterr().err
         entries = list((tmp_path / "out" / "state" / "ledger").glob("*.json"))
@@ -426,7 +426,8 @@ def test_a_report_lost_with_its_driver_is_written_by_the_next(images, bundle, tm
 def test_every_tricky_file_has_a_row_with_a_sensible_status(tricky, bundle, tmp_path):
     names = [row["file"] for row in pads.dataset(tricky / "files.csv", format="csv").to_table().to_pylist()]
     pq.write_table(pa.table({"uri": [str(tricky / name) for name in names]}), tmp_path / "in.parquet")
-    assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out")) == 0
+    allow = ["--fetch.allow", str(tricky)]
+    assert main(command(tmp_path / "in.parquet", bundle, tmp_path / "out", *allow)) == 0
     rows = {Path(row["uri"]).name: row["status"] for row in published(tmp_path / "out").to_pylist()}
     assert sorted(rows) == sorted(names)
     assert not {"decoder_crashed", "decode_timeout", "not_found"} & set(rows.values())

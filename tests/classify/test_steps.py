@@ -2,6 +2,7 @@
 
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipelines.classify.steps import Loader, Source, work_list
 from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.inventory import plan
 from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.storage.places import place_of
 from pipelines.storage.storage import open_storage
 
 MB = 1_000_000
@@ -73,6 +75,24 @@ def test_pixels_and_reasons_lie_in_plan_order_whatever_arrives_first(tmp_path: P
     assert table["status"].to_pylist() == [expected.get(number, "ok") for number in range(20)]
     shades = [set(pixels) for pixels in table["pixels"].to_pylist()]
     assert shades == [{0 if number in expected else number * 10} for number in range(20)]
+
+
+def test_rows_outside_of_the_inventorys_places_are_not_read(tmp_path: Path) -> None:
+    inside = [tmp_path / "own" / f"{number}.png" for number in range(30)]
+    outside = [tmp_path / "secret.png", tmp_path / "own" / ".." / "secret.png"]
+    (tmp_path / "own").mkdir()
+    for path in (*inside, outside[0]):
+        Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(path)
+    uris = [*map(str, [*inside, *outside]), "../secret.png"]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "own" / "inventory.parquet")
+    state = open_storage(str(tmp_path / "state"))
+    plan(str(tmp_path / "own" / "inventory.parquet"), state)
+    for allow, status in (((), "blocked_address"), ((str(tmp_path),), "ok")):
+        loader = Loader(Source(state.uri, SPEC, DecodeLimits(), replace(FETCH, allow=allow)))
+        (table,) = loader(work_list([(0, 33)], items_per_batch=33))
+        loader.close()
+        assert table["status"].to_pylist() == ["ok"] * 30 + [status] * 3
+        assert allow or f"--fetch.allow {place_of(str(outside[0]))}" in table["error"][31].as_py()
 
 
 def test_bytes_of_a_local_file_that_is_no_image_are_not_told(tmp_path: Path) -> None:

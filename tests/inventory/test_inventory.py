@@ -69,7 +69,7 @@ def test_csv_values_come_back_as_they_were_written(tmp_path: Path, state: Storag
 
 
 def test_rows_of_one_uri_share_an_item_and_keep_their_own_columns(tmp_path: Path, state: Storage) -> None:
-    rows = [{"uri": f"s3://b/{n % 3}.jpg", "image_id": f"i{n}", "page": f"p{n}"} for n in range(10)]
+    rows = [{"uri": f"https://b/{n % 3}.jpg", "image_id": f"i{n}", "page": f"p{n}"} for n in range(10)]
     frozen = plan(str(write_csv(tmp_path / "inventory.csv", rows)), state)
     assert (frozen.n_items, frozen.n_rows) == (3, 10)
     assert sorted(rows_of(state), key=lambda row: row["page"]) == rows
@@ -85,16 +85,48 @@ def test_missing_uris_keep_their_rows(tmp_path: Path, state: Storage) -> None:
 
 def test_relative_uri_is_kept_and_located_beside_its_table(tmp_path: Path, state: Storage) -> None:
     write_csv(tmp_path / "inventory.csv", [{"uri": "photos/a b.jpg"}, {"uri": "/abs/c.jpg"}, {"uri": ""}])
-    frozen = plan(str(tmp_path / "inventory.csv"), state)
+    frozen = plan(str(tmp_path / "inventory.csv"), state, allowed=["/abs"])
     items = frozen.read(0, 3, ["uri", "container"]).to_pylist()
     assert items[0] == {"uri": "photos/a b.jpg", "container": f"{tmp_path}/photos/a b.jpg"}
     assert [item["container"] for item in items[1:]] == [None, None]
 
 
+def test_name_with_a_colon_or_tilde_is_a_file_beside_its_table(tmp_path: Path, state: Storage) -> None:
+    names = ["shot:1.png", "a:b.png", "~tilde.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"image")
+    pq.write_table(pa.table({"uri": names}), tmp_path / "inventory.parquet")
+    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    with Fetcher() as fetcher:
+        found = dict(fetcher.fetch_many(sources_of(frozen.items([(0, 3)]))))
+    assert [found[number].payload for number in range(3)] == [b"image"] * 3
+
+
+def test_table_of_images_elsewhere_is_refused_with_the_flag_before_anything_is_written(
+    tmp_path: Path, state: Storage
+) -> None:
+    uris = [f"/mnt/photos/{n % 9}/{n}.jpg" for n in range(30)] + [f"S3A://shop/{n}.jpg" for n in range(12)]
+    uris += [f"https://a.example/{n}.jpg" for n in range(58)]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "inventory.parquet")
+    with pytest.raises(
+        InputError, match=r"42 of 100 rows .* 30 in /mnt/photos/, 12 in s3://shop/\."
+    ) as refused:
+        plan(str(tmp_path / "inventory.parquet"), state)
+    assert state.list() == []
+    allowed = str(refused.value).partition("--fetch.allow ")[2].split(",")
+    assert plan(str(tmp_path / "inventory.parquet"), state, allowed=allowed).n_rows == 100
+
+
+def test_a_few_rows_elsewhere_do_not_refuse_the_table(tmp_path: Path, state: Storage) -> None:
+    uris = ["/etc/passwd", "../x.jpg", *(f"{n}.jpg" for n in range(30)), "data:x", "", "//cdn.example/a.jpg"]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "inventory.parquet")
+    assert plan(str(tmp_path / "inventory.parquet"), state).n_rows == 35
+
+
 def test_white_space_around_a_url_does_not_make_it_relative(tmp_path: Path, state: Storage) -> None:
     uris = [" https://a.example/1.jpg", "\ts3://b/2.jpg\n", "\u00a0https://a.example/3.jpg ", " ", " 4.jpg"]
     pq.write_table(pa.table({"uri": uris}), tmp_path / "inventory.parquet")
-    frozen = plan(str(tmp_path / "inventory.parquet"), state)
+    frozen = plan(str(tmp_path / "inventory.parquet"), state, allowed=["s3://b/"])
     items = frozen.read(0, 5, ["uri", "container"])
     assert items["uri"].to_pylist() == uris
     assert items["container"].to_pylist() == [None] * 4 + [f"{tmp_path}/ 4.jpg"]
