@@ -320,7 +320,16 @@ def test_hosts_in_use_and_those_that_failed_last_are_remembered(monkeypatch: pyt
 
 
 def test_load_actors_share_what_a_host_may_be_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """91 of them at a host with 16 slots take turns."""
+    """91 of them at a host with 16 slots take turns, by a clock of their own."""
+    loop, clock = asyncio.SelectorEventLoop(), 0.0
+
+    def skip(timeout: float | None) -> list[object]:
+        nonlocal clock
+        clock += timeout or 0.0
+        return []
+
+    monkeypatch.setattr(loop, "time", lambda: clock)
+    monkeypatch.setattr(loop._selector, "select", skip)
     monkeypatch.setattr(hosts, "TURN_S", 0.2)
     monkeypatch.setattr(hosts, "random", Random(1))
     now = most = served = 0
@@ -338,7 +347,8 @@ def test_load_actors_share_what_a_host_may_be_asked_at_once(monkeypatch: pytest.
         actors = [Hosts(LIMITS_OF_A_RUN, 91).get("a", 80) for _ in range(91)]
         await asyncio.gather(*(use(actor) for actor in actors for _ in range(5)))
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(run())
     assert served == 91 * 5
     assert 8 < most <= 32
     assert Hosts(LIMITS_OF_A_RUN, 4).get("a", 80)._slots._most == 4
