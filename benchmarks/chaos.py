@@ -1,14 +1,16 @@
 """Kills parts of a running classification at random moments, and checks that nothing was lost or doubled.
 
     python benchmarks/chaos.py --rounds 50
+    python benchmarks/chaos.py --rounds 20 --engines local --images 8000
+    python benchmarks/chaos.py --rounds 20 --engines local ray --images 8000    # by turns
 
-Each round classifies the same drawn images into a fresh folder on a Ray cluster of two nodes on this
-machine, and SIGKILLs one victim: an ONNX actor, a load actor, a task worker, the driver at a random
-moment, the driver while it plans, writes the ledger or publishes, or the second node; or it starts a
-rival driver on the same output, which must refuse, or take over when told to. A killed driver's command is
-run again; whatever else dies, the driver itself must finish the run. A round passes when its victim was
-struck, the command ended with 0, `iab-vision verify` passes, and the published table holds every row of the
-inventory exactly once.
+Each round classifies the same drawn images into a fresh folder, on a Ray cluster of two nodes on this
+machine or in threads of one process, and SIGKILLs one victim: an ONNX actor, a load actor, a task worker,
+the second node (these with Ray alone), the driver at a random moment, or the driver while it plans, writes
+the ledger or publishes; or it starts a rival driver on the same output, which must refuse, or take over when
+told to. A killed driver's command is run again; whatever else dies, the driver itself must finish the run. A
+round passes when its victim was struck, the command ended with 0, `iab-vision verify` passes, and the
+published table holds every row of the inventory exactly once.
 """
 
 import argparse
@@ -50,19 +52,23 @@ class Round:
     output: Path
     inventory: Path
     bundle: Path
-    ray_address: str
+    engines: tuple[tuple[str, ...], ...]
+    """Flags of each engine; starts take them in turn."""
     kills: list[str] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     """Exit code of each start of the command."""
+    starts: int = 0
 
     def start(self, *settings: str) -> subprocess.Popen[bytes]:
         command = [
             sys.executable, "-m", "jobs", "classify", "--inventory", str(self.inventory),
-            "--bundle", str(self.bundle), "--output", str(self.output), "--ray-address", self.ray_address,
+            "--bundle", str(self.bundle), "--output", str(self.output),
+            *self.engines[self.starts % len(self.engines)],
             "--workers.load-actors", "2", "--workers.infer-actors", "2", "--workers.items-per-part", "150",
             "--workers.items-per-batch", "64", "--commit-interval-s", "0.3", "--retry-pause-s", "0.1",
             *settings,
         ]  # fmt: skip
+        self.starts += 1
         log = self.output.with_suffix(".log").open("ab")
         return subprocess.Popen(command, stdout=log, stderr=log)
 
@@ -100,9 +106,12 @@ def kill_worker(words: str, *, within_s: float) -> Strike:
     return strike
 
 
-def kill_driver_at_random(_: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
-    time.sleep(rng.uniform(0.5, 10))
-    return kill_driver(driver, "driver")
+def kill_driver_at_random(*, within_s: float) -> Strike:
+    def strike(_: Round, driver: subprocess.Popen[bytes], rng: random.Random) -> str | None:
+        time.sleep(rng.uniform(0.5, within_s))
+        return kill_driver(driver, "driver")
+
+    return strike
 
 
 def kill_driver_when(name: str, moment: Callable[[Path], bool]) -> Strike:
@@ -274,6 +283,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engines", nargs="+", choices=["ray", "local"], default=["ray"])
     parser.add_argument(
         "--bundle", type=Path, help="a certified bundle; made here from random weights if not given"
     )
@@ -284,26 +294,31 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     inventory = draw_inventory(folder, arguments.images)
     bundle = arguments.bundle or make_bundle(folder, folder / "images")
-    nodes = TwoNodes()
+    nodes = TwoNodes() if "ray" in arguments.engines else None
+    flags = {"local": ("--engine", "local"), "ray": ("--ray-address", nodes.address if nodes else "")}
+    engines = tuple(flags[engine] for engine in arguments.engines)
     strikes: dict[str, Strike] = {
-        "ONNX actor": kill_worker("Classifier", within_s=3),
-        "load actor": kill_worker("Loader", within_s=3),
-        "task worker": kill_worker("write_batch", within_s=0.5),
-        "driver, any time": kill_driver_at_random,
+        "driver, any time": kill_driver_at_random(within_s=10 if nodes else 3),
         "driver, planning": kill_driver_when("planning", planning),
         "driver, ledger": kill_driver_when("ledger", writing_ledger),
         "driver, publishing": kill_driver_when("publishing", publishing),
-        "second node": nodes.kill_second,
         "rival driver": start_rival,
         "rival taking over": take_over,
     }
+    if nodes and len(engines) == 1:  # the processes of a cluster
+        strikes |= {
+            "ONNX actor": kill_worker("Classifier", within_s=3),
+            "load actor": kill_worker("Loader", within_s=3),
+            "task worker": kill_worker("write_batch", within_s=0.5),
+            "second node": nodes.kill_second,
+        }
     strikes = {name: strike for name, strike in strikes.items() if arguments.only in name}
     rng = random.Random(arguments.seed)
     outcome = {name: collections.Counter[str]() for name in strikes}
     try:
         for number in range(arguments.rounds):
             name = list(strikes)[number % len(strikes)]
-            round_ = Round(folder / f"round-{number:03d}", inventory, bundle, nodes.address)
+            round_ = Round(folder / f"round-{number:03d}", inventory, bundle, engines)
             started = time.monotonic()
             run_round(round_, strikes[name], rng)
             faults = faults_of(round_)
@@ -315,7 +330,8 @@ def main() -> int:
             if not faults and not arguments.keep:
                 shutil.rmtree(round_.output)
     finally:
-        nodes.shutdown()
+        if nodes:
+            nodes.shutdown()
     show(outcome)
     passed = sum(counts["passed"] for counts in outcome.values())
     if passed == arguments.rounds and not arguments.keep:
