@@ -125,7 +125,7 @@ def classify_missing(run: Run, config: ClassificationConfig) -> None:
         ray_address=config.ray_address,
         num_cpus=config.num_cpus,
         provider=config.provider,
-        folders=(run.state.uri, run.bundle.uri),
+        needed=(run.state.uri, run.bundle.uri, *runs.sample_local_images(run)),
     ) as engine:
         log.info("%s", describe_start(run, engine, config))
         progress = ClassifyProgress(run.ledger.done.n_items, len(run.ledger.done))

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,21 +104,15 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     ray.shutdown()
 
 
-def nodes_without(path: str) -> list[str]:
-    """Addresses of the cluster's other nodes on which a local path does not exist."""
+def find_unseen(paths: Sequence[str]) -> dict[str, str]:
+    """Nodes, of a cluster of several, that lack one of the local paths -> the first that each lacks."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:
-        return []
-    sees = ray.remote(num_cpus=0)(os.path.exists)
-    answers = [
-        sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)).remote(
-            path
-        )
-        for node in nodes
-    ]
-    return [
-        node["NodeManagerAddress"] for node, seen in zip(nodes, ray.get(answers), strict=True) if not seen
-    ]
+        return {}
+    look = ray.remote(num_cpus=0)(lambda: next((path for path in paths if not Path(path).exists()), None))
+    strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=True) for node in nodes]
+    unseen = ray.get([look.options(scheduling_strategy=strategy).remote() for strategy in strategies])
+    return {node["NodeManagerAddress"]: path for node, path in zip(nodes, unseen, strict=True) if path}

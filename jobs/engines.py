@@ -9,7 +9,7 @@ from pipelines.classify.run import Engine
 from pipelines.machine import cores
 from pipelines.messages import JobFailed, root_cause
 from pipelines.specs import Provider
-from pipelines.storage.uris import is_local
+from pipelines.storage.uris import is_local, local_path
 
 Choice = Literal["auto", "local", "ray"]
 
@@ -28,18 +28,18 @@ def open_engine(
     ray_address: str | None,
     num_cpus: int | None,
     provider: Provider,
-    folders: Sequence[str],
+    needed: Sequence[str],
 ) -> Iterator[Engine]:
     """Start the engine for the duration of a run.
 
     Args:
-        folders: what every node has to reach; a local one must exist on each.
+        needed: folders and files that every node has to reach; a local one must exist on each.
 
     Raises:
-        JobFailed: a node does not see a folder, or Ray itself failed.
+        JobFailed: a node does not see one of them, or Ray itself failed.
     """
     if resolve_engine(choice, ray_address) == "ray":
-        with _ray_engine(ray_address, num_cpus, folders) as engine:
+        with _ray_engine(ray_address, num_cpus, needed) as engine:
             yield engine
         return
     from pipelines.bundle.providers import count_gpus
@@ -51,8 +51,8 @@ def open_engine(
 
 
 @contextmanager
-def _ray_engine(ray_address: str | None, num_cpus: int | None, folders: Sequence[str]) -> Iterator[Engine]:
-    from jobs.cluster import nodes_without, quieten, ray_cluster, use_token
+def _ray_engine(ray_address: str | None, num_cpus: int | None, needed: Sequence[str]) -> Iterator[Engine]:
+    from jobs.cluster import find_unseen, quieten, ray_cluster, use_token
 
     quieten()
     use_token()  # before the first import of Ray, or its clients send none
@@ -63,12 +63,13 @@ def _ray_engine(ray_address: str | None, num_cpus: int | None, folders: Sequence
 
     try:
         with ray_cluster(ray_address, num_cpus=num_cpus):
-            for uri in filter(is_local, folders):
-                if blind := nodes_without(uri):
-                    raise JobFailed(
-                        f"{uri} does not exist on {', '.join(blind)}; put output and bundle on storage that "
-                        "every node reaches (s3://, gs://, az://, or a mount that all share)"
-                    )
+            unseen = find_unseen([str(local_path(uri)) for uri in needed if is_local(uri)])
+            if unseen:
+                raise JobFailed(
+                    "; ".join(f"{path} does not exist on {node}" for node, path in unseen.items())
+                    + ". Put output, bundle and images on storage that every node reaches (s3://, gs://, "
+                    "az://, or a mount that all share)"
+                )
             local_cores = None if joins_cluster(ray_address) else cores()
             yield Engine("ray", run_dataflow, list_nodes, local_cores)
     except RayError as error:

@@ -21,6 +21,7 @@ from pipelines.classify.settings import Workers
 from pipelines.classify.sizing import Node, size_pools
 from pipelines.classify.steps import Model, Pools, Source, work_list
 from pipelines.fetch.settings import FetchLimits
+from pipelines.fetch.source import sources_of
 from pipelines.inventory.plan import Plan
 from pipelines.ledger import parts, publish
 from pipelines.ledger.entries import Phase, sum_counts
@@ -33,11 +34,15 @@ from pipelines.messages import Refused, redact
 from pipelines.specs import DecodeLimits
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import Storage
+from pipelines.storage.uris import is_local, local_path
 
 HOSTS_SHOWN = 20
 """Hosts in the report: those of most rows without a label."""
 NAMED = 5
 """Reasons and hosts that a refusal names."""
+SAMPLED_AT = 8
+"""Parts of the plan of which so many images are looked for on the other nodes."""
+
 Dataflow = Callable[[pa.Table, Source, Model, PartContext, Pools], Iterator[pa.Table]]
 
 
@@ -289,6 +294,17 @@ def _run_dataflow(run: Run, engine: Engine, items: Sequence[Range], *, final: bo
         part_context(run, final=final),
         pools,
     )
+
+
+def sample_local_images(run: Run) -> list[str]:
+    """A few of the images that are files of this machine: on a cluster every node has to see them."""
+    if not any(map(is_local, (run.plan.origin.base, *run.settings.fetch.allow))):
+        return []
+    n_items = run.plan.n_items
+    starts = sorted({n_items * number // SAMPLED_AT for number in range(SAMPLED_AT)})
+    spans = [(start, min(start + SAMPLED_AT, n_items)) for start in starts]
+    locations = [source.location for source in sources_of(run.plan.items(spans))]
+    return [uri for uri in locations if is_local(uri) and local_path(uri).exists()]
 
 
 def _check_budget(run: Run) -> None:

@@ -9,6 +9,7 @@ colour profiles: every image is treated as sRGB. A decoder that crashes or hangs
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ MAGIC = (
 )
 """First bytes -> format, for a file that no plugin would open."""
 
+HEADER_IN_ICON = re.compile(rb"(?:IHDR|ihdr|\xff\x4f\xff\x51.{4})(.{4})(.{4})", re.DOTALL)
+"""The two sides of a PNG or JPEG 2000 file, in either order."""
+
 WIDE_RANGES = {"I;16": (65535.0,), "I": (255.0, 32767.0, 65535.0), "F": (1.0, 255.0, 65535.0)}
 """Candidate values of white in a grey image of more than 8 bits, by Pillow's mode."""
 
@@ -128,6 +132,7 @@ def prepare(payload: bytes, spec: ImageSpec, limits: DecodeLimits | None = None)
     width_px = height_px = None
     name = None
     try:
+        _check_icon(payload, limits)
         with _open(payload) as image:
             width_px, height_px = _read_encoded_size(image)
             name = _name_format(image)
@@ -248,6 +253,13 @@ def _check_size(width: int, height: int, limits: DecodeLimits) -> None:
             Status.TOO_MANY_PIXELS,
             f"{width} x {height} pixels; the limit is {limits.max_pixels} (max_pixels)",
         )
+
+
+def _check_icon(payload: bytes, limits: DecodeLimits) -> None:
+    """Refuse an icon by the files in it, which Pillow decodes before it tells their size."""
+    if payload[:4] in (b"\0\0\1\0", b"icns"):
+        for one, other in HEADER_IN_ICON.findall(payload):
+            _check_size(int.from_bytes(one, "big"), int.from_bytes(other, "big"), limits)
 
 
 def _find_status(error: Exception, payload: bytes) -> Status:

@@ -55,7 +55,7 @@ class Columns:
     def pick(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The chosen columns under their new names; keys as strings, the rest untouched."""
         arrays = [
-            batch.column(old).cast(pa.string()) if new in KEYS else batch.column(old)
+            _key(batch.column(old), new) if new in KEYS else batch.column(old)
             for new, old in self.source.items()
         ]
         return pa.RecordBatch.from_arrays(arrays, names=list(self.source))
@@ -122,7 +122,7 @@ def fingerprint_of(found: Found, options: InventoryOptions) -> str:
     chosen = (options.all_files, sorted(options.rename.items()), options.drop_columns, options.image_column)
     digest = hashlib.sha256(repr((1, found.form, found.base, chosen)).encode())
     for file in found.files:
-        digest.update(f"{file.uri}\0{file.size_bytes}\0{file.version}\n".encode())
+        digest.update(f"{redact(file.uri)}\0{file.size_bytes}\0{file.version}\n".encode())
     return digest.hexdigest()
 
 
@@ -164,12 +164,12 @@ def _read_table(found: Found, options: InventoryOptions, folder: Path, strays: S
         return tables.read_batches(uris, schema, names)
 
     def read() -> Iterator[pa.RecordBatch]:
-        return (_with_known_uris(columns.pick(batch)) for batch in batches(columns.names))
+        return (columns.pick(batch) for batch in batches(columns.names))
 
     def read_uris() -> Iterator[pa.RecordBatch]:
         keys = Columns({"uri": columns.source["uri"]}, pa.schema([]))
         for batch in batches(keys.names):
-            picked = _with_known_uris(keys.pick(batch))
+            picked = keys.pick(batch)
             strays.count(picked.column(0), _containers(picked.column(0), found.base))
             yield picked
         strays.refuse_many()  # before anything is written
@@ -243,18 +243,16 @@ def _named(others: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, colu
     uris = places if given is None else pc.coalesce(given.cast(pa.string()), places)
     arrays = {new: others[old] for new, old in columns.source.items() if new != "uri" and old in others}
     if "image_id" in arrays:
-        arrays["image_id"] = arrays["image_id"].cast(pa.string())
+        arrays["image_id"] = _key(arrays["image_id"], "image_id")
     return pa.table({"uri": uris, **arrays})
 
 
-def _known(uris: pa.Array) -> pa.Array:
-    """A URI that is missing is an empty one: its row stays, and fetching says `invalid_uri`."""
-    return pc.fill_null(uris, "") if uris.null_count else uris
-
-
-def _with_known_uris(batch: pa.RecordBatch) -> pa.RecordBatch:
-    index = batch.schema.get_field_index("uri")
-    return batch.set_column(index, "uri", _known(batch.column(index)))
+def _key(column: pa.Array, name: str) -> pa.Array:
+    """A key as text. A missing URI is an empty one, whose row says `invalid_uri`; a blank id is the URI."""
+    text = column.cast(pa.string())
+    if name == "uri":
+        return pc.fill_null(text, "")
+    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 
 def to_items(

@@ -21,7 +21,7 @@ from pipelines.inventory.plan import FoundFile
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import Storage, open_storage
-from pipelines.storage.uris import Entry, StorageError, is_local, local_path, split
+from pipelines.storage.uris import Entry, StorageError, file_name, is_local, local_path, split
 
 WILDCARD = re.compile(r"[*?]")
 
@@ -46,10 +46,11 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
     """
     uri = absolute(inventory_uri)
     base, name = split(uri)
-    form = _form_of_name(name, options)
+    form = _form_of_name(file_name(uri), options)
     if form and (single := _single(open_storage(base), name)):
         return Found(form, base, (single,))
-    folder, pattern = (base, name) if WILDCARD.search(name) else (uri, "*")
+    is_pattern = WILDCARD.search(name) and not (is_local(uri) and local_path(uri).is_dir())
+    folder, pattern = (base, name) if is_pattern else (uri, "*")
     entries = [entry for entry in _list(folder) if not _hidden(entry.path)]
     entries = [entry for entry in entries if fnmatchcase(entry.path, pattern)]
     if not entries:

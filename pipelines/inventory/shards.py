@@ -1,7 +1,7 @@
 """WebDataset tar shards -> where each image is inside: a byte range that is then fetched by itself.
 
-Headers are read in one pass over each shard; bodies are skipped where they are larger than a read. The
-samples' other members (captions, labels) are not read; `key` joins predictions to them.
+Headers are read in one pass over each shard; large bodies are skipped. The samples' other members (captions,
+labels) are not read; `key` joins predictions to them.
 
 A shard counts only if it is whole to its last byte: after an end-of-archive mark comes another tar (as
 `cat` puts several into one file; it is read on, as by GNU tar's --ignore-zeros), or nothing but zeros.
@@ -9,22 +9,30 @@ Python's reader, and with it many others, takes a damaged header for the end and
 """
 
 import io
+import logging
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines.images.prepare import is_image_name
 from pipelines.messages import InputError, redact
-from pipelines.storage.storage import open_input
+from pipelines.storage.storage import open_storage
+from pipelines.storage.uris import split
 
 READ_BYTES = 1 << 20
-"""Smaller members are read over, larger ones sought over: on an object store a request costs as much."""
+"""Read at a time, headers and small bodies together."""
+FAR = 128 << 10
+"""A body of this length is skipped: on an object store reading it would take as long as a request."""
+HEADER_BYTES = 8 << 10
+"""Read behind such a body, where the next long one may begin."""
 
-SHARDS_AT_ONCE = 8
+SHARDS_AT_ONCE = 32
+SHOWN_EVERY_S = 10.0
 
 MEMBERS = pa.schema(
     [
@@ -37,18 +45,26 @@ MEMBERS = pa.schema(
 )
 """One row per image: `uri` is `<shard>#<member>`, `key` the member's path up to the first dot of its name."""
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def list_members(uris: Iterable[str], *, all_files: bool) -> Iterator[pa.Table]:
-    """The images of each shard, shard by shard in the order given.
+def list_members(uris: Sequence[str], *, all_files: bool) -> Iterator[pa.Table]:
+    """The images of each shard, shard by shard in the order given; logs how far it is.
 
     Raises:
         InputError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
     """
+    shown = time.monotonic()
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
-        yield from _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
+        listed = _in_order(threads, lambda uri: _members_of(uri, all_files), uris)
+        for number, members in enumerate(listed, 1):
+            if time.monotonic() > shown + SHOWN_EVERY_S:
+                log.info("planned %s of %s tars", f"{number:,}", f"{len(uris):,}")
+                shown = time.monotonic()
+            yield members
 
 
 def _in_order(threads: ThreadPoolExecutor, call: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
@@ -64,7 +80,7 @@ def _members_of(uri: str, all_files: bool) -> pa.Table:
     rows = []
     place = "at its beginning"
     try:
-        with io.BufferedReader(open_input(uri), READ_BYTES) as file:
+        with io.BufferedReader(_Skipping(uri), READ_BYTES) as file:
             for member in _walk(file):
                 name = member.name
                 place = f"at or after the member {name}"
@@ -93,7 +109,38 @@ def _members_of(uri: str, all_files: bool) -> pa.Table:
     )
 
 
-def _walk(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+class _Skipping(io.RawIOBase):
+    """A file of any storage, of which little is read after a long jump."""
+
+    def __init__(self, uri: str) -> None:
+        folder, self._name = split(uri)
+        self._storage = open_storage(folder)
+        self._size = self._storage.size(self._name)
+        self._at = 0
+        self._read_to = -FAR
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (0, self._at, self._size)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        most = HEADER_BYTES if self._at - self._read_to >= FAR else len(buffer)
+        stop = min(self._at + min(most, len(buffer)), self._size)
+        if stop <= self._at:
+            return 0
+        piece = self._storage.read_range(self._name, self._at, stop)
+        buffer[: len(piece)] = piece
+        self._at = self._read_to = self._at + len(piece)
+        return len(piece)
+
+
+def _walk(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """Every member of every archive in the file. Raises TarError unless it is whole."""
     start: int | None = 0
     while start is not None:
@@ -105,7 +152,7 @@ def _walk(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
             start = _after_end_mark(file, tar.offset)
 
 
-def _after_end_mark(file: io.BufferedReader, offset: int) -> int | None:
+def _after_end_mark(file: IO[bytes], offset: int) -> int | None:
     """Where the file goes on after the zeros at `offset`, or None if it does not."""
     file.seek(offset)
     zeros = 0

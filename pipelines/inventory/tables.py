@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import open_input
+from pipelines.storage.uris import file_name
 
 SUFFIXES = {
     ".parquet": "parquet",
@@ -36,9 +37,9 @@ BLOCK_BYTES = 8 << 20
 
 def format_of(uri: str) -> str | None:
     """`parquet`, `csv` or `json` by the file's name, else None."""
-    name = uri.lower().removesuffix(".gz")
-    suffix = "." + name.rsplit(".", 1)[-1]
-    if uri.lower().endswith(".gz") and suffix == ".parquet":
+    name = file_name(uri).lower()
+    suffix = "." + name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if name.endswith(".gz") and suffix == ".parquet":
         return None
     return SUFFIXES.get(suffix)
 
@@ -151,7 +152,7 @@ def _csv_header(uri: str) -> list[str]:
 
 
 def _csv_reader(uri: str, stream: pa.NativeFile, convert: pa.csv.ConvertOptions) -> pa.csv.CSVStreamingReader:
-    tabs = uri.lower().removesuffix(".gz").endswith(".tsv")
+    tabs = file_name(uri).lower().removesuffix(".gz").endswith(".tsv")
     return pa.csv.open_csv(
         stream,
         read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES),

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from pipelines.storage.uris import AlreadyExists, Entry, StorageError, Version, is_temporary, temporary_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ class LocalStorage:
     def open_input(self, path: str) -> Any:
         return pafs.LocalFileSystem().open_input_file(str(self.root / path))
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        with (self.root / path).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(self.root)
 
@@ -108,12 +116,21 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
-        for parent, _, names in os.walk(folder, onerror=_raise_unless_gone):
+        left_out = []
+        for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):
+            left_out += [path for path in (Path(parent, name) for name in folders) if path.is_symlink()]
             for name in names:
                 path = Path(parent, name)
-                with contextlib.suppress(FileNotFoundError):  # removed during the listing
+                try:
                     if not is_temporary(name):
                         yield self._entry(path, path.stat())
+                except FileNotFoundError:
+                    left_out += [path] if path.is_symlink() else []  # else removed during the listing
+        if left_out:
+            log.warning(
+                "%s: %d links are left out, which lead to folders or nowhere, such as %s",
+                folder, len(left_out), left_out[0],
+            )  # fmt: skip
 
     def _entry(self, path: Path, status: os.stat_result) -> Entry:
         modified = datetime.fromtimestamp(status.st_mtime, UTC)

@@ -166,6 +166,10 @@ class ObjectStorage:
         n_bytes = self.size(path)
         return pa.PythonFile(filesystem.open(f"{folder}/{path}", size=n_bytes), mode="r")
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        with self._explained(path):
+            return bytes(self.store.get_range(path, start=start, end=stop))
+
     def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
         filesystem, folder = self._filesystem_and_folder()
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), folder

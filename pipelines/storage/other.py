@@ -12,7 +12,15 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from pipelines.messages import InputError, redact
-from pipelines.storage.uris import AlreadyExists, Entry, Version, is_temporary, join, temporary_name
+from pipelines.storage.uris import (
+    AlreadyExists,
+    Entry,
+    StorageError,
+    Version,
+    is_temporary,
+    join,
+    temporary_name,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,13 @@ class FsspecStorage:
         filesystem, folder = self.opened
         # Not pyarrow's open_input_file: it asks isfile() first, to which any failure means "no such file".
         return pa.PythonFile(filesystem.open(f"{folder}/{path}", "rb"), mode="r")
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        filesystem, folder = self.opened
+        payload = bytes(filesystem.cat_file(f"{folder}/{path}", start, stop))
+        if len(payload) > stop - start:
+            raise StorageError(f"{redact(join(self.uri, path))} is not served in byte ranges")
+        return payload
 
     def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
         filesystem, folder = self.opened

@@ -19,6 +19,7 @@ from pipelines.storage.other import FsspecStorage
 from pipelines.storage.uris import (
     Entry,
     Version,
+    file_name,
     local_path,
     scheme_of,
     split,
@@ -79,6 +80,9 @@ class Storage(Protocol):
     def open_input(self, path: str) -> Any:
         """A pyarrow RandomAccessFile over the file."""
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the file. Raises FileNotFoundError, StorageError if it serves no ranges."""
+
     def filesystem_and_path(self) -> tuple[pafs.FileSystem, str]:
         """What `pyarrow.dataset` takes to read this folder."""
 
@@ -117,6 +121,6 @@ def open_input(uri: str) -> Any:
     """A pyarrow file over one file by its whole URI, unpacked if its name ends in `.gz`."""
     folder, name = split(uri)
     file = open_storage(folder).open_input(name)
-    if uri.lower().endswith(".gz"):
+    if file_name(uri).lower().endswith(".gz"):
         return pa.CompressedInputStream(file, "gzip")
     return file

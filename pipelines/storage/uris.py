@@ -70,9 +70,16 @@ def join(uri: str, *names: str) -> str:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """A file's URI as its folder and its name."""
-    folder, _, name = uri.rstrip("/").rpartition("/")
-    return folder or ("/" if uri.startswith("/") else "."), name
+    """A file's URI as its folder and its name, which on the web includes the query."""
+    path, mark, query = uri.partition("?") if scheme_of(uri) in ("http", "https") else (uri, "", "")
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return folder or ("/" if uri.startswith("/") else "."), name + mark + query
+
+
+def file_name(uri: str) -> str:
+    """The name of a file as people read it: of one on the web without the query, which may be signed."""
+    name = split(uri)[1]
+    return name.partition("?")[0] if scheme_of(uri) in ("http", "https") else name
 
 
 def temporary_name(path: str) -> str:

@@ -3,10 +3,11 @@
     python -m tests.builders.clusters '{"nodes": [[2, 1], [6, 0]], "remove": null}' classify …
 
 A process of its own, because a process knows one cluster. `remove` names a node that is removed once the
-first part is recorded.
+first part is recorded; `mounted` a folder and the descriptor by which only this process sees it.
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -49,6 +50,9 @@ def classify(shape: dict[str, Any], arguments: list[str]) -> int:
         ledger = Path(arguments[arguments.index("--output") + 1]) / "state" / "ledger"
         removing = (cluster, nodes[shape["remove"]], ledger)
         threading.Thread(target=remove_later, args=removing, daemon=True).start()
+    if "mounted" in shape:
+        folder, descriptor = shape["mounted"]
+        os.dup2(os.open(folder, os.O_RDONLY), descriptor, inheritable=False)
     try:
         return main([*arguments, "--ray-address", cluster.address])
     finally:

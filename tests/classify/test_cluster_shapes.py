@@ -56,16 +56,21 @@ def test_sessions_of_many_threads_stay_on_one_node() -> None:
 
 
 def classify(
-    folder: Path, shape: dict[str, object], *settings: str, images: int = N_IMAGES
+    folder: Path,
+    shape: dict[str, object],
+    *settings: str,
+    images: int = N_IMAGES,
+    inventory: str = "images",
 ) -> subprocess.CompletedProcess[str]:
-    inventory = folder / "images"
-    inventory.mkdir()
+    (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for number in range(images):
-        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(inventory / f"{number}.png")
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(
+            folder / "images" / f"{number}.png"
+        )
     small_bundle(folder / "bundle")
     arguments = [
-        "classify", "--inventory", str(inventory), "--bundle", str(folder / "bundle"), "--output",
+        "classify", "--inventory", str(folder / inventory), "--bundle", str(folder / "bundle"), "--output",
         str(folder / "out"), "--workers.items-per-batch", "4", "--commit-interval-s", "0.2",
         "--allow-uncertified", *settings,
     ]  # fmt: skip
@@ -117,6 +122,17 @@ def test_run_goes_on_with_the_actors_that_have_a_place(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path) == 2_000
     assert "1 of 2 sessions started after 8 s: no node has 2 CPU free" in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_images_that_a_node_does_not_see_stop_the_run_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("uri\n/proc/self/fd/200/0.png\n")
+    shape = {"nodes": [[2, 0], [2, 0]], "mounted": [str(tmp_path / "images"), 200]}
+    done = classify(tmp_path, shape, "--fetch.allow", "/proc/self/fd", images=1, inventory="in.csv")
+    assert done.returncode == 1
+    assert "/proc/self/fd/200/0.png does not exist on " in done.stderr
+    assert not list((tmp_path / "out" / "state" / "parts").rglob("*.parquet"))
 
 
 @pytest.mark.ray

@@ -118,7 +118,7 @@ def test_a_missing_bucket_is_one_sentence(bundle, bucket, capsys):
 def test_a_missing_object_is_a_row(images, bundle, bucket, tmp_path):
     inventory = tmp_path / "in.csv"
     inventory.write_text(f"uri\n{images}/0000.png\n{images}/gone.png\n")
-    driver = start(command(str(inventory), bundle, f"{bucket}/out"))
+    driver = start(command(str(inventory), bundle, f"{bucket}/out", "--fetch.allow", f"{bucket}/images"))
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 0, errors
     assert statuses(f"{bucket}/out") == {"ok": 1, "not_found": 1}

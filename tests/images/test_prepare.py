@@ -47,6 +47,17 @@ def pixels(payload: bytes, spec: ImageSpec = SPEC, limits: DecodeLimits | None =
     return outcome.pixels_hwc
 
 
+@pytest.mark.parametrize("name", ["ICO", "ICNS"])
+def test_file_inside_an_icon_is_refused_by_its_header(name: str) -> None:
+    icon = encode(Image.new("RGB", (256, 256)), name)
+    large = icon.replace(struct.pack(">II", 256, 256), struct.pack(">II", 8_000, 8_000))
+    assert large != icon
+    assert prepare(icon, SPEC).status is Status.OK
+    outcome = prepare(large, SPEC, DecodeLimits(max_pixels=1_000_000))
+    assert outcome.status is Status.TOO_MANY_PIXELS
+    assert "8000 x 8000" in (outcome.error or "")
+
+
 def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(int) - other.astype(int)).mean())
 

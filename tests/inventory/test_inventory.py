@@ -25,7 +25,10 @@ from pipelines.inventory.inventory import plan
 from pipelines.inventory.plan import open_plan
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.messages import InputError
+from pipelines.storage.local import LocalStorage
 from pipelines.storage.storage import Storage, open_storage
+from pipelines.storage.uris import StorageError
+from tests.builders.etag_server import EtagServer
 
 
 @pytest.fixture
@@ -515,6 +518,83 @@ def test_folder_that_may_not_be_read_is_not_left_out_in_silence(
         plan(f"{scheme}{tmp_path}/images", state)
     refusal = FileNotFoundError(2, "removed meanwhile")
     assert plan(f"{scheme}{tmp_path}/images", state).n_items == 1
+
+
+def test_links_that_are_not_followed_are_named(
+    tmp_path: Path, state: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for name, target in (("a.jpg", tmp_path / "b.jpg"), ("more", tmp_path / "elsewhere")):
+        (folder / name).symlink_to(target)
+    (folder / "c.jpg").touch()
+    assert plan(str(folder), state).n_items == 1
+    assert f"{folder}: 2 links are left out" in caplog.text
+
+
+def test_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path: Path, state: Storage) -> None:
+    (tmp_path / "what?").mkdir()
+    (tmp_path / "what?" / "a.jpg").touch()
+    assert plan(str(tmp_path / "what?"), state).n_items == 1
+
+
+def test_signed_url_of_a_table_is_an_inventory(state: Storage) -> None:
+    server = EtagServer()
+    try:
+        server.images["/in.csv?sig=a/b"] = b"uri,image_id\nhttps://a.example/1.jpg,\n2.jpg,x\n"
+        frozen = plan(server.url("/in.csv?sig=a/b"), state)
+    finally:
+        server.close()
+    assert [row["image_id"] for row in rows_of(state)] == ["https://a.example/1.jpg", "x"]
+    assert frozen.items([(1, 2)])["container"].to_pylist() == [server.url("/2.jpg")]
+    assert "a/b" not in frozen.origin.inventory
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_blank_image_id_is_the_uri(tmp_path: Path, state: Storage, form: str) -> None:
+    rows = [{"uri": "https://a/1.jpg", "image_id": ""}, {"uri": "https://a/2.jpg", "image_id": "two"}]
+    write_csv(tmp_path / "in.csv", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    plan(str(tmp_path / f"in.{form}"), state)
+    assert [row["image_id"] for row in rows_of(state)] == ["https://a/1.jpg", "two"]
+
+
+def test_bodies_of_a_shard_are_not_read_where_ranges_are(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members of 300 kB with a caption each; small ones are read over, a megabyte at a time."""
+    for name, length, n_members in (("large", 300_000, 40), ("small", 3_000, 1_000)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number in range(n_members):
+                for ending, n_bytes in (("jpg", length), ("txt", 40)):
+                    member = tarfile.TarInfo(f"{number:04d}.{ending}")
+                    member.size = n_bytes
+                    tar.addfile(member, io.BytesIO(bytes(n_bytes)))
+    pieces: list[int] = []
+    read_range = LocalStorage.read_range
+
+    def counted(storage: LocalStorage, path: str, start: int, stop: int) -> bytes:
+        pieces.append(stop - start)
+        return read_range(storage, path, start, stop)
+
+    monkeypatch.setattr(LocalStorage, "read_range", counted)
+    assert plan(str(tmp_path / "large.tar"), state).n_items == 40
+    assert sum(pieces) < 0.1 * (tmp_path / "large.tar").stat().st_size
+    pieces.clear()
+    assert plan(str(tmp_path / "small.tar"), open_storage(str(tmp_path / "other"))).n_items == 1_000
+    assert len(pieces) < 10
+
+
+def test_shard_on_a_server_without_ranges_is_refused(tmp_path: Path, state: Storage) -> None:
+    """Its images could not be fetched by their byte ranges either."""
+    server = EtagServer()
+    try:
+        server.images["/a.tar"] = shard(tmp_path / "a.tar", [f"{n}.jpg" for n in range(40)]).read_bytes()
+        with pytest.raises(StorageError, match="not served in byte ranges"):
+            plan(server.url("/a.tar"), state)
+    finally:
+        server.close()
 
 
 def test_pattern_takes_what_it_matches(tmp_path: Path, state: Storage) -> None:
