@@ -102,7 +102,7 @@ def carry_out(run: Run, config: ClassifyConfig) -> int:
     elif not (config.retry_failed and runs.reopen_failed(run)):
         if not runs.is_reported(run):  # the driver died before it could report
             runs.write_report(run)
-            reporting.report_run(run, part_of(config, ReportSettings))
+        reporting.report_run(run, part_of(config, ReportSettings))
         print(f"complete already, nothing was done. {runs.summarize(run)}")
         return 0
     classify_missing(run, config)

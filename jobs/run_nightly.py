@@ -7,7 +7,6 @@ A night in which nothing changed fetches no image and starts no engine (BENCHMAR
 continues an interrupted night, and repeats the verdict and the exit code of a published one.
 """
 
-import json
 import time
 
 from jobs import lineage
@@ -34,7 +33,6 @@ from pipelines.ledger.entries import Phase
 from pipelines.ledger.layout import GENERATIONS
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run, wait_for_previous
-from pipelines.ledger.verify import REPORT_JSON
 from pipelines.messages import InputError, Refused
 from pipelines.nights import night as nights
 from pipelines.nights import reporting
@@ -48,7 +46,8 @@ def run(config: NightlyConfig) -> int:
     """Publish the date, or repeat what became of it."""
     with explaining_failures():
         folders = DateFolders(open_storage(config.table).uri, config.date)
-        if not (config.replace or config.retry_failed) and (verdict := nights.read_verdict(folders)):
+        verdict = None if config.replace or config.retry_failed else nights.read_verdict(folders)
+        if verdict and reporting.has_page(folders.root, verdict["generation"]):
             print(verdict["line"])
             return int(verdict["exit_code"])
         night = prepare(config, folders)
@@ -139,11 +138,8 @@ def hold_on_drift(night: NightRun, config: NightlyConfig) -> None:
 
 def leave_report(night: NightRun, config: NightlyConfig) -> int:
     """Leave the page and the verdict of a published night; returns the exit code."""
-    if reporting.is_reported(night):
-        found = json.loads(night.run.state.read(REPORT_JSON)).get("drift", {"level": "none", "summary": ""})
-    else:
-        nights.ensure_report(night)
-        found = reporting.report_night(night, part_of(config, ReportSettings))
+    nights.ensure_report(night)
+    found = reporting.report_night(night, part_of(config, ReportSettings))
     code = 3 if reporting.reaches(found, config.fail_on_drift) else 0
     read = [config.inventory, config.bundle]
     lineage.write_event(night.run, "nightly", inputs=read, run_date=night.folders.date)

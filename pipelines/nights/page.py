@@ -2,8 +2,9 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -21,9 +22,10 @@ MATRIX_SIDE = 20
 """Categories on a side of the matrix of flips: what fits a page."""
 
 
-def render_night(document: Mapping[str, Any], gallery: Gallery, name_of: Callable[[str], str]) -> str:
+def render_night(document: Mapping[str, Any], gallery: Gallery, taxonomy: Taxonomy) -> str:
     """The page of one night, from `report.describe` and its pictures."""
-    return _environment().get_template("night.html").render(d=document, g=gallery, name_of=name_of)
+    names = partial(name_of, taxonomy)
+    return _environment().get_template("night.html").render(d=document, g=gallery, name_of=names)
 
 
 def write_comparison(
@@ -43,7 +45,7 @@ def write_comparison(
             d=document,
             flips=[replace(flip, thumbnail=small.get(flip.uri)) for flip in flips],
             matrix=flip_matrix(document["pairs"]),
-            name_of=lambda one: name_of(taxonomy, one),
+            name_of=partial(name_of, taxonomy),
         )
     )
     output.put(REPORT_HTML, page.encode())

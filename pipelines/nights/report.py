@@ -10,6 +10,7 @@ from typing import Any
 from pipelines.nights import drift
 from pipelines.nights.counts import ALL, NO_CATEGORY, SCORE, TIER1, TIER2, UNCERTAIN, NightCounts
 from pipelines.nights.drift import Drift, Level, Signal
+from pipelines.nights.settings import ReportSettings
 from pipelines.status import Status
 from pipelines.taxonomy.taxonomy import Taxonomy
 
@@ -50,22 +51,13 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class Price:
-    """What the machines cost."""
-
-    per_node_hour: float | None
-    """In any currency; None where it is not known."""
-    nodes: int = 1
-
-
-@dataclass(frozen=True)
 class NightFacts:
     """What is known of one night."""
 
     report: Mapping[str, Any]
     """`state/report.json` of the run."""
     counts: NightCounts
-    price: Price
+    settings: ReportSettings
     date: str | None = None
     past: Sequence[NightCounts] = ()
     """The nights before, of the same model."""
@@ -143,15 +135,6 @@ def _summary(level: Level, signals: Sequence[Mapping[str, Any]]) -> str:
     return f"{level.name}: {first['signal']}{segment} ({moved})"
 
 
-def one_line(document: Mapping[str, Any]) -> str:
-    """The night on the terminal."""
-    return (
-        f"{document['date']}: {document['rows']:,} rows, {document['images']:,} images classified, "
-        f"{document['carried']:,} rows carried over, {document['failed']:,} without a label; "
-        f"drift {document['drift']['summary']}"
-    )
-
-
 def name_of(taxonomy: Taxonomy, node_id: str) -> str:
     """The path of a category; the id itself where the taxonomy does not have it."""
     return taxonomy.path(node_id) if node_id in taxonomy else node_id
@@ -211,12 +194,8 @@ def _work(night: NightFacts) -> dict[str, Any]:
     if seconds["decide"] is not None:
         seconds["plan"] = None  # the sum of the others
     spent = {name: each for name, each in seconds.items() if each is not None}
-    price, images = night.price, session.get("images", 0)
-    cost = (
-        None
-        if price.per_node_hour is None
-        else price.per_node_hour * price.nodes * sum(spent.values()) / 3600
-    )
+    price, nodes, images = night.settings.price_per_node_hour, night.settings.nodes, session.get("images", 0)
+    cost = None if price is None else price * nodes * sum(spent.values()) / 3600
     return {
         "stages": [{"name": name, "meaning": STAGES[name], "seconds": each} for name, each in spent.items()],
         "seconds": sum(spent.values()),
@@ -224,15 +203,15 @@ def _work(night: NightFacts) -> dict[str, Any]:
         "images": images,
         "images_per_second": session.get("images_per_second"),
         "cost": cost,
-        "cost_per_million_rows": None if cost is None else _per_million(cost, night.counts.rows),
-        "cost_per_million_images": None if cost is None else _per_million(cost, images),
-        "nodes": price.nodes,
-        "price_per_node_hour": price.per_node_hour,
+        "cost_per_million_rows": _per_million(cost, night.counts.rows),
+        "cost_per_million_images": _per_million(cost, images),
+        "nodes": nodes,
+        "price_per_node_hour": price,
     }
 
 
-def _per_million(cost: float, n: int) -> float | None:
-    return 1e6 * cost / n if n else None
+def _per_million(cost: float | None, n: int) -> float | None:
+    return 1e6 * cost / n if n and cost is not None else None
 
 
 def _labels(night: NightFacts, signal: str, taxonomy: Taxonomy) -> list[dict[str, Any]]:

@@ -1,13 +1,19 @@
-"""A published run or night -> `counts.json` and `report.html` in its state folder, and its drift."""
+"""A published run or night -> `report.html` in its state folder, and its drift.
+
+`counts.json`, written after the page, says of which generation it is; later nights are compared with it.
+"""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from pipelines.classify.run import Run
 from pipelines.ledger.layout import sort_files
 from pipelines.ledger.verify import REPORT_JSON
+from pipelines.messages import first_line, redact
 from pipelines.nights import drift, report
 from pipelines.nights.counts import ALL, NightCounts, count_night, open_night, read_counts
 from pipelines.nights.drift import Level
@@ -15,51 +21,71 @@ from pipelines.nights.folders import DateFolders, Night, find_nights
 from pipelines.nights.night import NightRun
 from pipelines.nights.page import REPORT_HTML, render_night
 from pipelines.nights.pictures import Gallery, choose_pictures, fetch_pictures, find_sources
-from pipelines.nights.report import PAST_DAYS, NightFacts, Price
+from pipelines.nights.report import PAST_DAYS, NightFacts
 from pipelines.nights.settings import ReportSettings
+from pipelines.storage.storage import Storage
 from pipelines.taxonomy.taxonomy import Taxonomy
 
 COUNTS_JSON = "counts.json"
 
+log = logging.getLogger(__name__)
+
 
 def report_run(run: Run, settings: ReportSettings) -> None:
-    """Leave `report.html` of a published classification."""
-    counts, gallery = _look(run, settings)
-    price = Price(settings.price_per_node_hour, settings.nodes)
-    facts = NightFacts(json.loads(run.state.read(REPORT_JSON)), counts, price)
-    taxonomy = run.bundle.taxonomy()
-    page = render_night(report.describe(facts, taxonomy), gallery, lambda one: report.name_of(taxonomy, one))
-    run.state.put(REPORT_HTML, page.encode())
+    """Leave the page of a published classification, unless it is there; what fails is a warning."""
+    if has_page(run.state, run.ledger.state.generation):
+        return
+    with _warning_of_page(run):
+        counts, gallery = _look(run, settings)
+        facts = NightFacts(json.loads(run.state.read(REPORT_JSON)), counts, settings)
+        _leave_page(run, run.state, report.describe(facts, run.bundle.taxonomy()), counts, gallery)
 
 
 def report_night(night: NightRun, settings: ReportSettings) -> dict[str, Any]:
-    """Leave `counts.json` and `report.html` of a published night, and its drift in `report.json`.
+    """Leave the drift of a published night in `report.json`, and its page; a page that fails is a warning.
 
     Returns:
         The drift of the night, by `report.describe_drift`.
     """
     run, root = night.run, night.folders.root
+    written: dict[str, Any] = json.loads(run.state.read(REPORT_JSON))
+    if has_page(root, run.ledger.state.generation):
+        return dict(written.get("drift", {"level": "none", "summary": ""}))
     counts, gallery = _look(run, settings)
     past, last = read_past(night.folders, counts.model_id, run.bundle.taxonomy(), settings.drift_by)
-    written = json.loads(run.state.read(REPORT_JSON))
-    price = Price(settings.price_per_node_hour, settings.nodes)
-    facts = NightFacts(written, counts, price, str(night.folders.date), past, last)
-    taxonomy = run.bundle.taxonomy()
-    document = report.describe(facts, taxonomy)
-    page = render_night(document, gallery, lambda one: report.name_of(taxonomy, one))
-    root.put(REPORT_HTML, page.encode())
+    facts = NightFacts(written, counts, settings, str(night.folders.date), past, last)
+    document = report.describe(facts, run.bundle.taxonomy())
     run.state.put(REPORT_JSON, json.dumps({**written, "drift": document["drift"]}, indent=1).encode())
+    with _warning_of_page(run):
+        _leave_page(run, root, document, counts, gallery)
+    return dict(document["drift"])
+
+
+def has_page(root: Storage, generation: int) -> bool:
+    """Whether the page in this state folder is there, and of this generation."""
+    return root.exists(COUNTS_JSON) and read_counts(root.read(COUNTS_JSON)).generation == generation
+
+
+@contextmanager
+def _warning_of_page(run: Run) -> Iterator[None]:
+    """Let no failure of the page change how the command ends: the table is published whole."""
+    try:
+        yield
+    except Exception as error:  # of fetching, decoding, rendering or the storage
+        log.warning(
+            "%s is published whole, but its page could not be made: %s; the same command tries it again",
+            redact(run.table.uri), first_line(error),
+        )  # fmt: skip
+
+
+def _leave_page(
+    run: Run, root: Storage, document: dict[str, Any], counts: NightCounts, gallery: Gallery
+) -> None:
+    """Write the page with the pictures that can be fetched, then the counts that say that it is there."""
+    if uris := {picture.uri for picture in (*gallery.by_category, *gallery.least_certain)}:
+        gallery = fetch_pictures(gallery, find_sources(run.plan, uris), run.settings.fetch)
+    root.put(REPORT_HTML, render_night(document, gallery, run.bundle.taxonomy()).encode())
     root.put(COUNTS_JSON, counts.to_json())
-    drift_found: dict[str, Any] = document["drift"]
-    return drift_found
-
-
-def is_reported(night: NightRun) -> bool:
-    """Whether the page of the night's last generation is there; `counts.json` is written after it."""
-    root = night.folders.root
-    if not root.exists(COUNTS_JSON):
-        return False
-    return read_counts(root.read(COUNTS_JSON)).generation == night.run.ledger.state.generation
 
 
 def judge_parts(night: NightRun, settings: ReportSettings) -> dict[str, Any]:
@@ -104,18 +130,14 @@ def _count_past(night: Night, table_uri: str, taxonomy: Taxonomy, by: Sequence[s
 
 
 def _look(run: Run, settings: ReportSettings) -> tuple[NightCounts, Gallery]:
-    """The counts of the published files, and pictures of some of their images."""
+    """The counts of the published files, and which of their images the page shows."""
     paths = [file.name for file in sort_files(run.ledger.state)]
     if not paths:
         return _empty(run), Gallery()
     generation = run.ledger.state.generation
     with open_night(run.table, paths, by=settings.drift_by) as database:
         counts = count_night(database, run.bundle.taxonomy(), by=settings.drift_by, generation=generation)
-        gallery = choose_pictures(database, settings.report_images)
-    if not settings.report_images or not counts.images:
-        return counts, gallery
-    uris = {picture.uri for picture in (*gallery.by_category, *gallery.least_certain)}
-    return counts, fetch_pictures(gallery, find_sources(run.plan, uris), run.settings.fetch)
+        return counts, choose_pictures(database, settings.report_images)
 
 
 def _empty(run: Run) -> NightCounts:

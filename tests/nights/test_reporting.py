@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
+from pipelines.nights import reporting
 from tests.nights.conftest import Nights
 
 PICTURES = 130
@@ -67,3 +68,40 @@ def test_classify_leaves_a_page_without_comparisons(nights, tmp_path):
         assert "last night" not in page
         assert json.loads((tmp_path / output / "state" / "report.json").read_text())["rows"] == PICTURES
     assert main(["verify", str(tmp_path / "shown")]) == 0
+
+
+def break_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no room for the page")
+
+    monkeypatch.setattr(reporting, "render_night", fail)
+
+
+def test_page_that_fails_is_a_warning_and_made_by_the_same_command(
+    two_nights: Nights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        break_pages(patched)
+        assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm") == 3
+    assert "no room for the page" in caplog.text
+    page = state(two_nights, "2026-11-21") / "report.html"
+    assert not page.exists()
+    for _ in range(2):
+        assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm") == 3
+        assert "Night of 2026-11-21" in page.read_text()
+
+
+def test_classify_makes_a_missing_page_when_it_is_repeated(
+    nights: Nights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path / "red", (230, 20, 20), 1)
+    command = ["classify", "--inventory", str(tmp_path / "red"), "--bundle", str(nights.bundle)]
+    command += ["--output", str(tmp_path / "out"), "--report-images", "0"]
+    with monkeypatch.context() as patched:
+        break_pages(patched)
+        assert main(command) == 0
+    assert "no room for the page" in caplog.text
+    page = tmp_path / "out" / "state" / "report.html"
+    assert not page.exists()
+    assert main(command) == 0
+    assert page.exists()
