@@ -3,9 +3,10 @@
 import json
 import logging
 import os
+import sys
 import uuid
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 RUN = "SUBMISSION_ID"
@@ -14,12 +15,21 @@ RUN = "SUBMISSION_ID"
 
 def start_logging(form: LogFormat, command: str) -> None:
     """Our own progress at INFO; of the libraries only what is wrong."""
-    handler = logging.StreamHandler()
+    handler = StandardError()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z")
     handler.setFormatter(text if form == "text" else JsonLines(command))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("jobs", "export", "pipelines"):
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+class StandardError(logging.StreamHandler[TextIO]):
+    """Writes to standard error as it is now: a bar on a terminal replaces it, to stay below the lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class JsonLines(logging.Formatter):

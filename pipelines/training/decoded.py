@@ -122,7 +122,7 @@ def _chosen_mode(data: LabelledData, spec: ImageSpec, stored: ImageSpec, how: Im
     n_measured = data.rows.num_rows - n_train
     n_bytes = 3 * (n_train * stored.height * stored.width + n_measured * spec.height * spec.width)
     mode = pixels.choose_mode(how, n_bytes, pixels.measure_room(how))
-    size = f"{n_bytes / 1e9:.2f} GB at {stored.width}x{stored.height}"
+    size = f"{n_bytes / 1e6:,.0f} MB at {stored.width}x{stored.height}"
     log.info("%d images decode to %s, kept in %s", data.rows.num_rows, size, KEPT_IN[mode])
     return mode
 

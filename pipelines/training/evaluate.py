@@ -110,15 +110,25 @@ def rule_of(recipe: Recipe) -> ThresholdRule:
     )
 
 
+SHOWN = 5
+"""Categories named in one line of the log; the report has all."""
+
+
 def log_unpublished(found: Calibrated, taxonomy: Taxonomy, rule: ThresholdRule) -> None:
-    """Name the categories that no image will be given in `cat`."""
+    """Name categories that no image will be given in `cat`, by what they need for it."""
     total = len(found.spec.thresholds)
     if rule.goal == "precision":
         reached = total - len(found.images_needed)
         log.info("%d of %d categories reach a precision of %g", reached, total, rule.target_precision)
-    for category, more in found.images_needed.items():
-        advice = "a better model" if more is None else f"some {more} more validation images of it"
-        log.warning("never published: %s (%s); it needs %s", taxonomy.path(category), category, advice)
+    paths = {taxonomy.path(one): more for one, more in found.images_needed.items()}
+    wanted = {
+        "more validation images": [f"{path} (some {more} more)" for path, more in paths.items() if more],
+        "a better model": [path for path, more in paths.items() if more is None],
+    }
+    for what, categories in wanted.items():
+        if categories:
+            more = f" and {len(categories) - SHOWN} others" if len(categories) > SHOWN else ""
+            log.warning("never published without %s: %s%s", what, ", ".join(categories[:SHOWN]), more)
 
 
 def evaluate_splits(

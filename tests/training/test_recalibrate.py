@@ -79,7 +79,7 @@ def test_thresholds_follow_the_precision_asked_for_without_training(run, caplog)
 
 def test_category_out_of_reach_is_named_with_what_it_needs(run, caplog):
     assert main(["calibrate", str(run), "--target-precision", "0.999"]) == 0
-    assert "never published: Sports (483); it needs" in caplog.text
+    assert "never published without" in caplog.text and "Sports" in caplog.text
     assert json.loads((run / runs.MARKER).read_text())["never_published"].keys() >= {"483", "1"}
 
 
