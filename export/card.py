@@ -1,4 +1,4 @@
-"""The README.md inside a bundle: what the model is, and how to run it without this project."""
+"""The README.md inside a bundle: what the model is, and how to run it without us."""
 
 import re
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from pipelines.bundle.manifest import MODEL_FILES
 from pipelines.specs import Precision
 
 FILE = "README.md"
+PREPROCESSING = "pixels.py"
 HUB_LICENCES = {
     "apache-2.0", "mit", "openrail", "bsd", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "unlicense", "gpl-3.0",
     "agpl-3.0", "lgpl-3.0", "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
@@ -22,9 +23,8 @@ HUB_LICENCES = {
 
 def render(trained: Checkpoint, precisions: Sequence[Precision]) -> bytes:
     """The card's bytes; the same checkpoint gives the same card."""
-    template = (resources.files("export") / "templates" / "card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701
-    text = environment.from_string(template).render(
+    text = environment.from_string(_template("card.md").decode()).render(
         head=yaml.safe_dump(hub_metadata(trained.licence), sort_keys=False).strip(),
         trained=trained,
         spec=trained.spec.image_spec,
@@ -32,6 +32,15 @@ def render(trained: Checkpoint, precisions: Sequence[Precision]) -> bytes:
         labels=[(class_id, trained.taxonomy.path(class_id)) for class_id in trained.spec.class_ids],
     )
     return text.encode()
+
+
+def preprocessing() -> bytes:
+    """The Python file with which the card's lines make the model's pixels."""
+    return _template(PREPROCESSING)
+
+
+def _template(name: str) -> bytes:
+    return (resources.files("export") / "templates" / name).read_bytes()
 
 
 def hub_metadata(licence: str) -> dict[str, str]:

@@ -166,6 +166,7 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
     )
     files[categories.FILE] = categories.categories_bytes(trained.spec, trained.taxonomy)
     files[card.FILE] = card.render(trained, list(graphs))
+    files[card.PREPROCESSING] = card.preprocessing()
     if trained.taxonomy_table is not None:
         files[bundle.TAXONOMY_FILE] = trained.taxonomy_table
     manifest = Manifest(
