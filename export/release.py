@@ -63,6 +63,7 @@ def export(
         with checkpoint.open_checkpoint(checkpoint_uri) as trained:
             run = run_folder(checkpoint_uri)
             own, further = draw_images(images_uri, settings, calibrating="int8" in precisions, run=run)
+            logger.info("converting to %s", ", ".join(precisions))
             network = trained.network()
             reference = reference_of_checkpoint(trained, network, own, settings)
             graphs = dict(make_graphs(trained, network, precisions, further))
@@ -202,6 +203,8 @@ def measure_all(reference: Reference, opened: Bundle, runtimes: Iterable[Runtime
     """The certificates of some sessions, one model in memory at a time; doubtful int8 ones are warned of."""
     found: Certificates = {}
     for runtime in runtimes:
+        n_images, name = len(reference.sample), f"{runtime.precision} on {runtime.provider}"
+        logger.info("comparing %s with the checkpoint on %d images", name, n_images)
         candidate = certificate.load_candidate(opened, runtime)
         found[runtime.provider, runtime.precision] = certificate.measure(
             reference, candidate, runtime.precision

@@ -122,7 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(name: str, argv: Sequence[str]) -> "JobConfig":
     """The settings of a command. Raises InputError."""
     if name not in COMMANDS:
-        raise InputError(f"there is no such command; the commands are {', '.join(COMMANDS)}")
+        from jobs.settings import suggestion
+
+        hint = suggestion(name, list(COMMANDS))
+        raise InputError(f"there is no such command{hint}; the commands are {', '.join(COMMANDS)}")
     return COMMANDS[name].settings().parse(argv, command=name)
 
 

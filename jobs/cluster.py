@@ -20,9 +20,10 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its job must not start a cluster of its own
     "RAY_DATA_LOG_LEVEL": "ERROR",  # its plan and its own progress table; ours stands instead
+    "HF_HUB_VERBOSITY": "error",  # each retry, twice over; the failure itself is told
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one error-like line per actor pool (ray #53727)
 }
-"""Environment of the driver, unless the user set it: what Ray says of a healthy run is not for its user."""
+"""Environment of the driver, unless the user set it: what libraries say of a healthy run is not for users."""
 
 
 def quieten() -> None:

@@ -54,7 +54,7 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
     entries = [entry for entry in _list(folder) if not _hidden(entry.path)]
     entries = [entry for entry in entries if fnmatchcase(entry.path, pattern)]
     if not entries:
-        raise InputError(f"{redact(inventory_uri)} is neither a file nor a folder or prefix that holds one")
+        raise InputError(f"{redact(inventory_uri)} does not exist or holds no file")
     form, chosen = _choose(inventory_uri, entries, options)
     return Found(form, folder, tuple(_found(folder, entry) for entry in chosen))
 

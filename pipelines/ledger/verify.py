@@ -86,7 +86,9 @@ def verify(predictions_uri: str) -> list[Check]:
 def verify_table(table: Storage, state: Storage) -> list[Check]:
     """Check a table against its state folder, wherever the two are. Raises InputError, as `verify` does."""
     if not any(state.exists(path) for path in (RUN_JSON, PLAN_JSON)):
-        raise InputError(f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify")
+        raise InputError(
+            f"{state.uri} has no {RUN_JSON} and no {PLAN_JSON}: not written by classify, or not there"
+        )
     try:
         plan = _open_checked_plan(state)
     except (_StateDamaged, NoPlan) as error:

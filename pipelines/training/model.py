@@ -72,22 +72,14 @@ def scratch(recipe: Recipe, labels: dict[str, Any]) -> Any:
     """A ViT with random weights, initialised so that it learns from few images."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    name = recipe.model.removeprefix(SCRATCH)
-    if name not in SCRATCH_SHAPES:
-        raise InputError(
-            f"model is {recipe.model}; it must be {SCRATCH}{f', {SCRATCH}'.join(SCRATCH_SHAPES)}"
-        )
-    image_size, patch_size = recipe.image_size or 224, recipe.patch_size or 16
-    if image_size % patch_size:
-        raise InputError(f"image_size is {image_size}; it must be a multiple of patch_size {patch_size}")
-    shape = SCRATCH_SHAPES[name]
+    shape = SCRATCH_SHAPES[recipe.model.removeprefix(SCRATCH)]
     config = ViTConfig(
         hidden_size=shape.width,
         num_hidden_layers=recipe.layers or shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width,
-        image_size=image_size,
-        patch_size=patch_size,
+        image_size=recipe.image_size or 224,
+        patch_size=recipe.patch_size or 16,
         **labels,
     )
     model = ViTForImageClassification._from_config(config)

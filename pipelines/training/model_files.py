@@ -92,7 +92,8 @@ def read_model_spec(folder: Path, source: str) -> ModelSpec:
     """
     config = read_json(folder / CONFIG)
     if config is None:
-        raise InputError(f"{source} holds no {CONFIG}; give a run folder or its best/")
+        seen = f"holds no {CONFIG}" if folder.is_dir() else "does not exist"
+        raise InputError(f"{source} {seen}; give a run folder or its best/")
     ours = _read_sidecar(folder)
     found = read_preprocessing(folder)
     if found is None:

@@ -14,6 +14,7 @@ from pipelines.messages import InputError
 from pipelines.specs import Fraction, validated
 
 SCRATCH = "scratch:"
+SCRATCH_SIZES = ("tiny", "small", "base")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 FractionAboveZero = Annotated[float, Field(gt=0, le=1)]
@@ -180,6 +181,14 @@ class EarlyStopping:
     """Smallest gain that counts as better."""
 
 
+def _check_scratch(model: str, image_size: int, patch_size: int) -> None:
+    names = [f"{SCRATCH}{size}" for size in SCRATCH_SIZES]
+    if model not in names:
+        raise InputError(f"model is {model}; from scratch it must be {', '.join(names)}")
+    if image_size % patch_size:
+        raise InputError(f"image_size is {image_size}; it must be a multiple of patch_size {patch_size}")
+
+
 @validated
 class Recipe:
     """One training run, up to its data."""
@@ -232,6 +241,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.is_scratch and (self.patch_size or self.layers):
             raise ValueError("patch_size and layers describe a scratch model; a pretrained one has its own")
+        if self.is_scratch:
+            _check_scratch(self.model, self.image_size or 224, self.patch_size or 16)
 
     @property
     def is_scratch(self) -> bool:

@@ -476,7 +476,7 @@ def test_unusable_inventory_is_refused_by_name(
 
 
 def test_place_without_images_is_refused_with_what_it_holds(tmp_path: Path, state: Storage) -> None:
-    with pytest.raises(InputError, match="neither a file nor a folder"):
+    with pytest.raises(InputError, match="does not exist or holds no file"):
         plan(str(tmp_path / "nowhere"), state)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=r"notes\.txt.*--all-files"):

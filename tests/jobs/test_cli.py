@@ -311,3 +311,8 @@ def test_a_path_that_is_not_there_is_wrong_input() -> None:
         checking_input(),
     ):
         Path("/nowhere/labels.csv").read_text()
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["clasify"]) == 2
+    assert "did you mean classify?" in capsys.readouterr().err

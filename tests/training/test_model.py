@@ -156,16 +156,16 @@ def test_another_architecture_can_be_fine_tuned_and_decayed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words"),
+    ("settings", "words"),
     [
-        (Recipe(model="scratch:huge"), "scratch:tiny"),
-        (replace(RECIPE, image_size=20), "multiple of patch_size 8"),
-        (Recipe(model="/no/such/folder"), "/no/such/folder"),
+        ({"model": "scratch:huge"}, "scratch:tiny"),
+        ({"model": "scratch:tiny", "image_size": 20, "patch_size": 8}, "multiple of patch_size 8"),
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
-def test_impossible_models_are_refused_with_the_remedy(recipe, words):
+def test_impossible_models_are_refused_with_the_remedy(settings, words):
     with pytest.raises(InputError, match=words):
-        vit.build(recipe.resolved(multi_label=False), CLASSES)
+        vit.build(Recipe(**settings).resolved(multi_label=False), CLASSES)
 
 
 def test_scratch_positions_distinguish_rows_and_columns():
