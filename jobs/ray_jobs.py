@@ -1,16 +1,14 @@
 """Jobs on a Ray cluster's job server: submitted once, followed to their end, stopped.
 
-The server may be restarted and its log stream may end early (ray#60665): what is asked here is asked again
-until it is answered, for as long as `patience_s`.
+The server may be restarted: what is asked here is asked again until it is answered, for as long as
+`patience_s`.
 """
 
-import asyncio
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jobs.cluster import use_token
@@ -27,17 +25,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Server:
-    """Where a cluster's job server is reached."""
-
-    address: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    verify: bool | str = True
-    """Whether TLS certificates are checked, or the authority's file that they are checked with."""
-    patience_s: float = 300.0
-
-
-@dataclass(frozen=True)
 class Submission:
     """What the cluster is to run."""
 
@@ -51,21 +38,25 @@ class Submission:
 class RayJobs:
     """A connection to a job server."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(
+        self, address: str | None, *, headers: Mapping[str, str], verify: bool | str, patience_s: float
+    ) -> None:
+        """Connect, or raise InputError.
+
+        Args:
+            verify: whether TLS certificates are checked, or the authority's file that they are checked with.
+        """
         use_token()
-        if server.address:  # Ray takes this variable before the address that it is given
-            os.environ["RAY_API_SERVER_ADDRESS"] = server.address
+        if address:  # Ray takes this variable before the address that it is given
+            os.environ["RAY_API_SERVER_ADDRESS"] = address
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger(JobSubmissionClient.__module__).setLevel(
-            logging.ERROR
-        )  # its levels are set at import
-        self._patience_s = server.patience_s
+        # not earlier: Ray sets its levels at import
+        logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.ERROR)
+        self._patience_s = patience_s
         try:
-            self._client = JobSubmissionClient(
-                server.address, headers=dict(server.headers), verify=server.verify
-            )
+            self._client = JobSubmissionClient(address, headers=dict(headers), verify=verify)
         except AuthenticationError as error:
             raise InputError(
                 "the cluster asks for a token and refused ours; put the cluster's token into RAY_AUTH_TOKEN "
@@ -86,7 +77,7 @@ class RayJobs:
         while True:
             name = attempt_id(job.base_id, attempt)
             known = self.find(name)
-            if known is None and self._started(name, job):
+            if known is None and self._start(name, job):
                 log.info("submitted as %s", name)
                 return name
             known = known or self.details(name)
@@ -98,7 +89,7 @@ class RayJobs:
                 return name
             attempt += 1
 
-    def _started(self, name: str, job: Submission) -> bool:
+    def _start(self, name: str, job: Submission) -> bool:
         """Whether the job was started; False where another submission of it was first."""
 
         def start() -> bool:
@@ -117,12 +108,12 @@ class RayJobs:
                 raise InputError(f"the job's environment is wrong: {first_line(error)}") from error
             return True
 
-        return self._asked(start)
+        return self._ask(start)
 
     def find(self, name: str) -> Any:
         """What the server knows of a job, None if nothing."""
         try:
-            return self._asked(lambda: self._client.get_job_info(name))
+            return self._ask(lambda: self._client.get_job_info(name))
         except RuntimeError as error:
             if "status code 404" in str(error):
                 return None
@@ -146,14 +137,14 @@ class RayJobs:
 
     def list(self, prefix: str) -> list[Any]:
         """The jobs whose id starts so, oldest first."""
-        jobs = self._asked(self._client.list_jobs)
+        jobs = self._ask(self._client.list_jobs)
         ours = [job for job in jobs if (job.submission_id or "").startswith(prefix)]
         return sorted(ours, key=lambda job: job.start_time or 0)
 
     def stop(self, name: str) -> Any:
         """Ask a job to stop and wait for its end, which it may put off by `STOP_WAIT_S`; its details."""
         if not self.details(name).status.is_terminal():
-            self._asked(lambda: self._client.stop_job(name))
+            self._ask(lambda: self._client.stop_job(name))
         deadline = time.monotonic() + STOP_WAIT_S + 30
         while not (details := self.details(name)).status.is_terminal():
             if time.monotonic() > deadline:
@@ -161,43 +152,27 @@ class RayJobs:
             time.sleep(POLL_S)
         return details
 
-    def follow(self, name: str, write: Callable[[str], None]) -> Any:
-        """Pass on a job's log as it grows, each character once, until the job ends; its details."""
-        shown, told = Shown(write), ""
+    def follow(self, name: str) -> Any:
+        """Print a job's log as it grows, each character once, until the job ends; its details.
+
+        The log is read again and again, in whole: Ray's stream of it may end early (ray#60665).
+        """
+        shown, told = 0, ""
         while True:
+            started = time.monotonic()
             details = self.details(name)
-            if details.status.is_terminal():
-                shown.whole(self._asked(lambda: self._client.get_job_logs(name)))
-                return details
             if details.status == "PENDING":
                 if details.message and details.message != told:
                     log.info("waiting: %s", told := details.message)
             else:
-                self._stream(name, shown)
-            time.sleep(POLL_S)
+                text = self._ask(lambda: self._client.get_job_logs(name))
+                print(text[shown:], end="", flush=True)
+                shown = max(shown, len(text))
+            if details.status.is_terminal():
+                return details
+            time.sleep(max(POLL_S, 10 * (time.monotonic() - started)))  # a long log less often
 
-    def _stream(self, name: str, shown: "Shown") -> None:
-        """Pass on the log until the stream ends, for whatever reason; the main thread stays interruptible."""
-
-        async def tail() -> None:
-            shown.restart()
-            async for text in self._client.tail_job_logs(name):
-                shown.add(text)
-
-        def run() -> None:
-            import aiohttp
-
-            try:
-                asyncio.run(tail())
-            except (RuntimeError, OSError, aiohttp.ClientError) as error:
-                log.debug("the log stream of %s ended: %s", name, error)
-
-        reader = threading.Thread(target=run, name="job log", daemon=True)
-        reader.start()
-        while reader.is_alive():
-            reader.join(POLL_S / 2)
-
-    def _asked(self, question: Callable[[], Answer]) -> Answer:
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The server's answer, once it can be reached. Raises JobFailed after `patience_s`."""
         import requests
 
@@ -217,30 +192,6 @@ class RayJobs:
                     log.warning("the job server does not answer; asking again for %.0f s", self._patience_s)
                 told = True
                 time.sleep(POLL_S)
-
-
-class Shown:
-    """How much of a log was passed on; a stream begun again repeats it from its first character."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write = write
-        self._shown = self._position = 0
-
-    def restart(self) -> None:
-        """The stream begins again."""
-        self._position = 0
-
-    def add(self, text: str) -> None:
-        """Pass on what is new in the next piece of the stream."""
-        if new := text[max(0, self._shown - self._position) :]:
-            self._write(new)
-        self._position += len(text)
-        self._shown = max(self._shown, self._position)
-
-    def whole(self, text: str) -> None:
-        """Pass on what is new in the whole log."""
-        self.restart()
-        self.add(text)
 
 
 def exit_code(details: Any) -> int:

@@ -23,7 +23,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs import ray_jobs
 from jobs.logs import RUN
-from jobs.ray_jobs import RayJobs, Server, Submission
+from jobs.ray_jobs import RayJobs, Submission
 from jobs.settings import ENVIRONMENT, JobConfig, given_settings
 from pipelines.messages import InputError, JobFailed, Stopped
 from pipelines.specs import validated
@@ -99,18 +99,20 @@ def run(config: SubmitConfig) -> int:
     """Submit, attach to, show or stop a job; its exit code."""
     word, *rest = config.job
     if word in ACTIONS:
-        jobs = RayJobs(server_of(config))
-        if word == "status" and not rest:
-            return show(jobs.list(PREFIX))
-        if not rest:
+        if not rest and word != "status":
             raise InputError(f"{word} takes a submission id, or the command and settings that were submitted")
+        jobs = connect(config)
+        if not rest:
+            return show(jobs.list(PREFIX))
         name = named_job(jobs, rest)
-        return {"status": status, "logs": watch, "stop": stop}[word](jobs, name)
+        if word == "status":
+            return show([jobs.details(name)])
+        return stop(jobs, name) if word == "stop" else watch(jobs, name)
     try:
         job = submission(config, word, rest)
     except SystemExit:  # argparse, after the command's --help
         return 0
-    jobs = RayJobs(server_of(config))
+    jobs = connect(config)
     name = jobs.submit(job, again=config.again)
     return 0 if config.detach else watch(jobs, name)
 
@@ -123,10 +125,14 @@ def leading_flags(argv: Sequence[str]) -> int:
     return min(at, len(argv))
 
 
-def server_of(config: SubmitConfig) -> Server:
-    """Where the settings say that the cluster's job server is."""
-    verify = config.ca_file or not config.insecure
-    return Server(config.address, config.headers, verify, config.reconnect_s)
+def connect(config: SubmitConfig) -> RayJobs:
+    """The cluster's job server."""
+    return RayJobs(
+        config.address,
+        headers=config.headers,
+        verify=config.ca_file or not config.insecure,
+        patience_s=config.reconnect_s,
+    )
 
 
 def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submission:
@@ -134,7 +140,7 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
 
     What a YAML file or the environment says here travels as variables of the job: neither exists there.
     """
-    settings = parsed(command, argv)
+    settings = parse_command(command, argv)
     variables = {
         ENVIRONMENT + name.upper(): value if isinstance(value, str) else json.dumps(value)
         for name, value in given_settings(type(settings), argv).items()
@@ -153,7 +159,7 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
     )
 
 
-def parsed(command: str, argv: Sequence[str]) -> JobConfig:
+def parse_command(command: str, argv: Sequence[str]) -> JobConfig:
     """The settings of a command, checked. Raises InputError."""
     from jobs.cli import parse
 
@@ -184,37 +190,30 @@ def named_job(jobs: RayJobs, words: Sequence[str]) -> str:
     from jobs.cli import COMMANDS
 
     if words[0] in COMMANDS:
-        return jobs.latest(base_id(words[0], parsed(words[0], words[1:])))
+        return jobs.latest(base_id(words[0], parse_command(words[0], words[1:])))
     return words[0]
 
 
 def watch(jobs: RayJobs, name: str) -> int:
     """Show a job's log until it ends; its exit code. Interrupted on a terminal, ask whether to stop it."""
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
     try:
-        details = jobs.follow(name, write)
+        details = jobs.follow(name)
     except Stopped as stopped:
         if str(stopped) == "SIGINT" and wants_stop(name):
             return stop(jobs, name) or ray_jobs.STOPPED
         raise JobFailed(
             f"{name} runs on; the same command attaches to it, `iab-vision submit stop {name}` stops it"
         ) from None
-    return ended(details)
+    return report_end(details)
 
 
 def wants_stop(name: str) -> bool:
     """Whether the person at the terminal wants the job stopped; no, where there is no terminal."""
-    if not sys.stdin.isatty():
-        return False
-    answer = input(f"\nStop {name} on the cluster, too? [y/N] ")
-    return answer.strip().lower() in ("y", "yes")
+    question = f"\nStop {name} on the cluster, too? [y/N] "
+    return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")
 
 
-def ended(details: Any) -> int:
+def report_end(details: Any) -> int:
     """Say how a job ended; its exit code."""
     code = ray_jobs.exit_code(details)
     if details.status == "STOPPED":
@@ -222,11 +221,6 @@ def ended(details: Any) -> int:
     elif code and details.driver_exit_code not in (1, 2, 3):
         log.error("%s: %s", details.submission_id, details.message)
     return code
-
-
-def status(jobs: RayJobs, name: str) -> int:
-    """Print one job's state."""
-    return show([jobs.details(name)])
 
 
 def stop(jobs: RayJobs, name: str) -> int:

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import cli, ray_jobs
-from jobs.ray_jobs import Shown
-from jobs.submit_job import SubmitConfig, base_id, parsed, submission
+from jobs.submit_job import SubmitConfig, base_id, parse_command, submission
 
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "s3://b/out"]
 
@@ -54,10 +53,10 @@ def test_a_job_started_with_these_variables_gets_the_same_settings(
         "top_k: 2\nfetch: {per_host: 3}\ndrop_columns: [a, b]\nrename: {x: uri}\nkeep_plan: true\n"
     )
     argv = ["--config", str(tmp_path / "job.yaml"), *REQUIRED]
-    here, sent = parsed("classify", argv), job("classify", *argv)
+    here, sent = parse_command("classify", argv), job("classify", *argv)
     for name, value in sent.runtime_env["env_vars"].items():
         monkeypatch.setenv(name, value)
-    there = parsed("classify", REQUIRED)
+    there = parse_command("classify", REQUIRED)
     assert base_id("classify", there) == base_id("classify", here)
 
 
@@ -95,15 +94,3 @@ def test_words_that_are_no_job_are_refused(word: str, capsys: pytest.CaptureFixt
 )  # fmt: skip
 def test_a_jobs_end_keeps_the_exit_code_of_the_command(status: str, driver: int | None, code: int) -> None:
     assert ray_jobs.exit_code(SimpleNamespace(status=status, driver_exit_code=driver)) == code
-
-
-def test_a_log_whose_stream_begins_again_is_shown_once() -> None:
-    written: list[str] = []
-    shown = Shown(written.append)
-    shown.restart()
-    shown.add("one\ntwo\n")
-    shown.restart()
-    shown.add("one\n")
-    shown.add("two\nthree\n")
-    shown.whole("one\ntwo\nthree\nfour\n")
-    assert "".join(written) == "one\ntwo\nthree\nfour\n"
