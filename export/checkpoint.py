@@ -18,7 +18,6 @@ from pipelines.storage import storage, uris
 from pipelines.taxonomy import taxonomy
 from pipelines.taxonomy.taxonomy import Taxonomy
 from pipelines.training import model_files
-from pipelines.training.model_files import FLAT
 
 NOT_STATED = "not stated"
 """Licence of a checkpoint that names none."""
@@ -106,7 +105,7 @@ def read_checkpoint(folder: Path, source: str) -> Checkpoint:
 
 
 def _taxonomy(name: str, class_ids: tuple[str, ...]) -> Taxonomy:
-    found = taxonomy.flat(class_ids) if name == FLAT else taxonomy.load(name)
+    found = taxonomy.load(name, labels=class_ids)
     for class_id in class_ids:
         if class_id not in found:
             raise InputError(f"class {class_id!r} of the checkpoint is not an id of {found.name}")
@@ -114,7 +113,7 @@ def _taxonomy(name: str, class_ids: tuple[str, ...]) -> Taxonomy:
 
 
 def _is_known(name: str) -> bool:
-    return name in (FLAT, taxonomy.VECTORS) or name.removeprefix("iab-content-") in taxonomy.CATTAX
+    return name in (taxonomy.FLAT, taxonomy.VECTORS) or name.removeprefix("iab-content-") in taxonomy.CATTAX
 
 
 def _has_attention(config: Any) -> bool:

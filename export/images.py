@@ -101,10 +101,10 @@ def find(images_uri: str, run: str | None = None) -> list[Place]:
 
 def _settings(images_uri: str, run: str | None) -> tuple[Columns, str | None]:
     """Columns and label map that the run was given, if it had this dataset."""
-    recorded = runs.recorded_data_settings(run) if run else {}
-    if recorded.get("uri") not in (redact(images_uri), redact(absolute(images_uri))):
+    recorded = runs.recorded_data_settings(run) if run else None
+    if recorded is None or recorded.uri not in (redact(images_uri), redact(absolute(images_uri))):
         return Columns(), None
-    return Columns(**recorded.get("columns", {})), recorded.get("label_map")
+    return recorded.columns, recorded.label_map
 
 
 def _find(images_uri: str, columns: Columns, label_map: str | None) -> list[Place]:

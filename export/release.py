@@ -31,6 +31,7 @@ from pipelines.machine import library_versions
 from pipelines.messages import InputError, Refused, redact
 from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.storage import storage
+from pipelines.training import runs
 
 REFUSED_SUFFIX = "-refused"
 """The report of a refusal is written to a folder of the output's name with this appended."""
@@ -61,7 +62,7 @@ def export(
         raise InputError(f"{redact(output_uri)} exists; name another output, or remove it first")
     with tempfile.TemporaryDirectory(prefix="iab-vision-bundle-") as folder:
         with checkpoint.open_checkpoint(checkpoint_uri) as trained:
-            run = run_folder(checkpoint_uri)
+            run = runs.run_folder(checkpoint_uri)
             own, further = draw_images(images_uri, settings, calibrating="int8" in precisions, run=run)
             logger.info("converting to %s", ", ".join(precisions))
             network = trained.network()
@@ -131,11 +132,6 @@ def draw_images(
     compared = min(settings.sample_images, max(held_out, settings.min_images))
     further = drawn[compared:]
     return drawn[:compared], further if len(further) >= quantize.MIN_CALIBRATION_IMAGES else drawn
-
-
-def run_folder(checkpoint_uri: str) -> str:
-    """The run of a checkpoint given as the run itself or its `best/`."""
-    return checkpoint_uri.rstrip("/").removesuffix("/best")
 
 
 def make_graphs(
@@ -256,7 +252,7 @@ def _reference_of_run(
                 f"{trained.source} has sha256 {trained.sha256}, but {redact(opened.uri)} was exported from "
                 f"sha256 {stated}; give that one with --checkpoint, or export this one"
             )
-        own, _ = draw_images(images_uri, settings, calibrating=False, run=run_folder(checkpoint_uri))
+        own, _ = draw_images(images_uri, settings, calibrating=False, run=runs.run_folder(checkpoint_uri))
         return reference_of_checkpoint(trained, trained.network(), own, settings)
 
 

@@ -118,18 +118,13 @@ def data_settings(config: EvaluateConfig, taxonomy: str) -> DataSettings:
     from pipelines.training import runs
 
     run = model_run(config)
-    recorded = runs.recorded_data_settings(run) if run else {}
-    dataset = config.dataset or recorded.get("uri")
+    recorded = runs.recorded_data_settings(run) if run else None
+    dataset = config.dataset or (recorded and recorded.uri)
     if not dataset:
         raise InputError("give --dataset; only a model whose run is known has one of its own")
     own: dict[str, Any] = {"label_map": config.label_map, "columns": config.columns, "splits": config.splits}
-    if recorded.get("uri") in (redact(dataset), redact(absolute(dataset))):
-        of_run = {
-            "label_map": recorded.get("label_map"),
-            "columns": Columns(**recorded.get("columns", {})),
-            "splits": Splits(**recorded.get("splits", {})),
-        }
-        own |= {name: value for name, value in of_run.items() if name not in config.model_fields_set}
+    if recorded and recorded.uri in (redact(dataset), redact(absolute(dataset))):
+        own |= {name: getattr(recorded, name) for name in own if name not in config.model_fields_set}
     if config.split == "all":
         own["columns"] = replace(own["columns"], split="")
     return DataSettings(dataset, taxonomy, tier=config.tier, **own)
@@ -137,9 +132,9 @@ def data_settings(config: EvaluateConfig, taxonomy: str) -> DataSettings:
 
 def model_run(config: EvaluateConfig) -> str | None:
     """The folder of the run that made the model, where that is known."""
-    if config.run is None and config.checkpoint is not None:
-        return run_folder(config.checkpoint)
-    return config.run
+    from pipelines.training import runs
+
+    return config.run or (config.checkpoint and runs.run_folder(config.checkpoint))
 
 
 def recorded_splits(config: EvaluateConfig) -> dict[str, str] | None:
@@ -153,26 +148,19 @@ def recorded_splits(config: EvaluateConfig) -> dict[str, str] | None:
     return known
 
 
-def run_folder(checkpoint: str) -> str:
-    """The run of a checkpoint given as the run itself or its `best/`."""
-    return checkpoint.rstrip("/").removesuffix("/best")
-
-
 @contextmanager
 def open_model(config: EvaluateConfig) -> Iterator["EvaluatedModel"]:
     """The bundle or the checkpoint that the settings name."""
-    if config.bundle is not None:
-        with checking_input():
-            model = bundle_model(config, config.bundle)
-        yield model
-        return
-    from export import checkpoint as checkpoints
-
-    uri = config.checkpoint or ""
     with ExitStack() as stack:
         with checking_input():
-            found = stack.enter_context(checkpoints.open_checkpoint(uri))
-        yield checkpoint_model(found, uri)
+            if config.bundle is not None:
+                model = bundle_model(config, config.bundle)
+            else:
+                from export.checkpoint import open_checkpoint
+
+                uri = config.checkpoint or ""
+                model = checkpoint_model(stack.enter_context(open_checkpoint(uri)), uri)
+        yield model
 
 
 def bundle_model(config: EvaluateConfig, uri: str) -> "EvaluatedModel":
@@ -206,5 +194,5 @@ def checkpoint_model(found: "Checkpoint", uri: str) -> "EvaluatedModel":
         taxonomy=found.taxonomy,
         predict=TorchModel(network, found.spec),
         network=network,
-        history=runs.history(run_folder(uri)),
+        history=runs.history(runs.run_folder(uri)),
     )

@@ -37,8 +37,6 @@ from pipelines.taxonomy.taxonomy import Taxonomy
 LABELS_FILE = "labels.parquet"
 TAXONOMY_FILE = "taxonomy.csv"
 """Only where the taxonomy is a table of the user's own."""
-FLAT = "labels"
-"""Taxonomy of a bundle whose ids are the labels themselves."""
 
 LABELS = pa.schema(
     [
@@ -76,11 +74,9 @@ class Bundle:
 
     def taxonomy(self) -> Taxonomy:
         """The taxonomy that the classes belong to, as it was when the bundle was made."""
-        if self.spec.taxonomy == FLAT:
-            return taxonomy.flat(self.spec.class_ids)
         record = self.manifest.files.get(TAXONOMY_FILE)
         if record is None:
-            return taxonomy.load(self.spec.taxonomy)
+            return taxonomy.load(self.spec.taxonomy, labels=self.spec.class_ids)
         payload = _read_verified(storage.open_storage(self.uri), TAXONOMY_FILE, record)
         version = hashlib.sha256(payload).hexdigest()[:12]
         return Taxonomy(self.spec.taxonomy, version, self.manifest.cattax, taxonomy.parse(payload.decode()))
@@ -253,22 +249,13 @@ def _verify(folder: storage.Storage, name: str, expected: FileRecord) -> None:
 
 
 def _read_verified(folder: storage.Storage, name: str, expected: FileRecord) -> bytes:
-    _check_size(folder, name, expected)
-    payload = bytes(folder.read(name))
-    _check_hash(name, expected, hashlib.sha256(payload).hexdigest())
-    return payload
-
-
-def _check_size(folder: storage.Storage, name: str, expected: FileRecord) -> None:
     if not folder.exists(name):
         raise BundleDamaged(f"{name} is missing; the manifest expects {expected.bytes} bytes")
-    found = folder.size(name)
-    if found != expected.bytes:
-        raise BundleDamaged(f"{name} has {found} bytes; the manifest expects {expected.bytes}")
-
-
-def _check_hash(name: str, expected: FileRecord, found: str) -> None:
-    if found != expected.sha256:
+    if (size := folder.size(name)) != expected.bytes:
+        raise BundleDamaged(f"{name} has {size} bytes; the manifest expects {expected.bytes}")
+    payload = bytes(folder.read(name))
+    if (found := hashlib.sha256(payload).hexdigest()) != expected.sha256:
         raise BundleDamaged(
             f"{name} was altered: its sha256 is {found}; the manifest expects {expected.sha256}"
         )
+    return payload

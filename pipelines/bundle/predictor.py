@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from pipelines import schema
 from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
-from pipelines.bundle.labelling import Floats, Labeller, build_labeller
+from pipelines.bundle.labelling import Labeller, build_labeller
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.images.pixels import pixels_of
@@ -27,20 +27,18 @@ class Predictor:
         ok = pc.equal(loaded["status"], Status.OK.value).to_numpy()
         head = loaded.drop_columns(["pixels"])
         if not ok.any():
-            return spread(head, None, ok)
+            return _spread(head, None, ok)
         pixels_nhwc = pixels_of(loaded["pixels"], self._spec)
         _, probabilities_nc = self._model.run(pixels_nhwc if ok.all() else pixels_nhwc[ok])
         finite = np.isfinite(probabilities_nc).all(axis=1)
         if not finite.all():
-            head = with_model_errors(head, np.flatnonzero(ok)[~finite])
+            head = _with_model_errors(head, np.flatnonzero(ok)[~finite])
             ok[ok] = finite
-        return spread(head, self.labels(probabilities_nc[finite]), ok)
-
-    def labels(self, probabilities_nc: Floats) -> pa.Table | None:
-        return self._labels.label(probabilities_nc) if len(probabilities_nc) else None
+        labels = self._labels.label(probabilities_nc[finite]) if finite.any() else None
+        return _spread(head, labels, ok)
 
 
-def with_model_errors(head: pa.Table, positions: npt.NDArray[np.int64]) -> pa.Table:
+def _with_model_errors(head: pa.Table, positions: npt.NDArray[np.int64]) -> pa.Table:
     """Rows whose probabilities are not numbers say so; such a label would sort above every real one."""
     failed = np.zeros(head.num_rows, bool)
     failed[positions] = True
@@ -51,7 +49,7 @@ def with_model_errors(head: pa.Table, positions: npt.NDArray[np.int64]) -> pa.Ta
     return head.set_column(head.schema.get_field_index("error"), "error", error)
 
 
-def spread(head: pa.Table, labels: pa.Table | None, ok: npt.NDArray[np.bool_]) -> pa.Table:
+def _spread(head: pa.Table, labels: pa.Table | None, ok: npt.NDArray[np.bool_]) -> pa.Table:
     """Give the labels of the `ok` rows to them; the others hold nulls."""
     columns = {name: head[name] for name in schema.LOADED.names}
     positions = pa.array(np.cumsum(ok) - 1, pa.int64(), mask=~ok)

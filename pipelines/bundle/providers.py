@@ -6,6 +6,7 @@ Options and placement of the nodes. It runs no model, and everything but `gpu_na
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -97,41 +98,34 @@ def placement(session: ort.InferenceSession) -> dict[str, list[str]]:
 
 def cpu_name() -> str:
     """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-@cache
 def vector_extensions() -> list[str]:
     """The instructions of this CPU that int8 products depend on; empty where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(_FLAGS)), [])
+    flags = _read_cpuinfo(*_FLAGS).split()
     return [name for name in _INT8_EXTENSIONS if name in flags]
 
 
-def onnxruntime_version() -> str:
-    """The version of the installed ONNX Runtime."""
-    return str(ort.__version__)
+@cache
+def _read_cpuinfo(*keys: str) -> str:
+    """The value of the first line that begins with one of these; empty where the system does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(keys):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def gpu_name(device_id: int) -> str:
     """The GPU's name and driver, as nvidia-smi says."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     device = visible[device_id] if len(visible) > device_id and visible[device_id] else str(device_id)
-    command = ["nvidia-smi", f"--id={device}", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+        answer = _run_nvidia_smi(f"--id={device}", "--query-gpu=name,driver_version", "--format=csv,noheader")
     except (OSError, subprocess.SubprocessError) as error:
         raise ProviderUnavailable(f"nvidia-smi does not answer: {error}") from error
-    return answer.stdout.strip().replace(", ", " driver ")
+    return answer.strip().replace(", ", " driver ")
 
 
 def count_gpus() -> int:
@@ -140,8 +134,11 @@ def count_gpus() -> int:
         devices = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
         return sum(device.strip() not in ("", "-1") for device in devices)
     try:
-        command = ["nvidia-smi", "--list-gpus"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+        return len(_run_nvidia_smi("--list-gpus").splitlines())
     except (OSError, subprocess.SubprocessError):
         return 0
-    return len(answer.stdout.splitlines())
+
+
+def _run_nvidia_smi(*arguments: str) -> str:
+    command = ["nvidia-smi", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S603

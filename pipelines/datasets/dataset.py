@@ -169,7 +169,7 @@ def resolve_labels(
         UnknownLabels: all labels that do not resolve.
     """
     distinct = sorted({name for names in labels for name in names})
-    known = taxonomy.flat(distinct) if taxonomy_name == "labels" else taxonomy.load(taxonomy_name)
+    known = taxonomy.load(taxonomy_name, labels=distinct)
     deepest = max((node.tier for node in known.nodes), default=1)
     if tier and tier > deepest:
         raise DatasetError(f"tier is {tier}; taxonomy {taxonomy_name} has tiers 1 to {deepest}")

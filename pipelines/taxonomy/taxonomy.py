@@ -26,6 +26,8 @@ CATTAX = {"1.0": 1, "2.0": 2, "2.1": 5, "2.2": 6, "3.0": 7, "3.1": 9}
 """Content Taxonomy version -> its number in AdCOM's list "Category Taxonomies"."""
 
 DEFAULT = "3.1"
+FLAT = "labels"
+"""Name of the taxonomy whose ids are the labels of a dataset or bundle themselves."""
 VECTORS = "vectors-3.0"
 """The descriptive vectors of 3.0 (form factor, purpose, brand suitability …), under the cattax of 3.0."""
 
@@ -197,28 +199,26 @@ class Rollup:
         return np.ascontiguousarray(np.minimum(columns, np.float32(1.0)).T)
 
 
-def load(name_or_uri: str = DEFAULT, *, cattax: int = OWN_CATTAX) -> Taxonomy:
+def load(name_or_uri: str = DEFAULT, *, labels: Sequence[str] = ()) -> Taxonomy:
     """A built-in table ("3.1", "iab-content-3.1", "vectors-3.0" …), or a CSV with the same columns.
 
     Args:
-        name_or_uri: version, name, path or URI.
-        cattax: AdCOM number of a table of the user's own.
+        name_or_uri: version, name, path or URI; or `FLAT`.
+        labels: what the one tier of `FLAT` holds.
 
     Raises:
         InputError: no such table, or it is no tree.
     """
+    if name_or_uri == FLAT:
+        return _load_flat(labels)
     version = name_or_uri.removeprefix("iab-content-")
     if version in CATTAX:
         return _load_built_in(version)
     if name_or_uri == VECTORS:
         return Taxonomy(VECTORS, "3.0", CATTAX["3.0"], parse(read_packaged("vectors_3_0.csv")))
-    if name_or_uri == "labels":
-        raise InputError(
-            "taxonomy 'labels' holds the labels of a dataset or bundle: build it with flat(labels)"
-        )
     text = read_table(name_or_uri)
     version = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return Taxonomy(PurePosixPath(name_or_uri).stem, version, cattax, parse(text))
+    return Taxonomy(PurePosixPath(name_or_uri).stem, version, OWN_CATTAX, parse(text))
 
 
 @cache
@@ -228,9 +228,10 @@ def _load_built_in(version: str) -> Taxonomy:
     return Taxonomy(f"iab-content-{version}", version, CATTAX[version], parse(text))
 
 
-def flat(labels: Sequence[str]) -> Taxonomy:
-    """Labels as they are: a taxonomy of one tier, named "labels"."""
-    return Taxonomy("labels", "", OWN_CATTAX, _build_tree([{"id": label, "name": label} for label in labels]))
+def _load_flat(labels: Sequence[str]) -> Taxonomy:
+    if not labels:
+        raise InputError(f"taxonomy {FLAT!r} holds the labels of a dataset or bundle; none are given")
+    return Taxonomy(FLAT, "", OWN_CATTAX, _build_tree([{"id": label, "name": label} for label in labels]))
 
 
 def read_packaged(file: str) -> str:

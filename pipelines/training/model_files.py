@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from pipelines.messages import InputError
 from pipelines.specs import ImageSpec, ModelSpec, wrong_settings
+from pipelines.taxonomy.taxonomy import FLAT
 
 Spec = TypeVar("Spec", ImageSpec, ModelSpec)
 
 CONFIG, SIDECAR, PREPROCESSOR = "config.json", "iab_vision.json", "preprocessor_config.json"
-FLAT = "labels"
 """Taxonomy of a model whose ids are the labels themselves."""
 PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
 """Values of PIL.Image.Resampling, as preprocessor_config.json spells them."""

@@ -31,8 +31,7 @@ def recalibrate(run_uri: str, rule: ThresholdRule) -> Calibrated:
     stated = runs.read_json(folder, sidecar)
     stated.pop("labels_are_ids", None)
     spec = ModelSpec(**stated)
-    flat = spec.taxonomy == model_files.FLAT
-    tree = taxonomy.flat(spec.class_ids) if flat else taxonomy.load(spec.taxonomy)
+    tree = taxonomy.load(spec.taxonomy, labels=spec.class_ids)
     found = evaluate.calibrate(scores.read(run_uri, spec), spec, tree, rule)
     about = {
         "model": content["recipe"]["model"],

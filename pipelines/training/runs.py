@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
+from pipelines.datasets.settings import DataSettings
 from pipelines.machine import git_revision, library_versions
 from pipelines.messages import InputError, first_line, redacted
 from pipelines.storage import storage, uris
@@ -115,11 +116,15 @@ def begin(output: str, recipe: Recipe, data: LabelledData) -> None:
     folder.put(RECIPE, as_json(identity(recipe, data)))
 
 
-def recorded_data_settings(output: str) -> dict[str, Any]:
-    """The data settings that a run was given, without credentials; none where there is no run."""
+def run_folder(checkpoint_uri: str) -> str:
+    """The run of a checkpoint given as the run itself or its `best/`."""
+    return checkpoint_uri.rstrip("/").removesuffix(f"/{BEST}")
+
+
+def recorded_data_settings(output: str) -> DataSettings | None:
+    """The data settings that a run was given, without credentials; None where there is no run."""
     folder = storage.open_storage(output)
-    content = read_json(folder, RECIPE) if folder.exists(RECIPE) else {}
-    return dict(content.get("dataset", {}))
+    return DataSettings(**read_json(folder, RECIPE)["dataset"]) if folder.exists(RECIPE) else None
 
 
 def recorded_splits(output: str) -> dict[str, str] | None:

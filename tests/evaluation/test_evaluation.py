@@ -221,7 +221,7 @@ def test_the_report_needs_nothing_from_elsewhere_and_every_plot_names_its_axes(t
 def test_hostile_labels_and_addresses_stay_text() -> None:
     labels = ("<script>alert(1)</script>", 'a" onload="alert(2)')
     judged = scored_as([0, 1, 1], [0, 1, 0], ids=labels)
-    tree = taxonomy.flat(labels)
+    tree = taxonomy.load("labels", labels=labels)
     shown = report.ReportImage(0, '"><img src=http://evil.example/x>', np.zeros((4, 4, 3), np.uint8))
     pictures = report.ReportExtras(sample=report.caption_images(judged, tree, [shown]))
     page = report.render_page(evaluation.evaluate(judged, tree).document(), pictures)
@@ -430,7 +430,12 @@ def test_the_label_map_of_the_run_is_used_and_unknown_labels_are_written_to_one(
 def test_copies_of_a_runs_images_are_not_taken_for_new_ones() -> None:
     rows = pa.table({"uri": ["b/1", "b/2"], "split": ["test", "test"]})
     data = datasets.LabelledData(
-        rows, ("x",), taxonomy.flat(["x"]), DataSettings("b"), False, divided_here=frozenset(["test"])
+        rows,
+        ("x",),
+        taxonomy.load("labels", labels=["x"]),
+        DataSettings("b"),
+        False,
+        divided_here=frozenset(["test"]),
     )
     seen = eval_set.find_leakage(data, "test", {"a/1": "train", "a/2": "train"})
     assert seen.suspected and "2 are at addresses that its run does not know" in seen.summary

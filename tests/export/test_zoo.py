@@ -71,7 +71,7 @@ def _no_speed_measured(monkeypatch) -> None:
 def test_architecture_exports_and_passes(name, multi_label):
     class_ids = tuple(f"class {index}" for index in range(N_CLASSES))
     spec = ModelSpec(class_ids, "labels", spec_of(name), multi_label, temperature=1.7)
-    contract = published.contract_of(spec, taxonomy.flat(class_ids))
+    contract = published.contract_of(spec, taxonomy.load("labels", labels=class_ids))
     network = classifier(name)
     sample = images.edge_cases()
     reference = certificate.run_reference(

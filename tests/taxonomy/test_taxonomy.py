@@ -18,7 +18,7 @@ SMALL = "id,parent_id,name\nv9i3On,,Sensitive\nkid,v9i3On,Risky\n7,,Sports\n8,7,
 def small(tmp_path_factory: pytest.TempPathFactory) -> taxonomy.Taxonomy:
     path = tmp_path_factory.mktemp("own") / "small.csv"
     path.write_text(SMALL)
-    return taxonomy.load(str(path), cattax=501)
+    return taxonomy.load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_tree_walks(small: taxonomy.Taxonomy) -> None:
     assert small.tier1("9") == "7"
     assert small.path("9") == "Sports > Tennis > Clay court"
     assert [small.node(one).tier for one in ("7", "8", "9")] == [1, 2, 3]
-    assert (small.name, small.cattax) == ("small", 501)
+    assert (small.name, small.cattax) == ("small", 500)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_a_missing_table_is_refused_with_the_built_in_ones() -> None:
 
 
 def test_flat_labels_keep_their_spelling() -> None:
-    pets = taxonomy.flat(["cat", "Cat", "a > b"])
+    pets = taxonomy.load("labels", labels=["cat", "Cat", "a > b"])
     assert [pets.resolve(label) for label in ("Cat", "cat", "a > b")] == ["Cat", "cat", "a > b"]
     assert pets.rollup(["cat", "Cat"]).ids == ("cat", "Cat")
     with pytest.raises(InputError, match="given twice"):
-        taxonomy.flat(["cat", "cat"])
+        taxonomy.load("labels", labels=["cat", "cat"])
 
 
 def test_rollup_sums_what_excludes_and_takes_the_maximum_of_what_does_not(small: taxonomy.Taxonomy) -> None:
