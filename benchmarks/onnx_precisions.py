@@ -84,7 +84,7 @@ def variants(name: str) -> dict[str, Run]:
     ours = convert.convert(network, MODEL_SPEC, {})
     calibration_nhwc = np.random.default_rng(1).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
     with mock.patch.multiple(quantize, WISHED_AGREEMENT=0.0, WISHED_RELATIVE=1.0):
-        int8 = quantize.quantised(ours, calibration_nhwc, MODEL_SPEC, {}).payload
+        int8 = quantize.quantize_int8(ours, calibration_nhwc, MODEL_SPEC, {}).payload
     return {
         "PyTorch, sdpa": pytorch(network),
         "fp32, opset 20 as torch writes it, ORT basic": naive(network, 20, "sdpa"),

@@ -21,7 +21,7 @@ from export import images, independent, parity, published, report
 from export.images import Sample
 from export.parity import Outputs
 from export.published import Contract
-from export.reference import Network, activation, named
+from export.reference import Network, activation, list_top
 from pipelines.bundle import bundle, session
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.limits import LIMITS
@@ -267,8 +267,8 @@ def _worst(reference: Reference, outputs: Outputs) -> list[dict[str, Any]]:
             "image_id": reference.sample[row].image_id,
             "thumbnail": _thumbnail(expected.pixels_nhwc[row]),
             "max_logit": float(change[row]),
-            "reference": named(expected.spec.class_ids, expected.probabilities_nc[row], parity.TOP_K),
-            "candidate": named(outputs.spec.class_ids, outputs.probabilities_nc[row], parity.TOP_K),
+            "reference": list_top(expected.spec.class_ids, expected.probabilities_nc[row], parity.TOP_K),
+            "candidate": list_top(outputs.spec.class_ids, outputs.probabilities_nc[row], parity.TOP_K),
         }
         for row in np.argsort(-change, kind="stable")[:WORST_IMAGES]
     ]

@@ -62,7 +62,7 @@ def compare(reference: Outputs, candidate: Outputs, limits: Limits, targets_nc: 
         "activation_error": activation_error(candidate),
         "top1": agreement(reference.logits_nc, logits_nc, 1, limits.tie_margin),
         "topk": {"k": k, **agreement(reference.logits_nc, logits_nc, k, limits.tie_margin)},
-        "labelled": labelled(
+        "labelled": compare_labelled(
             reference.probabilities_nc, probabilities_nc, targets_nc, reference.spec.multi_label
         ),
         "histograms": {
@@ -128,7 +128,7 @@ def agreement(reference_nc: np.ndarray, candidate_nc: np.ndarray, k: int, margin
     }
 
 
-def labelled(
+def compare_labelled(
     reference_nc: np.ndarray, candidate_nc: np.ndarray, targets_nc: np.ndarray, multi_label: bool
 ) -> dict[str, Any] | None:
     """Accuracy of the best label and calibration error of both sides, over the images that have labels.

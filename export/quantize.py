@@ -70,7 +70,7 @@ def half(network: Any, spec: ModelSpec, metadata: Mapping[str, str]) -> Graph:
     return Graph(convert.finish(model, metadata), spec.temperature, {})
 
 
-def quantised(
+def quantize_int8(
     float_graph: bytes, pixels_nhwc: np.ndarray, spec: ModelSpec, metadata: Mapping[str, str]
 ) -> Graph:
     """Static int8 weights and activations in the large products alone, with a temperature of its own.

@@ -26,14 +26,14 @@ def torch_reference(network: Any) -> Network:
         found = []
         with torch.inference_mode():
             for start in range(0, len(pixels_nhwc), _BATCH):
-                batch = torch.from_numpy(normalised(pixels_nhwc[start : start + _BATCH], spec))
+                batch = torch.from_numpy(standardize(pixels_nhwc[start : start + _BATCH], spec))
                 found.append(network(pixel_values=batch).logits.numpy())
         return np.concatenate(found)
 
     return logits
 
 
-def normalised(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
+def standardize(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
     """float32 [n, 3, height, width], as a Hugging Face processor computes it: rescale, then standardise."""
     unit = pixels_nhwc.astype(np.float32) / np.float32(255)
     standard = (unit - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
@@ -54,7 +54,7 @@ def top(probabilities_nc: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-probabilities_nc, axis=1, kind="stable")[:, :k]
 
 
-def named(class_ids: Sequence[str], probabilities: np.ndarray, k: int) -> list[list[str | float]]:
+def list_top(class_ids: Sequence[str], probabilities: np.ndarray, k: int) -> list[list[str | float]]:
     """The top k of one image as [id, probability] pairs."""
     order = top(probabilities[None], k)[0]
     return [[class_ids[index], round(float(probabilities[index]), 6)] for index in order]

@@ -151,7 +151,7 @@ def make_graphs(
         pixels = images.decode([one.payload for one in further], spec.image_spec)
         readable_nhwc = np.array([one for one in pixels if one is not None])
         used = {one.fingerprint for one, found in zip(further, pixels, strict=True) if found is not None}
-        graph = quantize.quantised(portable, readable_nhwc, spec, metadata("int8"))
+        graph = quantize.quantize_int8(portable, readable_nhwc, spec, metadata("int8"))
         yield "int8", replace(graph, notes={**graph.notes, "calibrated_on": sorted(used)})
 
 

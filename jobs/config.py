@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import CliPositionalArg
 
-from jobs.settings import JobConfig, Location, field_of, flags_of, located, suggestion
+from jobs.settings import JobConfig, Location, field_of, flags_of, locate, suggestion
 from pipelines.classify.settings import Workers
 from pipelines.datasets.settings import DataSettings, ImageCache
 from pipelines.fetch.settings import FetchLimits
@@ -23,9 +23,9 @@ from pipelines.training.recipe import Recipe, Search
 from pipelines.training.resources import Resources
 
 
-def located_model(name: str) -> str:
-    """`located` for a folder that is there; anything else is a name on the hub or a preset."""
-    return located(name) if Path(name).is_dir() else name
+def locate_model(name: str) -> str:
+    """`locate` for a folder that is there; anything else is a name on the hub or a preset."""
+    return locate(name) if Path(name).is_dir() else name
 
 
 DriftLevel = Literal["notice", "warning", "alarm"]
@@ -60,7 +60,7 @@ class RecipeConfig(
 ):
     """Settings that make a training recipe; their defaults are the recipe's own."""
 
-    model: Annotated[str, AfterValidator(located_model)] = field_of(Recipe, "model")
+    model: Annotated[str, AfterValidator(locate_model)] = field_of(Recipe, "model")
     use_gpu: bool | None = None
     """Give each worker a GPU; unset: when the cluster has one for each."""
 

@@ -14,13 +14,6 @@ from pipelines.storage.uris import is_local, local_path
 Choice = Literal["auto", "local", "ray"]
 
 
-def resolve_engine(choice: Choice, ray_address: str | None) -> Literal["local", "ray"]:
-    """`auto` is `ray` where an address or `RAY_ADDRESS` (set in a Ray job) names a cluster, else `local`."""
-    if choice == "auto":
-        return "ray" if joins_cluster(ray_address) else "local"
-    return choice
-
-
 @contextmanager
 def open_engine(
     choice: Choice,
@@ -33,12 +26,13 @@ def open_engine(
     """Start the engine for the duration of a run.
 
     Args:
+        choice: `auto` is `ray` where an address or `RAY_ADDRESS` (set in a Ray job) names a cluster.
         needed: folders and files that every node has to reach; a local one must exist on each.
 
     Raises:
         JobFailed: a node does not see one of them, or Ray itself failed.
     """
-    if resolve_engine(choice, ray_address) == "ray":
+    if choice == "ray" or (choice == "auto" and joins_cluster(ray_address)):
         with _ray_engine(ray_address, num_cpus, needed) as engine:
             yield engine
         return

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def write_event(run: Run, job: str, *, inputs: Sequence[str], run_date: date | None = None) -> None:
     """Write the event of a published table; a server that does not take it is only warned about."""
-    event = completed(run, job, inputs, run_date)
+    event = build_event(run, job, inputs, run_date)
     text = json.dumps(event, indent=1).encode()
     run.state.put(EVENT_JSON, text)
     if server := os.environ.get(SERVER):
@@ -45,11 +45,11 @@ def write_event(run: Run, job: str, *, inputs: Sequence[str], run_date: date | N
             log.warning("%s was not told of this run: %s", redact(server), error)
 
 
-def completed(run: Run, job: str, inputs: Sequence[str], run_date: date | None) -> dict[str, Any]:
+def build_event(run: Run, job: str, inputs: Sequence[str], run_date: date | None) -> dict[str, Any]:
     """The event: which job, what it read, what it wrote and how much of it."""
     report = json.loads(run.state.read(REPORT_JSON))
     statistics = {"rowCount": report["rows"], "fileCount": len(run.ledger.state.files)}
-    output = dataset(run.table.uri) | {
+    output = describe_dataset(run.table.uri) | {
         "outputFacets": {"outputStatistics": facet("1-0-2/OutputStatisticsOutputDatasetFacet", statistics)}
     }
     result = f"{run.table.uri} {run.plan.hash} {report['generation']}"
@@ -64,12 +64,12 @@ def completed(run: Run, job: str, inputs: Sequence[str], run_date: date | None) 
             "facets": {"nominalTime": facet("1-0-1/NominalTimeRunFacet", nominal)} if nominal else {},
         },
         "job": {"namespace": "iab-vision", "name": job, "facets": {}},
-        "inputs": [dataset(uri) for uri in inputs],
+        "inputs": [describe_dataset(uri) for uri in inputs],
         "outputs": [output],
     }
 
 
-def dataset(uri: str) -> dict[str, Any]:
+def describe_dataset(uri: str) -> dict[str, Any]:
     """A location by OpenLineage's names: the store, and the path in it."""
     clean = redact(uri)
     if is_local(clean):

@@ -43,12 +43,12 @@ EXAMPLES = {
 Spec = TypeVar("Spec")
 
 
-def located(uri: str) -> str:
+def locate(uri: str) -> str:
     """A local path made absolute, for Ray's workers have a working directory of their own; else the URI."""
     return str(local_path(uri)) if is_local(uri) else uri
 
 
-Location = Annotated[str, pydantic.AfterValidator(located)]
+Location = Annotated[str, pydantic.AfterValidator(locate)]
 
 
 def field_of(spec: type, name: str) -> Any:
@@ -134,7 +134,7 @@ class JobConfig(BaseSettings):
 
 def given_settings(cls: type[JobConfig], argv: Sequence[str]) -> dict[str, Any]:
     """What the YAML file and the environment say for a command: everything below its flags."""
-    return merged(read_yaml(argv), Environment(cls)())
+    return merge(read_yaml(argv), Environment(cls)())
 
 
 class Environment(EnvSettingsSource):
@@ -168,12 +168,12 @@ def refuse_unknown_variables() -> None:
         raise InputError(f"{unknown[0]} is not a setting{suggestion(unknown[0], sorted(known))}")
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Two nested mappings as one; where both have a value, `above` has its way."""
     both = dict(below)
     for key, value in above.items():
         inner = both.get(key)
-        both[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        both[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return both
 
 

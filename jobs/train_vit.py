@@ -4,20 +4,26 @@
         --patch-size 8 --num-workers 2 --epochs 20
 
 On 2 CPU cores with bf16 instructions the photos of the project's benchmark (5,164 in 18 classes) take
-some 15 minutes (BENCHMARKS.md has time and accuracy). Exit code 0 for a finished run, then and ever after.
+some 15 minutes (BENCHMARKS.md has time and accuracy). Exit code 0 for a finished run, however often.
 """
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import cluster
-from jobs.config import RecipeConfig, TrainConfig, TuneConfig
+from jobs.config import TrainConfig, TuneConfig
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
 from jobs.progress import TrainingProgress
 from jobs.settings import part_of
+from pipelines.datasets.settings import DataSettings
 from pipelines.messages import JobFailed, Stopped, redact
+from pipelines.training.recipe import Recipe
+from pipelines.training.resources import Resources
+
+if TYPE_CHECKING:
+    from pipelines.datasets.dataset import LabelledData
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +35,13 @@ def run(config: TrainConfig) -> int:
     with checking_input():  # settings first: they cost nothing
         if config.push_to_hub:
             hub.check_name(config.push_to_hub)
-        recipe = recipe_of(config)
+        recipe = part_of(config, Recipe)
         recipe.micro_batch(config.num_workers)
-        job = fit.plan_job(labelled(config), recipe, config.output, resources_of(config))
+        resources = part_of(config, Resources, use_gpu=False)  # until the cluster is known
+        job = fit.plan_job(load_labelled(config), recipe, config.output, resources)
         done = runs.finished(config.output, job.recipe, job.data)
     if done is None:
-        done = trained(config, job)
+        done = train(config, job)
     else:
         log.info("%s is complete already: nothing is trained", config.output)
     if config.push_to_hub:
@@ -43,7 +50,7 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
-def trained(config: TrainConfig, job: Any) -> Any:
+def train(config: TrainConfig, job: Any) -> Any:
     """The run, finished on a cluster."""
     from pipelines.training import fit
 
@@ -68,27 +75,11 @@ def epochs_done(output: str) -> int:
     return int(max((line["epoch"] for line in runs.history(output)), default=0))
 
 
-def resources_of(config: TrainConfig) -> Any:
-    """Where the run happens, within the settings."""
-    from pipelines.training.resources import Resources
-
-    return part_of(config, Resources, use_gpu=False)  # until the cluster is known
-
-
-def labelled(config: TrainConfig | TuneConfig) -> Any:
+def load_labelled(config: TrainConfig | TuneConfig) -> "LabelledData":
     """The dataset that the settings name."""
-    from pipelines.datasets.settings import DataSettings
-
     settings = part_of(config, DataSettings, uri=config.dataset)
     flat = ", or take the labels as they are with --taxonomy labels"
     return load_dataset(settings, config.output, otherwise=flat)
-
-
-def recipe_of(config: RecipeConfig) -> Any:
-    """The recipe within the settings."""
-    from pipelines.training.recipe import Recipe
-
-    return part_of(config, Recipe)
 
 
 def tell(content: Any, config: TrainConfig, taxonomy: Any) -> None:

@@ -17,8 +17,10 @@ from jobs import cluster
 from jobs.config import TuneConfig
 from jobs.errors import checking_input
 from jobs.settings import part_of
-from jobs.train_vit import labelled, recipe_of
+from jobs.train_vit import load_labelled
 from pipelines.machine import cores
+from pipelines.training.recipe import Recipe, Search
+from pipelines.training.resources import Resources
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +28,12 @@ log = logging.getLogger(__name__)
 def run(config: TuneConfig) -> int:
     """Search, or say that it is done."""
     from pipelines.training import fit, tune
-    from pipelines.training.recipe import Search
-    from pipelines.training.resources import Resources
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's own tables; ours is the log and trials.csv
     with checking_input():
         space = tune.read_space(config.space)
         resources = part_of(config, Resources, use_gpu=False)
-        job = fit.plan_job(labelled(config), recipe_of(config), config.output, resources)
+        job = fit.plan_job(load_labelled(config), part_of(config, Recipe), config.output, resources)
         search = part_of(config, Search, max_concurrent=config.max_concurrent or fitting_here(config))
         tune.parse_distributions(space, job.recipe)
         done = tune.refuse_another(job, space, search)

@@ -24,7 +24,7 @@ from pipelines.bundle.manifest import (
     Manifest,
     NotABundle,
     NotCertified,
-    sealed,
+    seal,
 )  # fmt: skip
 from pipelines.bundle.onnx_check import check_graph
 from pipelines.bundle.settings import RuntimeSpec
@@ -206,7 +206,7 @@ def add_certificate(
         "manifest_sha256": hashlib.sha256(manifest.to_json()).hexdigest(),
         "model_sha256": manifest.files[MODEL_FILES[precision]].sha256,
     }
-    storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", sealed(document))
+    storage.open_storage(uri).put(f"{CERTIFICATES}/{provider}-{precision}.json", seal(document))
 
 
 def labels_bytes(labels: pa.Table) -> bytes:

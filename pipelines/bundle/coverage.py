@@ -14,7 +14,7 @@ from pipelines.bundle.settings import RuntimeSpec
 def find_gap(certificate: Certificate, spec: RuntimeSpec) -> str:
     """The first difference in words; empty when the session was measured as it would run here."""
     measured: Mapping[str, Any] = certificate.content.get("environment", {})
-    checks = (_batch_gap, _tf32_gap, _onnxruntime_gap, _vector_gap)
+    checks = (_batch_gap, _onnxruntime_gap, _vector_gap)
     gaps = [check(measured, spec) for check in checks]
     return next(filter(None, (*gaps, _limits_gap(certificate), _images_gap(certificate))), "")
 
@@ -29,12 +29,6 @@ def _batch_gap(measured: Mapping[str, Any], spec: RuntimeSpec) -> str:
             "the --batch-size that was measured, or measure this one)"
         )
     return ""
-
-
-def _tf32_gap(measured: Mapping[str, Any], spec: RuntimeSpec) -> str:
-    if spec.provider == "cpu" or measured.get("allow_tf32") is spec.allow_tf32:
-        return ""
-    return f"it was measured with TF32 {measured.get('allow_tf32')}, and {spec.allow_tf32} would run"
 
 
 def _onnxruntime_gap(measured: Mapping[str, Any], spec: RuntimeSpec) -> str:

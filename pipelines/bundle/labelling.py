@@ -57,11 +57,10 @@ def build_labeller(spec: ModelSpec, taxonomy: Taxonomy, *, top_k: int) -> Labell
     """The labeller of a model; an id without a threshold enters `cat` from `DEFAULT_THRESHOLD`."""
     class_ids = list(spec.class_ids)
     rollup = taxonomy.rollup(class_ids)
-    roots = {taxonomy.tier1(class_id) for class_id in class_ids}
     return Labeller(
         class_ids=pa.array(class_ids, pa.string()),
         rollup=rollup,
-        tier1_positions=np.array([i for i, id_ in enumerate(rollup.ids) if id_ in roots], np.int64),
+        tier1_positions=np.array(rollup.tier1, np.int64),
         thresholds=np.array([spec.thresholds.get(id_, DEFAULT_THRESHOLD) for id_ in rollup.ids], np.float32),
         top_k=min(top_k, len(class_ids)),
         multi_label=spec.multi_label,

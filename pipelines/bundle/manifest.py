@@ -171,7 +171,7 @@ class Certificate:
         return certificate
 
 
-def sealed(document: Mapping[str, Any]) -> bytes:
+def seal(document: Mapping[str, Any]) -> bytes:
     """A certificate's bytes: the document and, last, the sha256 of its content."""
     content = json.loads(json.dumps(document, allow_nan=False))
     return (json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n").encode()

@@ -62,13 +62,13 @@ def session_entries(spec: RuntimeSpec) -> dict[str, str]:
     return entries
 
 
-def requested(spec: RuntimeSpec) -> list[tuple[str, dict[str, str]]]:
+def provider_options(spec: RuntimeSpec) -> list[tuple[str, dict[str, str]]]:
     """The one provider that may run the graph, and its options."""
     if spec.provider == "cpu":
         return [(EP_NAMES["cpu"], {})]
     options = {
         "device_id": str(spec.device_id),
-        "use_tf32": "1" if spec.allow_tf32 else "0",
+        "use_tf32": "0",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
         "enable_cuda_graph": "1",

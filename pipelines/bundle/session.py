@@ -77,7 +77,7 @@ class OnnxModel:
             "buckets": self.spec.buckets,
             "threads": self.spec.threads,
             "vector_extensions": providers.vector_extensions(),
-            "allow_tf32": self.spec.allow_tf32,
+            "allow_tf32": False,
             "machine": providers.cpu_name() if on_cpu else providers.gpu_name(self.spec.device_id),
             "nodes": {name: len(kinds) for name, kinds in providers.placement(session).items()},
         }
@@ -154,7 +154,7 @@ def _create(model: bytes, spec: RuntimeSpec, size: int) -> ort.InferenceSession:
         return ort.InferenceSession(
             model,
             providers.session_options(spec, size),
-            providers=providers.requested(spec),
+            providers=providers.provider_options(spec),
             enable_fallback=0,  # the Python wrapper's own retry on CPU, whatever the options say
         )
     except Exception as error:  # ORT raises an unrelated type for each reason

@@ -22,8 +22,6 @@ class RuntimeSpec:
     """Intra-op threads of a CPU session."""
     device_id: NonNegativeInt = 0
     """GPU of a CUDA session, as visible to the process."""
-    allow_tf32: bool = False
-    """Let CUDA round float32 products to TF32."""
 
     def __post_init__(self) -> None:
         if self.precision == "int8" and self.provider != "cpu":

@@ -115,7 +115,7 @@ def run_passes(
         committer.flush()
         return tally
 
-    with progress, flushed(committer):
+    with progress, flushing(committer):
         try:
             number = 0
             while not ledger.done.full:
@@ -177,7 +177,7 @@ def _sample(missing: Sequence[Range]) -> list[Range]:
 
 
 @contextlib.contextmanager
-def flushed(committer: Committer) -> Iterator[None]:
+def flushing(committer: Committer) -> Iterator[None]:
     """Record what is pending whatever ends the run: written parts are paid for."""
     try:
         yield

@@ -106,7 +106,7 @@ def fitted(network, spec: ImageSpec):
     """Solve the last layer for the drawn pictures (ridge regression on the random features below it)."""
     import torch
 
-    from export.reference import normalised
+    from export.reference import standardize
 
     rng = np.random.default_rng(1)
     labels = np.arange(200) % len(CLASS_IDS)
@@ -116,7 +116,7 @@ def fitted(network, spec: ImageSpec):
     features = []
     hook = network.classifier.register_forward_hook(lambda module, inputs, output: features.append(inputs[0]))
     with torch.inference_mode():
-        network(pixel_values=torch.from_numpy(normalised(pixels_nhwc, spec)))
+        network(pixel_values=torch.from_numpy(standardize(pixels_nhwc, spec)))
     hook.remove()
     x = torch.cat([features[0], torch.ones(len(labels), 1)], dim=1).double()
     y = torch.nn.functional.one_hot(torch.from_numpy(labels), len(CLASS_IDS)).double() * 10 - 2

@@ -314,7 +314,7 @@ def rewrite_certificate(folder: Path, **changes) -> None:
     path = folder / "certificates" / "cpu-fp32.json"
     document = {**json.loads(path.read_text()), **changes}
     del document["sha256"]
-    path.write_bytes(manifest.sealed(document))
+    path.write_bytes(manifest.seal(document))
 
 
 def test_certificate_copied_from_another_bundle_does_not_cover(folder):
@@ -393,7 +393,6 @@ def test_larger_batches_than_were_measured_name_both_and_the_command(folder):
         ({"buckets": [32, 256], "allow_tf32": False}, ""),
         ({"buckets": [1, 2, 4, 8, 16], "allow_tf32": False}, "measured batches of 1, 2, 4, 8, 16 images"),
         ({"buckets": [64, 512], "allow_tf32": False}, "measured batches of 64, 512 images, and 32, 256"),
-        ({"buckets": [32, 256], "allow_tf32": True}, "measured with TF32 True, and False would run"),
         ({}, "measured batches of 0 images"),
     ],
 )

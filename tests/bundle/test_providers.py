@@ -29,7 +29,7 @@ def test_every_setting_is_one_that_this_runtime_knows(spec):
     """Unknown session settings are ignored without a word; unknown provider options fail on a GPU alone."""
     for key in providers.session_entries(spec):
         assert knows("onnxruntime_pybind11_state*.so", key), key
-    for _, options in providers.requested(spec):
+    for _, options in providers.provider_options(spec):
         for option in options:
             assert knows("*_cuda.so", option), option
 

@@ -294,7 +294,7 @@ def test_one_lost_image_is_granted_and_two_are_not():
 
 
 def test_unlabelled_images_say_nothing_of_accuracy():
-    assert parity.labelled(np.eye(3), np.eye(3), np.full((3, 3), -1), multi_label=False) is None
+    assert parity.compare_labelled(np.eye(3), np.eye(3), np.full((3, 3), -1), multi_label=False) is None
 
 
 def test_what_turned_answers_do_to_calibration_is_granted_and_no_more() -> None:

@@ -44,7 +44,7 @@ def expected_nc(graph, pixels_nhwc) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def int8(graph, pixels_nhwc) -> quantize.Graph:
-    return quantize.quantised(graph, pixels_nhwc, MODEL_SPEC, {"iab_vision.precision": "int8"})
+    return quantize.quantize_int8(graph, pixels_nhwc, MODEL_SPEC, {"iab_vision.precision": "int8"})
 
 
 def operators(payload: bytes) -> Counter[str]:
@@ -102,7 +102,7 @@ def test_int8_of_an_image_does_not_depend_on_its_batch_mates(int8, pixels_nhwc):
 
 
 def test_int8_is_the_same_file_each_time(graph, int8, pixels_nhwc):
-    again = quantize.quantised(graph, pixels_nhwc, MODEL_SPEC, {"iab_vision.precision": "int8"})
+    again = quantize.quantize_int8(graph, pixels_nhwc, MODEL_SPEC, {"iab_vision.precision": "int8"})
     assert again.payload == int8.payload
 
 
@@ -138,7 +138,7 @@ def test_layer_that_quantises_badly_is_left_in_float32(tmp_path, pixels_nhwc):
         norm.bias[7] *= 3000
         first.weight[:, 7] /= 3000
     graph = convert.convert(network, MODEL_SPEC, {})
-    found = quantize.quantised(graph, pixels_nhwc, MODEL_SPEC, {})
+    found = quantize.quantize_int8(graph, pixels_nhwc, MODEL_SPEC, {})
     assert 0 < len(found.notes["float_layers"]) <= 6
     expected_nc = OnnxModel(graph, RuntimeSpec()).run(pixels_nhwc)[0]
     assert parity.relative(OnnxModel(found.payload, RuntimeSpec()).run(pixels_nhwc)[0], expected_nc) < 0.1
@@ -146,7 +146,7 @@ def test_layer_that_quantises_badly_is_left_in_float32(tmp_path, pixels_nhwc):
 
 def test_too_few_images_to_calibrate_on_say_how_many_are_needed(graph, pixels_nhwc):
     with pytest.raises(InputError, match=r"int8 has 10 images .* it needs 32.*--precisions"):
-        quantize.quantised(graph, pixels_nhwc[:10], MODEL_SPEC, {})
+        quantize.quantize_int8(graph, pixels_nhwc[:10], MODEL_SPEC, {})
 
 
 def test_growing_sizes_end_at_the_most():

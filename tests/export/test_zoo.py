@@ -106,7 +106,7 @@ def test_smaller_precisions_of_an_architecture_stay_close_and_ignore_batch_mates
     expected_nc = OnnxModel(portable, RuntimeSpec()).run(pixels_nhwc)[0]
     graphs = {
         "fp16": quantize.half(network, spec, {}),
-        "int8": quantize.quantised(portable, pixels_nhwc, spec, {}),
+        "int8": quantize.quantize_int8(portable, pixels_nhwc, spec, {}),
     }
     for kind, graph in graphs.items():
         model = OnnxModel(graph.payload, RuntimeSpec(batch_size=4))

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from jobs import cli
-from jobs.lineage import EVENT_JSON, SERVER, dataset
+from jobs.lineage import EVENT_JSON, SERVER, describe_dataset
 from tests.builders import models
 
 
@@ -47,6 +47,6 @@ def test_a_finished_run_says_what_it_read_and_wrote(tmp_path, monkeypatch, serve
 
 
 def test_a_location_is_named_by_its_store_without_credentials() -> None:
-    assert dataset("s3://bucket/a/b") == {"namespace": "s3://bucket", "name": "a/b"}
-    assert dataset("s3://key:secret@bucket/a")["namespace"] == "s3://bucket"
-    assert dataset("/data/x") == {"namespace": "file", "name": "/data/x"}
+    assert describe_dataset("s3://bucket/a/b") == {"namespace": "s3://bucket", "name": "a/b"}
+    assert describe_dataset("s3://key:secret@bucket/a")["namespace"] == "s3://bucket"
+    assert describe_dataset("/data/x") == {"namespace": "file", "name": "/data/x"}

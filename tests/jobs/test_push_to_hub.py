@@ -11,8 +11,11 @@ from huggingface_hub import constants
 
 from jobs import train_vit
 from jobs.config import TrainConfig
+from jobs.settings import part_of
 from pipelines.messages import InputError, JobFailed
 from pipelines.training import fit, runs
+from pipelines.training.recipe import Recipe
+from pipelines.training.resources import Resources
 from tests.builders.training import image_folder
 
 
@@ -90,10 +93,10 @@ def finished(tmp_path: Path) -> TrainConfig:
         push_to_hub="somebody/model",
     )
     job = fit.plan_job(
-        train_vit.labelled(config),
-        train_vit.recipe_of(config),
+        train_vit.load_labelled(config),
+        part_of(config, Recipe),
         config.output,
-        train_vit.resources_of(config),
+        part_of(config, Resources, use_gpu=False),
     )
     runs.begin(job.output, job.recipe, job.data)
     best = tmp_path / "run" / "best"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.config import TrainConfig
-from jobs.train_vit import recipe_of
+from jobs.settings import part_of
 from pipelines.messages import InputError
 from pipelines.training.recipe import Recipe
 from pipelines.training.tracking import refuse_missing
@@ -21,7 +21,7 @@ def test_a_training_recipe_is_accepted_whole(path):
     settings = TrainConfig.parse(
         ["--config", str(path), "--dataset", "images", "--output", "run"], command="train"
     )
-    recipe = recipe_of(settings)
+    recipe = part_of(settings, Recipe)
     assert recipe != Recipe()
     resolved = recipe.resolved(multi_label="multi" in path.stem)
     assert resolved.micro_batch(settings.num_workers) >= 1

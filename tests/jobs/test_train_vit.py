@@ -27,7 +27,7 @@ def test_a_stopped_run_says_what_is_kept(
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"epoch": {n + 1}}}\n' for n in range(epochs)))
     config = TrainConfig(dataset="images", output=str(tmp_path))
     with pytest.raises(JobFailed, match=f"{words}, and the same command continues"):
-        train_vit.trained(config, None)
+        train_vit.train(config, None)
 
 
 def test_the_last_lines_say_what_can_be_published_and_what_comes_next(

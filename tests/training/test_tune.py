@@ -16,11 +16,13 @@ import pytest
 import yaml
 
 from jobs.config import TrainConfig
-from jobs.train_vit import labelled, recipe_of
+from jobs.settings import part_of
+from jobs.train_vit import load_labelled
 from pipelines.datasets import dataset
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
 from pipelines.messages import InputError
 from pipelines.training import fit, runs, tune
+from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 from tests.builders.training import RECIPE, image_folder
 
@@ -82,10 +84,10 @@ def test_the_best_recipe_names_the_data_of_the_search(tmp_path):
     (tmp_path / "best.yaml").write_text(text)
     config = TrainConfig.parse(["--config", str(tmp_path / "best.yaml"), "--output", "x"], command="train")
     assert config.cache == how
-    again = recipe_of(config).resolved(multi_label=False)
+    again = part_of(config, Recipe).resolved(multi_label=False)
     searched = json.loads(runs.as_json(runs.identity(job.recipe, job.data)))
     assert searched["images"]["train"]
-    runs.refuse_mismatch("x", searched, runs.identity(again, labelled(config)))
+    runs.refuse_mismatch("x", searched, runs.identity(again, load_labelled(config)))
 
 
 def test_settings_that_go_together_are_set_together():
@@ -151,7 +153,7 @@ def test_a_killed_search_goes_on_with_its_trials_and_finds_a_recipe_that_trains(
     assert {row["finetune.freeze"] for row in rows} <= {"none", "backbone"}
     best = search / "best.yaml"
     settings = TrainConfig.parse(["--config", str(best), "--output", "x"], command="train")
-    recipe = recipe_of(settings)
+    recipe = part_of(settings, Recipe)
     assert recipe.optimizer.learning_rate == pytest.approx(content["best"]["optimizer.learning_rate"])
     assert yaml.safe_load(best.read_text())["finetune"]["freeze"] == content["best"]["finetune.freeze"]
 
