@@ -69,7 +69,7 @@ def export(
             reference = reference_of_checkpoint(trained, network, own, settings)
             graphs = dict(make_graphs(trained, network, precisions, further))
             files, manifest = contents(trained, graphs)
-        bundle.write_bundle(folder, files, manifest, {})
+        bundle.write_bundle(folder, files, manifest)
         draft = bundle.open_bundle(folder)
         certificates = measure_all(reference, draft, [runtime_spec(settings, "cpu", name) for name in graphs])
         _refuse_with_report(f"{output_uri.rstrip('/')}{REFUSED_SUFFIX}", certificates, draft.labels)

@@ -167,21 +167,12 @@ def open_bundle(uri: str, *, verify: bool = True) -> Bundle:
     )
 
 
-def write_bundle(
-    uri: str,
-    files: Mapping[str, bytes],
-    manifest: Manifest,
-    certificates: Mapping[tuple[Provider, Precision], Mapping[str, Any]],
-) -> None:
-    """Write a new bundle: the files, then the manifest, then the certificates, `cpu-fp32` last."""
+def write_bundle(uri: str, files: Mapping[str, bytes], manifest: Manifest) -> None:
+    """Write a new bundle without certificates: the files, then the manifest."""
     folder = storage.open_storage(uri)
     for name, payload in files.items():
         folder.put(name, payload)
     folder.put(MANIFEST_FILE, manifest.to_json())
-    for (provider, precision), content in sorted(
-        certificates.items(), key=lambda entry: entry[0] == ("cpu", "fp32")
-    ):
-        add_certificate(uri, manifest, provider, precision, content)
 
 
 def copy_bundle(bundle: Bundle, uri: str) -> None:

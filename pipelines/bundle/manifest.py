@@ -5,13 +5,15 @@ Parses and checks documents; it opens no folder and runs no model.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Annotated, Any, Self
+
+from pydantic import Field, StrictInt, StrictStr, StringConstraints, ValidationError
 
 from pipelines.messages import InputError
-from pipelines.specs import ModelSpec, Precision, Provider
+from pipelines.specs import ModelSpec, Precision, Provider, validated, wrong_settings
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -23,7 +25,8 @@ MODEL_FILES: dict[Precision, str] = {
 }
 MAX_FILE_BYTES = (2 << 30) - 1
 """Protobuf cannot hold more in one message, so no ONNX file of ours is larger."""
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""All files are directly in the folder of the bundle."""
 
 
 class NotABundle(InputError):
@@ -38,21 +41,15 @@ class NotCertified(InputError):
     """No passing certificate covers the provider and precision asked for."""
 
 
-@dataclass(frozen=True)
+@validated
 class FileRecord:
     """What one file of the bundle must be."""
 
-    sha256: str
-    bytes: int
-
-    def __post_init__(self) -> None:
-        if type(self.sha256) is not str or type(self.bytes) is not int:
-            raise ValueError(
-                f"a file has sha256 {self.sha256!r} and {self.bytes!r} bytes; it must be text and an int"
-            )
+    sha256: StrictStr
+    bytes: Annotated[StrictInt, Field(ge=0, le=MAX_FILE_BYTES)]
 
 
-@dataclass(frozen=True)
+@validated
 class Manifest:
     """Everything about the model that its users need; its content determines `model_id`."""
 
@@ -60,41 +57,35 @@ class Manifest:
     """What the model takes and what its outputs mean; its taxonomy is named, never a path."""
     cattax: int
     """The taxonomy's AdCOM number."""
-    temperatures: Mapping[str, float]
+    temperatures: dict[str, float]
     """By precision: what the logits are divided by inside the graph."""
     opset: int
     """ONNX opset of the portable graph."""
     ir_version: int
     """ONNX IR version of every graph."""
-    versions: Mapping[str, str]
+    versions: dict[str, str]
     """Libraries that made the bundle."""
-    source: Mapping[str, Any]
+    source: dict[str, Any]
     """Where the checkpoint came from: architecture, sha256 of its weights, licence."""
-    files: Mapping[str, FileRecord]
+    files: dict[FileName, FileRecord]
     """Every other file of the bundle, certificates apart."""
     format_version: int = FORMAT_VERSION
-    model_id: str = field(init=False)
-    """Short hash of all of the above."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "model_id", _digest(self._content())[:16])
-
-    def _content(self) -> dict[str, Any]:
-        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "model_id"}
-        content["model"] = asdict(self.model)
-        content["files"] = {name: asdict(record) for name, record in self.files.items()}
-        return content
+    @cached_property
+    def model_id(self) -> str:
+        """Short hash of all of the above."""
+        return _digest(asdict(self))[:16]
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`."""
-        document = {"model_id": self.model_id, **self._content()}
+        document = {"model_id": self.model_id, **asdict(self)}
         return (json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, payload: bytes) -> Self:
         """Parse `manifest.json`; raises `NotABundle` or `BundleDamaged`."""
         document = parse_json(payload, MANIFEST_FILE)
-        version = document.pop("format_version", None)
+        version = document.get("format_version")
         if version != FORMAT_VERSION:
             raise NotABundle(
                 f"{MANIFEST_FILE} has format_version {version!r}; this iab-vision reads {FORMAT_VERSION}. "
@@ -102,28 +93,15 @@ class Manifest:
             )
         stated_id = document.pop("model_id", None)
         try:
-            document["model"] = ModelSpec(**document["model"])
-            document["files"] = {name: FileRecord(**record) for name, record in document["files"].items()}
             manifest = cls(**document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleDamaged(f"{MANIFEST_FILE} is not a manifest of format {version}: {error}") from error
-        manifest._check(stated_id)
-        return manifest
-
-    def _check(self, stated_id: str | None) -> None:
-        if self.model_id != stated_id:
+        except ValidationError as error:
+            told = wrong_settings(error)
+            raise BundleDamaged(f"{MANIFEST_FILE} is not a manifest of format {version}: {told}") from error
+        if manifest.model_id != stated_id:
             raise BundleDamaged(
-                f"{MANIFEST_FILE} was altered: it says model_id {stated_id}, its content {self.model_id}"
+                f"{MANIFEST_FILE} was altered: it says model_id {stated_id}, its content {manifest.model_id}"
             )
-        for name, record in self.files.items():
-            if not _PLAIN_NAME.fullmatch(name):
-                raise BundleDamaged(
-                    f"{MANIFEST_FILE} lists {name!r}; a bundle's files must be directly in its folder"
-                )
-            if not 0 <= record.bytes <= MAX_FILE_BYTES:
-                raise BundleDamaged(
-                    f"{MANIFEST_FILE} says {name} has {record.bytes} bytes; the limit is {MAX_FILE_BYTES}"
-                )
+        return manifest
 
 
 @dataclass(frozen=True)

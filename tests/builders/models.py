@@ -179,5 +179,7 @@ def small_bundle(uri: str | Path, *, certificates=None, thresholds=None) -> Mani
         source={"architecture": "small"},
         files={name: record(payload) for name, payload in files.items()},
     )
-    bundle.write_bundle(str(uri), files, manifest, passed)
+    bundle.write_bundle(str(uri), files, manifest)
+    for (provider, precision), content in passed.items():
+        bundle.add_certificate(str(uri), manifest, provider, precision, content)
     return manifest

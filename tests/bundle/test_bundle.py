@@ -14,7 +14,6 @@ from pipelines.bundle import bundle, manifest
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.manifest import (
     BundleDamaged,
-    FileRecord,
     Manifest,
     NotABundle,
     NotCertified,
@@ -35,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def rewrite_manifest(folder: Path, change) -> None:
-    """What someone who edits the manifest by hand would leave, model_id made to agree."""
+    """What someone who edits the manifest by hand would leave."""
     document = json.loads((folder / "manifest.json").read_text())
     change(document)
     (folder / "manifest.json").write_text(json.dumps(document))
@@ -52,7 +51,7 @@ def replace_model(folder: Path, payload: bytes) -> None:
     """A bundle with another model, its manifest made to agree."""
     manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
     files = {**manifest.files, "model.onnx": record(payload)}
-    (folder / "manifest.json").write_bytes(Manifest(**{**_fields(manifest), "files": files}).to_json())
+    (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_json())
     (folder / "model.onnx").write_bytes(payload)
 
 
@@ -98,21 +97,16 @@ def test_edited_manifest_no_longer_has_its_model_id(folder):
 
 @pytest.mark.parametrize("name", ["../outside.onnx", "/etc/passwd", "sub/model.onnx", ".hidden", "a\\b"])
 def test_manifest_that_points_outside_its_folder_is_refused(folder, name):
-    """Even when its model_id was made to agree."""
-    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
-    wandering = {**manifest.files, name: record(b"")}
-    altered = Manifest(**{**_fields(manifest), "files": wandering})
-    (folder / "manifest.json").write_bytes(altered.to_json())
-    with pytest.raises(BundleDamaged, match="must be directly in its folder"):
+    rewrite_manifest(
+        folder, lambda document: document["files"].update({name: dataclasses.asdict(record(b""))})
+    )
+    with pytest.raises(BundleDamaged, match="must match pattern"):
         open_bundle(str(folder))
 
 
 def test_file_larger_than_any_model_is_refused_before_it_is_read(folder):
-    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
-    huge = {**manifest.files, "model.onnx": FileRecord("0" * 64, 1 << 40)}
-    altered = Manifest(**{**_fields(manifest), "files": huge})
-    (folder / "manifest.json").write_bytes(altered.to_json())
-    with pytest.raises(BundleDamaged, match="the limit is 2147483647"):
+    rewrite_manifest(folder, lambda document: document["files"]["model.onnx"].update(bytes=1 << 40))
+    with pytest.raises(BundleDamaged, match="must be less than or equal to 2147483647"):
         open_bundle(str(folder))
 
 
@@ -215,7 +209,7 @@ def test_functions_and_compiled_engines_are_refused(folder):
 @pytest.mark.parametrize("record", [{"bytes": "5"}, {"bytes": True}, {"sha256": 7}, {"bytes": None}])
 def test_manifest_with_a_size_or_hash_of_another_type_is_damage(folder, record):
     rewrite_manifest(folder, lambda document: document["files"]["model.onnx"].update(record))
-    with pytest.raises(BundleDamaged, match="it must be text and an int"):
+    with pytest.raises(BundleDamaged, match=r"files\.model\.onnx\..* must be a valid"):
         open_bundle(str(folder))
 
 
@@ -274,7 +268,7 @@ def test_bundle_of_the_first_format_names_its_version_and_the_command_that_makes
 def test_labels_that_are_not_the_models_classes_are_damage(folder):
     made = Manifest.from_json((folder / "manifest.json").read_bytes())
     model = dataclasses.replace(made.model, class_ids=CLASS_IDS[::-1])
-    (folder / "manifest.json").write_bytes(Manifest(**{**_fields(made), "model": model}).to_json())
+    (folder / "manifest.json").write_bytes(dataclasses.replace(made, model=model).to_json())
     with pytest.raises(BundleDamaged, match=r"labels\.parquet holds other classes, or another order"):
         open_bundle(str(folder))
 
@@ -424,7 +418,3 @@ def test_bundle_opens_from_memory_as_from_disk():
     opened = open_bundle("memory://bundles/one")
     assert opened.certificate_for("cpu", "fp32").passed
     assert len(opened.model_bytes("fp32")) == opened.manifest.files["model.onnx"].bytes
-
-
-def _fields(manifest: Manifest) -> dict:
-    return {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if name != "model_id"}

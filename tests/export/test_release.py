@@ -1,5 +1,6 @@
 """Export writes a whole bundle or none; certify adds what another machine measured; the report shows it."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from export.settings import ParitySettings
 from jobs.cli import main
 from pipelines.bundle import bundle, session
 from pipelines.bundle.bundle import open_bundle
-from pipelines.bundle.manifest import MODEL_FILES, Manifest, NotCertified, record
+from pipelines.bundle.manifest import MODEL_FILES, NotCertified, record
 from pipelines.bundle.session import load
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import InputError
@@ -306,8 +307,7 @@ def test_failed_certify_exits_3_and_takes_the_precision_out_of_service(copied, p
     manifest = before.manifest
     noisy = _with_noise((copied / "model.int8.onnx").read_bytes())
     files = {**manifest.files, "model.int8.onnx": record(noisy)}
-    fields = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__ if name != "model_id"}
-    altered = Manifest(**{**fields, "files": files})
+    altered = dataclasses.replace(manifest, files=files)
     (copied / "model.int8.onnx").write_bytes(noisy)
     (copied / "manifest.json").write_bytes(altered.to_json())
     for each in before.certificates:
