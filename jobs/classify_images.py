@@ -28,8 +28,8 @@ from pipelines.bundle.categories import FILE
 from pipelines.bundle.precision import choose_precision
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify import run as runs
-from pipelines.classify.passes import Passes
-from pipelines.classify.run import Engine, ErrorBudget, Run, RunSettings
+from pipelines.classify.run import Engine, Run, RunSettings
+from pipelines.classify.settings import ErrorBudget, Passes
 from pipelines.classify.sizing import size_pools
 from pipelines.inventory import inventory
 from pipelines.inventory.settings import InventoryOptions
@@ -166,8 +166,8 @@ def run_settings(config: ClassificationConfig, bundle: Bundle) -> RunSettings:
         decode=config.decode,
         fetch=config.fetch,
         workers=config.workers,
-        passes=Passes(config.retry_passes, config.retry_pause_s, config.outage_wait_s),
-        budget=ErrorBudget(config.max_error_rate, config.max_error_rate_of),
+        passes=part_of(config, Passes),
+        budget=part_of(config, ErrorBudget),
         commit_interval_s=config.commit_interval_s,
     )
 

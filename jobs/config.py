@@ -7,18 +7,17 @@ import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 from pydantic_settings import CliPositionalArg
 
-from jobs.settings import JobConfig, Location, field_of, flags_of, locate, suggestion
-from pipelines.classify.settings import Workers
+from jobs.settings import JobConfig, Location, field_of, flags_of, locate
+from pipelines.classify.settings import ErrorBudget, Passes, Workers
 from pipelines.datasets.settings import DataSettings, ImageCache
 from pipelines.fetch.settings import FetchLimits
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger.driver import LEASE_S
 from pipelines.nights.settings import ReportSettings
 from pipelines.specs import DecodeLimits, Precision, Provider
-from pipelines.status import Status
 from pipelines.training.recipe import Recipe, Search
 from pipelines.training.resources import Resources
 
@@ -91,12 +90,16 @@ class TuneConfig(
     """YAML file that maps settings of the recipe to how they are drawn."""
 
 
-class ClassificationConfig(flags_of(InventoryOptions), RayConfig):  # type: ignore[misc]
+class ClassificationConfig(
+    flags_of(ErrorBudget),  # type: ignore[misc]
+    flags_of(Passes),  # type: ignore[misc]
+    flags_of(InventoryOptions),  # type: ignore[misc]
+    RayConfig,
+):
     """Settings of commands that classify an inventory."""
 
     engine: Literal["auto", "local", "ray"] = "auto"
     """`local` runs in this process; `ray` on a cluster. `auto` is `ray` where an address names a cluster."""
-
     inventory: str
     """Table of URIs (Parquet, CSV, JSON lines), folder or prefix of images, Parquet with bytes, or tars."""
     bundle: str
@@ -117,27 +120,6 @@ class ClassificationConfig(flags_of(InventoryOptions), RayConfig):  # type: igno
     """CPU threads of each ONNX session."""
     allow_uncertified: bool = False
     """Run a precision and provider that no certificate covers; recorded in run.json and the report."""
-    max_error_rate: float = Field(default=0.5, ge=0, le=1)
-    """Largest share of rows without a label that is still published."""
-    max_error_rate_of: dict[str, float] = Field(default_factory=dict)
-    """Largest share of rows with one status, `status=share`."""
-
-    @field_validator("max_error_rate_of")
-    @classmethod
-    def _known_statuses(cls, shares: dict[str, float]) -> dict[str, float]:
-        for status, share in shares.items():
-            if status not in set(Status):
-                raise ValueError(f"{status!r} is not a status{suggestion(status, list(Status))}")
-            if not 0 <= share <= 1:
-                raise ValueError(f"{status} is {share}; a share is between 0 and 1")
-        return shares
-
-    retry_passes: int = Field(default=2, ge=0)
-    """Later passes over rows that failed for a passing reason, before they are recorded."""
-    retry_pause_s: float = Field(default=10.0, ge=0)
-    """Pause before each later pass, seconds."""
-    outage_wait_s: float = Field(default=300.0, ge=0)
-    """Longest wait before the last pass, while nearly everything fails or servers ask for it, seconds."""
     retry_failed: bool = False
     """Run the recorded rows that failed for passing reasons again, of a published table or a refused run."""
     commit_interval_s: float = Field(default=5.0, gt=0)

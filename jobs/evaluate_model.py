@@ -18,8 +18,8 @@ from pydantic import Field
 
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
-from jobs.settings import JobConfig
-from pipelines.datasets.settings import Columns, DataSettings, Splits
+from jobs.settings import JobConfig, flags_of
+from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.machine import cores
 from pipelines.messages import InputError, redact
 from pipelines.specs import Precision, Provider
@@ -34,7 +34,7 @@ OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 """Settings without a meaning for a checkpoint."""
 
 
-class EvaluateConfig(JobConfig):
+class EvaluateConfig(flags_of(DataSettings, "label_map", "tier", "columns"), JobConfig):  # type: ignore[misc]
     """Measure a bundle or a trained run on labelled images, in this process."""
 
     bundle: str | None = None
@@ -50,12 +50,6 @@ class EvaluateConfig(JobConfig):
     """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""
     split: Literal["test", "validation", "train", "all"] = "test"
     """Which images are asked about; `all` for a dataset that no model was trained on."""
-    label_map: str | None = None
-    """Table whose first two columns rename labels; an empty target drops the image."""
-    tier: int | None = Field(default=None, ge=1)
-    """Lift every label to its ancestor of this tier."""
-    columns: Columns = Columns()
-    """Which columns of a table mean what."""
     splits: Splits = Splits()
     """How images are divided when neither the run nor the dataset says."""
     precision: Precision = "fp32"

@@ -6,7 +6,6 @@ Nothing here imports a heavy library.
 
 import argparse
 import copy
-import difflib
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from pydantic_settings import (
 
 from jobs.help_text import HelpText
 from jobs.logs import LogFormat
-from pipelines.messages import InputError
+from pipelines.messages import InputError, suggestion
 from pipelines.specs import wrong_setting
 from pipelines.storage.uris import is_local, local_path
 
@@ -269,8 +268,3 @@ def explain_flags(message: str, cls: type[BaseSettings], command: str) -> str:
         else:
             hint = suggestion(given, [flag(name) for name, flagged in settings.items() if flagged])
     return f"{text}{hint}; `iab-vision {command} --help` lists the settings"
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,6 +1,8 @@
 """The errors that a command explains without a traceback, and what of any error may be shown to people."""
 
+import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 CAUSE = re.compile(r"^[ \t]+\S.*\n(?P<kind>[\w.]+)(?P<words>:[^\n]*(?:\n\S[^\n]*)*)?$", re.MULTILINE)
@@ -42,6 +44,12 @@ def redacted(value: Any) -> Any:
     if isinstance(value, dict):
         return {redacted(key): redacted(inner) for key, inner in value.items()}
     return [redacted(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """The name that was probably meant, as a question in brackets; empty where none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class CommandError(Exception):

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import metrics
+from pipelines.classify.settings import Passes
 from pipelines.classify.sizing import ClusterShrunk
 from pipelines.ledger.item_set import Range, count, ids_of, ranges_of
 from pipelines.ledger.ledger import Ledger, LedgerLost
@@ -45,18 +46,6 @@ class Progress(Protocol):
 
     def show(self) -> None:
         """Update the display when it is time to."""
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How often failures that may pass are tried again."""
-
-    later: int
-    """Passes after the first; the last one records passing failures too."""
-    pause_s: float
-    """Wait before each later pass, seconds."""
-    outage_wait_s: float = 300.0
-    """Longest wait before the last pass, for an outage to end or because servers asked for it, seconds."""
 
 
 @dataclass
@@ -120,7 +109,7 @@ def run_passes(
             number = 0
             while not ledger.done.full:
                 before = len(ledger.done)
-                final = number >= passes.later
+                final = number >= passes.retry_passes
                 try:
                     tally = run_pass(ledger.done.missing(), final)
                 except ClusterShrunk as shrunk:
@@ -152,10 +141,10 @@ def wait_for_servers(
 ) -> None:
     """Wait before the next pass; before the last one, as long as servers ask for or an outage lasts."""
     asked_s = min(tally.resume_at - time.monotonic(), passes.outage_wait_s)
-    if asked_s > passes.pause_s:
+    if asked_s > passes.retry_pause_s:
         log.info("waiting %.0f s, as a server asked for", asked_s)
-    time.sleep(max(passes.pause_s, asked_s))
-    if number < passes.later or not tally.shows_outage(ledger.done.n_items):
+    time.sleep(max(passes.retry_pause_s, asked_s))
+    if number < passes.retry_passes or not tally.shows_outage(ledger.done.n_items):
         return
     deadline = time.monotonic() + passes.outage_wait_s
     log.warning(

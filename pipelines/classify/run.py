@@ -7,7 +7,7 @@ What the `classify` command and a night have in common. Where it runs is an `Eng
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ import pyarrow as pa
 from pipelines.bundle import categories
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.settings import RuntimeSpec
-from pipelines.classify.passes import Passes, Progress, run_passes
-from pipelines.classify.settings import Workers
+from pipelines.classify.passes import Progress, run_passes
+from pipelines.classify.settings import ErrorBudget, Passes, Workers
 from pipelines.classify.sizing import Node, size_pools
 from pipelines.classify.steps import Model, Pools, Source, work_list
 from pipelines.fetch.settings import FetchLimits
@@ -32,14 +32,12 @@ from pipelines.ledger.parts import Committer, PartContext
 from pipelines.ledger.verify import REPORT_JSON
 from pipelines.messages import Refused, redact
 from pipelines.specs import DecodeLimits
-from pipelines.status import TRANSIENT, Status
+from pipelines.status import TRANSIENT
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import is_local, local_path
 
 HOSTS_SHOWN = 20
 """Hosts in the report: those of most rows without a label."""
-NAMED = 5
-"""Reasons and hosts that a refusal names."""
 SAMPLED_AT = 8
 """Parts of the plan of which so many images are looked for on the other nodes."""
 
@@ -56,34 +54,6 @@ class Engine:
     """What each node has, now."""
     local_cores: int | None
     """Cores, where all of it is this machine."""
-
-
-@dataclass(frozen=True)
-class ErrorBudget:
-    """Rows without a label beyond which a table is not published."""
-
-    max_error_rate: float
-    """Largest fraction of all rows."""
-    max_error_rate_of: Mapping[str, float]
-    """Largest fraction of all rows by status."""
-
-    def find_excess(self, statuses: Mapping[str, int], hosts: Mapping[str, int]) -> str | None:
-        """Why so many rows without a label must not be published, naming reasons and hosts; or None."""
-        rows = max(1, sum(statuses.values()))
-        failed = {status: n for status, n in statuses.items() if status != Status.OK.value}
-        shares = {
-            f"rate of {status}": (failed.get(status, 0), limit)
-            for status, limit in self.max_error_rate_of.items()
-        }
-        shares["error rate"] = (sum(failed.values()), self.max_error_rate)
-        over = [
-            f"the {name} is {n / rows:.1%} ({n:,} of {rows:,} rows), the limit is {limit:.1%}"
-            for name, (n, limit) in shares.items()
-            if n > limit * rows
-        ]
-        if not over:
-            return None
-        return f"{'; '.join(over)}. Top reasons: {_format_top(failed)}. Top hosts: {_format_top(hosts)}"
 
 
 @dataclass(frozen=True)
@@ -323,9 +293,3 @@ def _check_budget(run: Run) -> None:
 def _session(run: Run) -> dict[str, Any]:
     """What the ledger keeps of each process that classified or published."""
     return {"provider": run.settings.runtime.provider, "certified": run.certified}
-
-
-def _format_top(counted: Mapping[str, int]) -> str:
-    """The most frequent names with their counts, as text."""
-    ordered = sorted(counted.items(), key=lambda pair: (-pair[1], pair[0]))[:NAMED]
-    return ", ".join(f"{name} {n:,}" for name, n in ordered) or "none"

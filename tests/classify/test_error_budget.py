@@ -1,6 +1,6 @@
 """What a run without labels for many of its rows is told."""
 
-from pipelines.classify.run import ErrorBudget
+from pipelines.classify.settings import ErrorBudget
 
 
 def budget(statuses: dict[str, int], rate: float = 0.5, of: dict[str, float] | None = None) -> str | None:
