@@ -5,7 +5,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a loaded machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 MOTO_SECRET = "testing-secret"
 """Secret key for moto's server, by which tests know that nothing checks signatures."""
