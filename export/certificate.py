@@ -6,7 +6,6 @@ be run (`measure`); the document with numbers, limits and verdict is written int
 
 import base64
 import hashlib
-import io
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from pipelines.bundle.manifest import CERTIFICATES
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.splits import TRAIN
+from pipelines.images.pixels import jpeg_uri
 from pipelines.messages import InputError
 from pipelines.specs import ImageSpec, ModelSpec, Precision, Provider
 from pipelines.storage import storage
@@ -290,6 +290,4 @@ def _thumbnail(pixels_hwc: np.ndarray) -> str:
     """The pixels that the model saw, as a data URI of a few kilobytes."""
     image = Image.fromarray(pixels_hwc)
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
+    return jpeg_uri(np.asarray(image))

@@ -41,10 +41,11 @@ class Contract:
         return build_labeller(self.spec, self.taxonomy, top_k=1)
 
     def columns(self, probabilities_nc: np.ndarray) -> dict[str, list[Any]]:
-        """`top_id`, `tier1_id` and the set `cat` of each image; NaN counts as 0."""
+        """`top_id`, and as sets `tier1_id` and `cat`, of each image; NaN counts as 0."""
         finite_nc = np.nan_to_num(probabilities_nc.astype(np.float32), nan=0.0)
         table = self.labeller.label(finite_nc).select(_COLUMNS).to_pydict()
-        return {**table, "cat": [frozenset(ids) for ids in table["cat"]]}
+        tier1 = [frozenset([one]) for one in table["tier1_id"]]
+        return {**table, "tier1_id": tier1, "cat": [frozenset(ids) for ids in table["cat"]]}
 
 
 def contract_of(spec: ModelSpec, taxonomy: Taxonomy) -> Contract:
@@ -72,16 +73,11 @@ def _read_categories(payload: bytes) -> pa.Table:
 
 def labels_table(class_ids: Sequence[str], taxonomy: Taxonomy) -> pa.Table:
     """The classes in graph order, with their position in the taxonomy."""
-    nodes = [taxonomy.node(class_id) for class_id in class_ids]
-    columns = {
-        "class_index": range(len(nodes)),
-        "id": [node.id for node in nodes],
-        "parent_id": [node.parent_id for node in nodes],
-        "name": [node.name for node in nodes],
-        "path": [taxonomy.path(node.id) for node in nodes],
-        "tier": [node.tier for node in nodes],
-    }
-    return pa.table({name: list(values) for name, values in columns.items()}, schema=bundle.LABELS)
+    rows = [
+        {**asdict(taxonomy.node(class_id)), "class_index": index, "path": taxonomy.path(class_id)}
+        for index, class_id in enumerate(class_ids)
+    ]
+    return pa.Table.from_pylist(rows, schema=bundle.LABELS)
 
 
 def compare(
@@ -153,19 +149,17 @@ def _near_best(reference: Contract, rolled_nr: np.ndarray, margin: float) -> lis
     return [{ids[column] for column in np.flatnonzero(row)} for row in near_nt]
 
 
-def _agreement(expected: Sequence[Any], found: Sequence[Any], near: Sequence[set[str]]) -> dict[str, Any]:
+def _agreement(
+    expected: Sequence[frozenset[str]], found: Sequence[frozenset[str]], near: Sequence[set[str]]
+) -> dict[str, Any]:
     """Images with the same value; a difference of nothing but ids that are near is a tie."""
     same = ties = 0
     for before, after, close in zip(expected, found, near, strict=True):
         same += before == after
-        ties += before != after and _as_set(before) ^ _as_set(after) <= close
+        ties += before != after and before ^ after <= close
     return {
         "same": same,
         "ties": ties,
         "different": len(expected) - same - ties,
         "share": (same + ties) / max(len(expected), 1),
     }
-
-
-def _as_set(value: Any) -> frozenset[str]:
-    return value if isinstance(value, frozenset) else frozenset([value])

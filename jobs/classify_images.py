@@ -38,7 +38,7 @@ from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
 from pipelines.machine import git_revision, library_versions
-from pipelines.messages import InputError, JobFailed, Stopped, first_line, redact, redacted
+from pipelines.messages import JobFailed, Stopped, first_line, redact, redacted
 from pipelines.nights import reporting
 from pipelines.nights.settings import ReportSettings
 from pipelines.storage.storage import Storage, open_storage
@@ -80,7 +80,7 @@ def prepare(config: ClassifyConfig) -> Run:
         certified = require_certificate(bundle, settings.runtime, allow_uncertified=allowed)
         output_uri = open_storage(config.output).uri
         state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
-        refuse_strangers(state, table)
+        publish.refuse_table_without_ledger(state, table)
         options = part_of(config, InventoryOptions)
         plan = inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
     details = describe_run(config, certified=certified)
@@ -170,17 +170,6 @@ def run_settings(config: ClassificationConfig, bundle: Bundle) -> RunSettings:
         budget=part_of(config, ErrorBudget),
         commit_interval_s=config.commit_interval_s,
     )
-
-
-def refuse_strangers(state: Storage, table: Storage) -> None:
-    """Refuse a table that has no ledger, before anything is written next to it."""
-    if not state.list("ledger"):
-        found = [entry.path for entry in table.list() if publish.is_visible(entry.path)]
-        if found:
-            raise InputError(
-                f"{table.uri} holds files that are not of this run and that readers would count too "
-                f"({len(found)}, as {found[0]}); move them away or choose another output folder"
-            )
 
 
 def warn_if_unfenced(state: Storage) -> None:

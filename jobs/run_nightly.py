@@ -15,7 +15,6 @@ from jobs.classify_images import (
     classify_missing,
     describe_run,
     explaining_failures,
-    refuse_strangers,
     run_settings,
     warn_if_unfenced,
 )
@@ -86,7 +85,7 @@ def open_run(config: NightlyConfig, folders: DateFolders, first_generation: int)
         allowed = config.allow_uncertified
         certified = require_certificate(bundle, settings.runtime, allow_uncertified=allowed)
         if first_generation == 1:
-            refuse_strangers(state, table)
+            publish.refuse_table_without_ledger(state, table)
         if (last := nights.read_ledger(state)) and last.state.phase is Phase.PUBLISHED:
             plan = open_plan(state)
         else:

@@ -63,11 +63,8 @@ def list_categories(
         node, possible = taxonomy.node(one), threshold <= 1
         found.append(
             Category(
-                id=one,
-                name=node.name,
+                **asdict(node),
                 path=taxonomy.path(one),
-                parent_id=node.parent_id,
-                tier=node.tier,
                 cattax=taxonomy.cattax,
                 is_class=one in class_ids,
                 threshold=threshold if possible else None,

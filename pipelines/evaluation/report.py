@@ -4,8 +4,6 @@ The page holds its plots and pictures as `data:` URIs and needs no network. Labe
 people's tables, so everything is escaped by the template engine.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ from PIL import Image
 from pipelines.evaluation import plots
 from pipelines.evaluation.evaluation import Evaluation, Scored
 from pipelines.evaluation.metrics import Array
+from pipelines.images.pixels import jpeg_uri
 from pipelines.storage import storage
 from pipelines.taxonomy.taxonomy import SEPARATOR, Taxonomy
 
@@ -214,13 +213,6 @@ def _small(pixels_hwc: Array) -> Image.Image:
     scale = PICTURE_SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def jpeg_uri(pixels_hwc: Array) -> str:
-    """uint8 RGB as a JPEG `data:` URI."""
-    sink = io.BytesIO()
-    Image.fromarray(np.asarray(pixels_hwc, np.uint8)).save(sink, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 def percent(value: float | None) -> str:

@@ -1,7 +1,11 @@
-"""Pixels as an Arrow column and back: uint8 [n, height, width, 3] <-> fixed-size binary, without a copy."""
+"""uint8 pixels [n, height, width, 3] as an Arrow column and back without a copy; as a JPEG for a page."""
+
+import base64
+import io
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from pipelines.images.prepare import Pixels
 from pipelines.schema import pixels_type
@@ -26,3 +30,10 @@ def pixels_of(column: pa.ChunkedArray, spec: ImageSpec) -> Pixels:
     size = spec.pixel_bytes
     flat = np.frombuffer(array.buffers()[1], np.uint8, len(array) * size, array.offset * size)
     return flat.reshape(len(array), spec.height, spec.width, 3)
+
+
+def jpeg_uri(pixels_hwc: np.ndarray) -> str:
+    """uint8 RGB as a JPEG `data:` URI, for pages that load nothing from elsewhere."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels_hwc).save(sink, format="JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"

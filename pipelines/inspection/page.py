@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation import plots
 from pipelines.evaluation.gallery import fetch_images
-from pipelines.evaluation.report import jpeg_uri
+from pipelines.images.pixels import jpeg_uri
 from pipelines.inspection.inspect import Inspection, label_texts
 from pipelines.messages import redacted
 from pipelines.specs import ImageSpec

@@ -111,7 +111,7 @@ def write_part(scored: pa.Table, plan: Plan, state: Storage, context: PartContex
     """Join distinct scored items, ascending, with the plan's rows and write them as one Parquet file."""
     result = WriteResult(None, ())
     if not context.final:
-        passing = _is_passing(scored)
+        passing = is_passing(scored)
         result = _defer(scored.filter(passing))
         scored = scored.filter(pc.invert(passing))
     if not scored.num_rows:
@@ -119,7 +119,7 @@ def write_part(scored: pa.Table, plan: Plan, state: Storage, context: PartContex
     return replace(result, part=store_part(join_plan_rows(scored, plan, context), state, context.generation))
 
 
-def _is_passing(rows: pa.Table) -> pa.ChunkedArray:
+def is_passing(rows: pa.Table) -> pa.ChunkedArray:
     """Which rows failed for a passing reason."""
     return pc.is_in(rows["status"], pa.array([status.value for status in TRANSIENT]))
 
@@ -141,7 +141,7 @@ def reopen_failed(ledger: Ledger, state: Storage) -> int:
     for part in ledger.state.parts:
         if any(status.value in part.statuses for status in TRANSIENT):
             rows = read_part(part, state)
-            failed = ranges_of(np.unique(rows.filter(_is_passing(rows))[ITEM_ID].to_numpy()))
+            failed = ranges_of(np.unique(rows.filter(is_passing(rows))[ITEM_ID].to_numpy()))
             reduced[part.path] = _drop_items(part, state, failed, ledger.state.generation)
             n_items += count(failed)
     if reduced:

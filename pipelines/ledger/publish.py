@@ -34,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.inventory.plan import Plan
@@ -48,7 +47,7 @@ from pipelines.ledger.layout import (
     rename_file,
 )
 from pipelines.ledger.ledger import Ledger
-from pipelines.ledger.parts import count_values, parts_folder, read_part
+from pipelines.ledger.parts import count_values, is_passing, parts_folder, read_part
 from pipelines.ledger.republish import list_row_items, replace_rows
 from pipelines.messages import InputError, JobFailed
 from pipelines.status import TRANSIENT
@@ -145,8 +144,8 @@ def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]
     for file in ledger.state.files.values():
         if any(status.value in file.statuses for status in TRANSIENT):
             with ledger.detect_rival():  # a rerun of another driver may have superseded the file
-                statuses = pq.ParquetFile(table.open_input(file.name)).read(columns=["status"])["status"]
-            passing = pc.is_in(statuses, pa.array([status.value for status in TRANSIENT])).to_numpy()
+                rows = pq.ParquetFile(table.open_input(file.name)).read(columns=["status"])
+            passing = is_passing(rows).to_numpy()
             failed.add(ranges_of(np.unique(list_row_items(file.items, plan)[passing])))
     return failed.present([(0, plan.n_items)])
 
@@ -157,16 +156,27 @@ def refuse_foreign_files(ledger: Ledger, table: Storage, layout: TableLayout = P
     ours = {*ledger.state.files, *find_superseded(names, ledger.state, layout)}
     if ledger.state.phase is Phase.PUBLISHING:
         ours |= _name_new_files(ledger.state, layout)
-    foreign = [name for name in names if name not in ours and is_visible(name)]
-    if foreign:
+    foreign = [name for name in names if name not in ours]
+    if any(map(_is_visible, foreign)):
         ledger.check()  # they may be a successor's
+    _refuse_visible(table, foreign)
+
+
+def refuse_table_without_ledger(state: Storage, table: Storage) -> None:
+    """Raise InputError if there are table files and no ledger, before anything is written next to them."""
+    if not state.list("ledger"):
+        _refuse_visible(table, [entry.path for entry in table.list()])
+
+
+def _refuse_visible(table: Storage, names: Iterable[str]) -> None:
+    if foreign := [name for name in names if _is_visible(name)]:
         raise InputError(
             f"{table.uri} holds files that are not of this run and that readers would count too "
             f"({len(foreign)}, as {foreign[0]}); move them away or choose another output folder"
         )
 
 
-def is_visible(path: str) -> bool:
+def _is_visible(path: str) -> bool:
     """Whether a reader of the folder would take the file for data."""
     return not path.rpartition("/")[2].startswith((".", "_"))
 

@@ -3,19 +3,16 @@
 The rest of the page needs no image; one that cannot be fetched or decoded again is shown without a picture.
 """
 
-import base64
-import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import duckdb
-from PIL import Image
 
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import Source, sources_of
 from pipelines.images.decoder import DecoderProcess
-from pipelines.images.prepare import Pixels
+from pipelines.images.pixels import jpeg_uri
 from pipelines.inventory.plan import LOCATION, Plan
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
@@ -108,15 +105,8 @@ def make_thumbnails(
             outcomes, pixels_nhwc = decoder.prepare_batch(list(payloads.values()))
             for uri, outcome, pixels_hwc in zip(payloads, outcomes, pixels_nhwc, strict=True):
                 if outcome.status is Status.OK:
-                    found[uri] = encode_jpeg(pixels_hwc)
+                    found[uri] = jpeg_uri(pixels_hwc)
     return found
-
-
-def encode_jpeg(pixels_hwc: Pixels) -> str:
-    """uint8 RGB as a JPEG `data:` URI."""
-    sink = io.BytesIO()
-    Image.fromarray(pixels_hwc).save(sink, format="JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
 def find_sources(plan: Plan, uris: Collection[str]) -> dict[str, Source]:
