@@ -176,19 +176,20 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def config_path(argv: Sequence[str]) -> str | None:
-    """The file named by `--config` or `IAB_VISION_CONFIG`, if any."""
+def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The file named by `--config` or `IAB_VISION_CONFIG`, if any, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
+    parser.add_argument("--config", default=os.environ.get(f"{ENVIRONMENT}CONFIG"))
     try:
-        return parser.parse_known_args(list(argv))[0].config or os.environ.get(f"{ENVIRONMENT}CONFIG")
+        known, others = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from error
+    return known.config, others
 
 
 def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
     """The settings of the YAML file, if one is named. Raises InputError, in one line, if it is none."""
-    path = config_path(argv)
+    path, _ = split_config(argv)
     if path is None:
         return {}
     try:
@@ -247,7 +248,7 @@ def origin(loc: Sequence[str], argv: Sequence[str]) -> str:
     variables = ("__".join(loc[:depth]).upper() for depth in range(len(loc), 0, -1))
     if found := next((v for v in variables if f"{ENVIRONMENT}{v}" in os.environ), None):
         return f"{ENVIRONMENT}{found}"
-    path = config_path(argv)
+    path, _ = split_config(argv)
     return f"{'.'.join(loc)} in {path}" if path else name
 
 

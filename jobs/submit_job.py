@@ -8,7 +8,6 @@ settings, so the same line given twice, by a person or a scheduler, runs one job
 Exit codes are the command's own; 130 for a job that was stopped.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ from pydantic_settings import CliPositionalArg
 from jobs import ray_jobs
 from jobs.logs import RUN
 from jobs.ray_jobs import RayJobs, Submission
-from jobs.settings import ENVIRONMENT, JobConfig, given_settings
+from jobs.settings import ENVIRONMENT, JobConfig, given_settings, split_config
 from pipelines.messages import InputError, JobFailed, Stopped
 from pipelines.specs import validated
 
@@ -153,7 +152,7 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
         runtime_env |= {"working_dir": config.working_dir, "excludes": [".git", ".venv"]}
     return Submission(
         base_id=name,
-        entrypoint=shlex.join(["exec", "python", "-m", "jobs", command, *without_config(argv)]),
+        entrypoint=shlex.join(["exec", "python", "-m", "jobs", command, *split_config(argv)[1]]),
         runtime_env=runtime_env,
         resources=config.entrypoint.keywords(),
     )
@@ -166,13 +165,6 @@ def parse_command(command: str, argv: Sequence[str]) -> JobConfig:
     if command == "submit":
         raise InputError("submit cannot submit itself")
     return parse(command, argv)
-
-
-def without_config(argv: Sequence[str]) -> list[str]:
-    """The command line without `--config FILE`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser.parse_known_args(list(argv))[1]
 
 
 def base_id(command: str, settings: JobConfig) -> str:
