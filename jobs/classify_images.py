@@ -181,7 +181,7 @@ def warn_if_unfenced(state: Storage) -> None:
 
 
 def describe_run(config: ClassificationConfig, *, certified: bool) -> dict[str, Any]:
-    """What run.json keeps beside the identity; without the credentials in the config's URIs."""
+    """What run.json keeps in addition to the identity, without the credentials in the config's URIs."""
     return {
         "config": redacted(config.model_dump(mode="json", exclude={"debug", "config"})),
         "certified": certified,

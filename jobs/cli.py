@@ -79,7 +79,7 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "`iab-vision COMMAND --help` lists a command's settings. Each can also stand in the YAML file",
+            "`iab-vision COMMAND --help` lists a command's settings. Each can also be set in the YAML file",
             "named by --config, or in the environment as IAB_VISION_<SETTING>.",
         ]
     )

@@ -1,7 +1,7 @@
 """Joins the Ray cluster that a job was submitted to, or starts one on this machine.
 
 A cluster on this machine gets more logical CPUs than it has cores: actors hold their CPU for the whole
-run, and with none left the tasks between two pools would wait for ever.
+run, and with none left the tasks between two pools would wait forever.
 """
 
 import logging
@@ -19,7 +19,7 @@ LOGICAL_CPUS_PER_CORE = 4
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its job must not start a cluster of its own
-    "RAY_DATA_LOG_LEVEL": "ERROR",  # its plan and its own progress table; ours stands instead
+    "RAY_DATA_LOG_LEVEL": "ERROR",  # its plan and its own progress table; we show ours
     "HF_HUB_VERBOSITY": "error",  # each retry, twice over; the failure itself is told
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one error-like line per actor pool (ray #53727)
 }

@@ -123,7 +123,7 @@ class ClassificationConfig(
     retry_failed: bool = False
     """Run the recorded rows that failed for passing reasons again, of a published table or a refused run."""
     commit_interval_s: float = Field(default=5.0, gt=0)
-    """Time between ledger entries, seconds: what a dead driver may cost beside unfinished parts."""
+    """Time between ledger entries, seconds: what a dead driver may cost, and the unfinished parts."""
     lease_s: float = Field(default=LEASE_S, gt=0)
     """A driver on another machine that was silent for so long counts as dead, seconds."""
     take_over: bool = False

@@ -38,7 +38,7 @@ class InspectConfig(
 
 
 def run(config: InspectConfig) -> int:
-    """Write the page and the JSON, and log what should be mended."""
+    """Write the page and the JSON, and log what should be fixed."""
     from pipelines.inspection import page
     from pipelines.inspection.inspect import inspect_dataset
 

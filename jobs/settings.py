@@ -104,7 +104,7 @@ class JobConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given in code stands; `parse` alone adds the environment, the YAML file and the flags."""
+        """Only what is given in code: `parse` adds the environment, the YAML file and the flags."""
         return (init_settings,)
 
     @classmethod

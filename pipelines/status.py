@@ -74,7 +74,7 @@ TRANSIENT = frozenset(
         Status.CONNECTION_FAILED,
         Status.TLS_FAILED,
         Status.CREDENTIALS_FAILED,
-        Status.INTERNAL_ERROR,  # memory or threads may have run out, or a later version mends it
+        Status.INTERNAL_ERROR,  # memory or threads may have run out, or a later version fixes it
     }
 )
 """Failures that may pass: tried again in a later pass, and by `--retry-failed`."""

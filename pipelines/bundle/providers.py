@@ -49,7 +49,7 @@ def session_options(spec: RuntimeSpec, bucket: int) -> ort.SessionOptions:
 def session_entries(spec: RuntimeSpec) -> dict[str, str]:
     """Session settings that have only a name; ONNX Runtime ignores one that it does not know."""
     entries = {
-        # Idle threads that spin take the cores from the decoders and from other sessions beside them.
+        # Idle threads that spin take the cores from the decoders and from other sessions.
         "session.intra_op.allow_spinning": "0",
         "session.record_ep_graph_assignment_info": "1",
     }

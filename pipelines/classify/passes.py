@@ -104,36 +104,26 @@ def run_passes(
         committer.flush()
         return tally
 
-    with progress, flushing(committer):
-        try:
-            number = 0
-            while not ledger.done.full:
-                before = len(ledger.done)
-                final = number >= passes.retry_passes
-                try:
-                    tally = run_pass(ledger.done.missing(), final)
-                except ClusterShrunk as shrunk:
-                    committer.flush()
-                    if len(ledger.done) == before:
-                        raise
-                    log.warning("%s; the rest of the cluster goes on", shrunk)
-                    continue
-                if ledger.done.full:
-                    return
-                left = ledger.done.n_items - len(ledger.done)
-                if final and len(ledger.done) == before:
-                    raise JobFailed(
-                        f"{left:,} images did not finish in a full pass; run the same command again"
-                    )
-                log.info("trying %s images again", f"{left:,}")
-                number += 1
-                wait_for_servers(tally, passes, number, ledger, run_pass)
-        except Stopped as stop:
-            committer.flush()
-            raise JobFailed(
-                f"stopped by {stop}; {len(ledger.done):,} of {ledger.done.n_items:,} images are recorded, "
-                "and the same command continues"
-            ) from None
+    number = 0
+    with progress, _keeping_work(ledger, committer):
+        while not ledger.done.full:
+            before, final = len(ledger.done), number >= passes.retry_passes
+            try:
+                tally = run_pass(ledger.done.missing(), final)
+            except ClusterShrunk as shrunk:
+                committer.flush()
+                if len(ledger.done) == before:
+                    raise
+                log.warning("%s; the rest of the cluster goes on", shrunk)
+                continue
+            if ledger.done.full:
+                return
+            left = ledger.done.n_items - len(ledger.done)
+            if final and len(ledger.done) == before:
+                raise JobFailed(f"{left:,} images did not finish in a full pass; run the same command again")
+            log.info("trying %s images again", f"{left:,}")
+            number += 1
+            wait_for_servers(tally, passes, number, ledger, run_pass)
 
 
 def wait_for_servers(
@@ -166,12 +156,18 @@ def _sample(missing: Sequence[Range]) -> list[Range]:
 
 
 @contextlib.contextmanager
-def flushing(committer: Committer) -> Iterator[None]:
+def _keeping_work(ledger: Ledger, committer: Committer) -> Iterator[None]:
     """Record what is pending whatever ends the run: written parts are paid for."""
     try:
         yield
     except (LedgerLost, JobFailed):
         raise
+    except Stopped as stop:
+        committer.flush()
+        raise JobFailed(
+            f"stopped by {stop}; {len(ledger.done):,} of {ledger.done.n_items:,} images are recorded, "
+            "and the same command continues"
+        ) from None
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to tell
             committer.flush()

@@ -87,7 +87,7 @@ def _sum(nodes: Sequence[Node], resource: str) -> int:
 
 
 def _room(nodes: Sequence[Node], load: int, threads: int) -> int:
-    """Sessions of so many CPUs that surely fit beside load actors that are spread over the nodes."""
+    """Sessions of so many CPUs that surely fit next to load actors that are spread over the nodes."""
     sizes = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if threads == 1 or len(sizes) < 2:
         return sum(sizes) // threads

@@ -1,4 +1,4 @@
-"""Ends a dataflow on Ray whose actors find no place, instead of letting it wait for ever.
+"""Ends a dataflow on Ray whose actors find no place, instead of letting it wait forever.
 
 Ray Data waits for its actors without limit and says nothing. This looks at its pools while it runs.
 """

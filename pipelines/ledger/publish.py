@@ -295,7 +295,7 @@ def _refuse_damaged(replaces: TableFile | None, written: str, table: Storage) ->
 
 
 def spool_folder(generation: int) -> str:
-    """Where unfinished table files of a generation lie below a local state folder."""
+    """Folder of a generation's unfinished table files, below a local state folder."""
     return f"spool/g{generation:04d}"
 
 
