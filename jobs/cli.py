@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(name: str, argv: Sequence[str]) -> "JobConfig":
     """The settings of a command. Raises InputError."""
     if name not in COMMANDS:
-        from jobs.settings import suggestion
+        from pipelines.messages import suggestion
 
         hint = suggestion(name, list(COMMANDS))
         raise InputError(f"there is no such command{hint}; the commands are {', '.join(COMMANDS)}")

@@ -16,7 +16,8 @@ from pipelines.messages import InputError, JobFailed, first_line, root_cause
 
 STOPPED = 130
 """Exit code for a job that was stopped, as shells count an interrupted command."""
-POLL_S = 1.0
+POLL_S, LONGEST_POLL_S = 1.0, 10.0
+"""Time between two looks at a job, seconds."""
 STOP_WAIT_S = 60
 """Time from a job's SIGTERM to its SIGKILL, seconds; Ray's own 3 s are too short for a ledger entry."""
 Answer = TypeVar("Answer")
@@ -170,7 +171,8 @@ class RayJobs:
                 shown = max(shown, len(text))
             if details.status.is_terminal():
                 return details
-            time.sleep(max(POLL_S, 10 * (time.monotonic() - started)))  # a long log less often
+            took_s = time.monotonic() - started
+            time.sleep(min(max(POLL_S, 10 * took_s), LONGEST_POLL_S))  # a long log is read less often
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The server's answer, once it can be reached. Raises JobFailed after `patience_s`."""
