@@ -26,6 +26,9 @@ BLOCKS_PER_CALL = 2
 STEPS = 3
 """Ray shares a limit among the steps; the share of loading, the largest, must keep all its calls busy."""
 
+STARTS_LOST = 4
+"""Actors of a pool that may die in a row while they start, as when nodes are lost; Ray's default is 0."""
+
 BATCHES_PER_BLOCK = 16
 """Most batches of one task of a load actor, which repeats them from the first if the actor is lost."""
 
@@ -54,6 +57,7 @@ def build_dataset(
     block_bytes = pools.items_per_batch * source.image_spec.pixel_bytes
     # Of this dataset alone: the process's own context would carry them into the next job.
     work.context.custom_execution_callback_classes = [Watchdog]
+    work.context.max_consecutive_actor_init_deaths = STARTS_LOST
     work.context.target_max_block_size = max(block_bytes, 1 << 20)
     work.context.execution_options.resource_limits = ExecutionResources(
         object_store_memory=memory_ahead(block_bytes, pools)
