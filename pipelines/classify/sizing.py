@@ -15,7 +15,9 @@ CORES_PER_LOAD_ACTOR = 8
 CPUS_TO_WRITE = 0.25
 """For the tasks that write parts: actors hold their CPUs for the whole run, and would leave none."""
 CPU_CHUNK = 64
-"""Images that travel together on CPU: small, so that every session has work to the end."""
+"""Most images that travel together on CPU: small, so that every session has work to the end."""
+CHUNKS_PER_CORE = 16
+"""Of a run too short for such chunks, so that its sessions begin early and end together."""
 PARTS_PER_RUN = 20
 """A run is written in at least so many parts, so that a crash costs a small share even of a short one."""
 SMALLEST_PART = 500
@@ -42,7 +44,9 @@ def size_pools(
     """
     on_cpu = runtime.provider == "cpu"
     cpus, gpus = _sum(nodes, "CPU"), _sum(nodes, "GPU")
-    items_per_batch = workers.items_per_batch or (CPU_CHUNK if on_cpu else runtime.batch_size)
+    per_core = n_items // (CHUNKS_PER_CORE * max(1, int(local_cores or cpus)))
+    cpu_chunk = min(CPU_CHUNK, max(runtime.batch_size, per_core))
+    items_per_batch = workers.items_per_batch or (cpu_chunk if on_cpu else runtime.batch_size)
     chunks = max(1, -(-n_items // items_per_batch))
     # A session on a GPU asks Ray for no CPU, which the load actors, started first, might have taken on its
     # node. One CPU per session is left over all the same, and the operating system shares out the rest.

@@ -55,6 +55,12 @@ def test_sessions_of_many_threads_stay_on_one_node() -> None:
     assert (pools.load_actors, pools.infer_actors) == (3, 5)  # three nodes have a load actor
 
 
+@pytest.mark.parametrize(("images", "chunk"), [(64, 16), (500, 16), (1_000, 31), (100_000, 64)])
+def test_short_runs_travel_in_small_chunks_that_both_sessions_share(images: int, chunk: int) -> None:
+    pools = size_pools(Workers(), [node(8)], RuntimeSpec(), n_items=images, local_cores=2)
+    assert (pools.items_per_batch, pools.infer_actors) == (chunk, 2)
+
+
 def classify(
     folder: Path,
     shape: dict[str, object],
