@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install lint check test demo bench peers clean
+.PHONY: install lint check test demo bench peers lock clean
 
 install: $(STAMP)
 
@@ -37,6 +37,12 @@ bench: install  ## the benchmarks that need no data and finish within minutes; e
 peers: install  ## an environment for the peers that benchmarks/peers.py compares with
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet 'daft>=0.7,<0.8' onnxruntime pillow numpy
+
+lock: install  ## requirements.lock: what the image installs on Linux, x86-64, by hash; torch comes from its own index
+	$(BIN)/python -m pip install --quiet uv
+	echo "torch; python_version < '3'" | $(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --no-header \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --constraints constraints.txt --overrides - \
+	  --index-url https://pypi.org/simple --output-file requirements.lock pyproject.toml
 
 clean:
 	rm -rf $(VENV) .venv-peers demo-output
