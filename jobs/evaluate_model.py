@@ -49,7 +49,7 @@ class EvaluateConfig(flags_of(DataSettings, "label_map", "tier", "columns"), Job
     run: str | None = None
     """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""
     split: Literal["test", "validation", "train", "all"] = "test"
-    """Which images are asked about; `all` for a dataset that no model was trained on."""
+    """Which images are evaluated; `all` for a dataset that no model was trained on."""
     splits: Splits = Splits()
     """How images are divided when neither the run nor the dataset says."""
     precision: Precision = "fp32"

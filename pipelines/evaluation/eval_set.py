@@ -91,7 +91,7 @@ def find_leakage(data: LabelledData, split: str, recorded: Mapping[str, str] | N
     """
     divided_here = split in data.divided_here
     if recorded is None and divided_here:
-        return Leakage(f"unknown: which images are {split} was decided here, not by the model's run", True)
+        return Leakage(f"unknown, as {split} was drawn here and not by the model's run", True)
     if recorded is None:
         own = "it was given none of these images" if split == ALL else "it kept to the dataset's own splits"
         return Leakage(f"none, if {own}", False)

@@ -76,8 +76,8 @@ def _with_recorded_splits(images: pa.Table, recorded: Mapping[str, str]) -> pa.T
 def _warn(eval_set: EvalSet, leakage: Leakage) -> None:
     if leakage.suspected:
         log.warning(
-            "the numbers may be too good; training images in this split: %s. Give --run RUN, which made the "
-            "model, or use --split all with images that it has never seen",
+            "the numbers may be too good: images of this split that were trained on: %s. Give --run RUN, "
+            "which made the model, or use --split all with images that it has never seen",
             leakage.summary,
         )
     for label, images in eval_set.uncovered.items():

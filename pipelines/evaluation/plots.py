@@ -103,7 +103,7 @@ def _share_rows(counts_cc: Array) -> Array:
 
 def _plot_named_matrix(counts_cc: Array, names: list[str], groups: list[str], title: str) -> str:
     n = len(names)
-    side = min(max(3.6 + 0.4 * n, 6.8), WIDE)
+    side = min(max(3.6 + 0.4 * n, 5.0), WIDE)
     with draw_figure(side, side - 1.2) as (figure, uris):
         axes = _matrix(figure, counts_cc, mpl.colors.Normalize(0, 1))
         labels = [shorten(name) for name in names]
