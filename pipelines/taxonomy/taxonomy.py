@@ -301,9 +301,9 @@ def _tier_of(node_id: str, parents: dict[str, str | None]) -> int:
 
 
 def _normalise(text: str) -> str:
-    """Names and paths for comparing: case folded, one space between words and around ">", "&" spelt out."""
-    words = re.sub(r"[\s_-]+", " ", text.replace("&", " and ").replace(">", SEPARATOR))
-    return words.strip().casefold()
+    """Names and paths for comparing: case folded, one space between words, no "and" or "&"."""
+    words = re.sub(r"[\s_&-]+", " ", text.casefold().replace(">", SEPARATOR)).split()
+    return " ".join(word for word in words if word != "and")
 
 
 def group_pairs(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:

@@ -56,6 +56,11 @@ def test_labels_resolve_by_id_path_or_unique_name(label: str) -> None:
     assert taxonomy.load().resolve(label) == "539"
 
 
+@pytest.mark.parametrize("label", ["home-garden", "home_and_garden", "Home & Garden", "HOME and  garden"])
+def test_folder_names_resolve_with_or_without_and(label: str) -> None:
+    assert taxonomy.load().resolve(label) == "274"
+
+
 @pytest.mark.parametrize(("label", "candidate"), [("Tenis", "539 (Sports > Tennis)"), ("v9i3on", "v9i3On")])
 def test_unknown_label_is_refused_with_close_ones(label: str, candidate: str) -> None:
     with pytest.raises(taxonomy.UnknownLabel) as refusal:
