@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from pipelines.nights.database import create_view, open_database
+from pipelines.nights.drift import SeriesCounts, find_series_effect
 from pipelines.schema import CARRIED_FROM
 from pipelines.storage.storage import Storage
 from pipelines.taxonomy.taxonomy import Taxonomy
@@ -36,11 +37,14 @@ TIER1, TIER2, SCORE, UNCERTAIN, NO_CATEGORY = (
 """The signals, as the report names them."""
 ALL = ""
 """The segment of all images."""
+MOST_IN_SERIES = 50
+"""Images of one page or folder beyond which it is a section of the site, and no series of alike pictures."""
 
 CLASSIFIED = """
 CREATE TEMP TABLE classified AS
 SELECT sha256, any_value(top_id) AS top_id, any_value(tier1_id) AS tier1_id,
-    any_value(top_score)::FLOAT AS top_score, any_value(coalesce(len(cat), 0)) AS n_cat{values}
+    any_value(top_score)::FLOAT AS top_score, any_value(coalesce(len(cat), 0)) AS n_cat,
+    any_value(coalesce({page}, regexp_replace(uri, '[^/]*$', ''))) AS page{values}
 FROM rows WHERE {labelled} GROUP BY sha256{by}
 """
 """Distinct images classified that night; one row for each segment that an image is in."""
@@ -59,21 +63,34 @@ SELECT {value} FROM classified WHERE {value} IS NOT NULL
 GROUP BY 1 ORDER BY count(DISTINCT sha256) DESC, 1 LIMIT ?
 """
 SIGNALS = """
-SELECT segment, signal, cell, count(*) FROM (
-    SELECT segment, unnest([
-        {{'signal': $tier1, 'cell': tier1_id}},
-        {{'signal': $tier2, 'cell': tier2_id}},
-        {{'signal': $score, 'cell': printf('%.1f', least(floor(top_score * 10) / 10, 0.9))}},
-        {{'signal': $uncertain, 'cell': if(top_score < $below, 'yes', 'no')}},
-        {{'signal': $no_category, 'cell': if(n_cat = 0, 'yes', 'no')}}
-    ], recursive := true)
-    FROM (SELECT DISTINCT sha256, {value} AS segment, top_id, tier1_id, top_score, n_cat FROM classified)
-    LEFT JOIN tiers ON tiers.id = top_id
-    WHERE segment IN (SELECT unnest($segments))
-) WHERE cell IS NOT NULL GROUP BY ALL
+SELECT segment, signal, cell, sum(n)::BIGINT, sum(n * n)::BIGINT, sum(n * n_series)::BIGINT FROM (
+    SELECT *, sum(n) OVER (PARTITION BY segment, signal, series) AS n_series FROM (
+        SELECT segment, series, signal, cell, count(*) AS n FROM (
+            SELECT segment, series, unnest([
+                {{'signal': $tier1, 'cell': tier1_id}},
+                {{'signal': $tier2, 'cell': tier2_id}},
+                {{'signal': $score, 'cell': printf('%.1f', least(floor(top_score * 10) / 10, 0.9))}},
+                {{'signal': $uncertain, 'cell': if(top_score < $below, 'yes', 'no')}},
+                {{'signal': $no_category, 'cell': if(n_cat = 0, 'yes', 'no')}}
+            ], recursive := true)
+            FROM (
+                SELECT *, if(count(*) OVER (PARTITION BY segment, page) > $most, sha256, page) AS series
+                FROM (
+                    SELECT sha256, {value} AS segment, any_value(top_id) AS top_id,
+                        any_value(tier1_id) AS tier1_id, any_value(top_score) AS top_score,
+                        any_value(n_cat) AS n_cat, any_value(page) AS page
+                    FROM classified GROUP BY 1, 2
+                )
+            ) LEFT JOIN tiers ON tiers.id = top_id
+            WHERE segment IN (SELECT unnest($segments))
+        ) WHERE cell IS NOT NULL GROUP BY ALL
+    )
+) GROUP BY ALL
 """
 
 Signals = dict[str, dict[str, int]]
+Segments = dict[str, dict[str, dict[str, SeriesCounts]]]
+"""Segment -> signal -> cell -> counts."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,8 @@ class NightCounts:
     """Rows without a label by host."""
     signals: Mapping[str, Signals] = field(default_factory=dict)
     """Segment -> signal -> cell -> images; the segment `""` is all of them."""
+    series_effects: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Segment -> signal -> the design effect of the series that its images come in."""
 
     def to_json(self) -> bytes:
         return json.dumps(vars(self), indent=1).encode()
@@ -130,7 +149,8 @@ def open_night(
         labelled = "status = 'ok'" + (" AND carried_from IS NULL" if CARRIED_FROM.name in names else "")
         values = "".join(f", {value} AS {_quote(name)}" for name, value in counted_by.items())
         keys = "".join(f", {value}" for value in counted_by.values())
-        database.execute(CLASSIFIED.format(values=values, by=keys, labelled=labelled))
+        page = "page_url::VARCHAR" if "page_url" in names else "NULL"
+        database.execute(CLASSIFIED.format(values=values, by=keys, labelled=labelled, page=page))
         yield database
 
 
@@ -141,6 +161,7 @@ def count_night(
     carried = f"count({CARRIED_FROM.name})" if CARRIED_FROM.name in column_names(database) else "0"
     rows, n_carried, model_id = _first(database, COUNTED.format(carried=carried))
     images, mean = _first(database, MEAN)
+    segments = _count_signals(database, taxonomy, by)
     return NightCounts(
         model_id=model_id or "",
         generation=generation,
@@ -150,14 +171,22 @@ def count_night(
         mean_top_score=mean,
         statuses=dict(database.execute(STATUSES).fetchall()),
         hosts=dict(database.execute(HOSTS, [HOSTS_KEPT]).fetchall()),
-        signals=_count_signals(database, taxonomy, by),
+        signals={
+            segment: {
+                signal: {cell: counts.images for cell, counts in cells.items()}
+                for signal, cells in signals.items()
+            }
+            for segment, signals in segments.items()
+        },
+        series_effects={
+            segment: {signal: find_series_effect([*cells.values()]) for signal, cells in signals.items()}
+            for segment, signals in segments.items()
+        },
     )
 
 
-def _count_signals(
-    database: duckdb.DuckDBPyConnection, taxonomy: Taxonomy, by: Sequence[str]
-) -> dict[str, Signals]:
-    """Images by segment, signal and cell."""
+def _count_signals(database: duckdb.DuckDBPyConnection, taxonomy: Taxonomy, by: Sequence[str]) -> Segments:
+    """Counts by segment, signal and cell."""
     ids = [row[0] for row in database.execute("SELECT DISTINCT top_id FROM classified").fetchall()]
     database.register("tiers", tier_table(taxonomy, ids))
     found = {ALL: _count_segments(database, "''", [ALL]).get(ALL, {})}
@@ -170,9 +199,7 @@ def _count_signals(
     return found
 
 
-def _count_segments(
-    database: duckdb.DuckDBPyConnection, value: str, segments: Sequence[str]
-) -> dict[str, Signals]:
+def _count_segments(database: duckdb.DuckDBPyConnection, value: str, segments: Sequence[str]) -> Segments:
     parameters = {
         "tier1": TIER1,
         "tier2": TIER2,
@@ -180,11 +207,13 @@ def _count_segments(
         "uncertain": UNCERTAIN,
         "no_category": NO_CATEGORY,
         "below": UNCERTAIN_BELOW,
+        "most": MOST_IN_SERIES,
         "segments": list(segments),
     }
-    found: dict[str, Signals] = {}
-    for segment, signal, cell, images in database.execute(SIGNALS.format(value=value), parameters).fetchall():
-        found.setdefault(segment, {}).setdefault(signal, {})[cell] = images
+    found: Segments = {}
+    rows = database.execute(SIGNALS.format(value=value), parameters).fetchall()
+    for segment, signal, cell, *counts in rows:
+        found.setdefault(segment, {}).setdefault(signal, {})[cell] = SeriesCounts(*counts)
     return found
 
 

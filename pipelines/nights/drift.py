@@ -19,9 +19,11 @@ too. Over all signals of a night p-values are corrected by Holm's method (Scandi
 6, 1979).
 
 Pictures come in series, so counts of nights vary more than those of independent draws. All counts are divided
-by the design effect: chi-squared over its degrees of freedom, each past night against the others, on average
-(Rao and Scott, Journal of the American Statistical Association 76, 1981). The highest fifth of the nights is
-left out, so that a night of drift does not hide the next.
+by the design effect (Rao and Scott, Journal of the American Statistical Association 76, 1981), the larger of
+two estimates. Between nights: chi-squared over its degrees of freedom, each past night against the others, on
+average; the highest fifth of the nights is left out, so that a night of drift does not hide the next. Within
+nights, which needs no third night: the pictures of one page or folder are a cluster, and the effect is the
+variance of the clusters' counts over that of independent draws (Rao and Scott, Biometrics 48, 1992).
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,6 +80,8 @@ class Signal:
     past: Sequence[Counts]
     segment: str = ""
     """The rows counted, as `publisher=17`; empty for all."""
+    series_effect: float = 1.0
+    """The design effect of the series within nights."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def measure(signal: Signal) -> Drift:
     nights = np.array([_as_array(night, ids) for night in signal.past])
     past = nights.sum(axis=0)
     n, m = float(tonight.sum()), float(past.sum())
-    effect = find_design_effect(nights)
+    effect = max(signal.series_effect, find_design_effect(nights))
     cells = pool_rare(np.stack([tonight, past]) / effect)
     cells_p = p_by_category(tonight / effect, past / effect)
     psi = stability_index(cells)
@@ -202,6 +206,29 @@ def find_design_effect(nights: Array) -> float:
     df = len(kept) * (nights.shape[1] - 1)
     differ = special.chdtrc(df, kept.sum()) <= MAX_P_SERIES
     return max(1.0, float(kept.sum() / df)) if differ else 1.0
+
+
+@dataclass(frozen=True)
+class SeriesCounts:
+    """The images of one cell of a signal, by the series that they come in."""
+
+    images: int
+    squares: int
+    """Sum over the series of their images in this cell, squared."""
+    products: int
+    """Sum over the series of their images in this cell times those in all cells."""
+
+
+def find_series_effect(cells: Sequence[SeriesCounts]) -> float:
+    """How much more counts of whole series vary than independent draws would, on average over the cells.
+
+    1 where every image is a series of its own, m where all series are m images of one cell.
+    """
+    n = sum(cell.images for cell in cells)
+    if len(cells) < 2:
+        return 1.0
+    squared = sum(n * cell.squares / cell.images - cell.products for cell in cells)
+    return max(1.0, squared / (n * (len(cells) - 1)))
 
 
 def pool_rare(counts: Array) -> Array:

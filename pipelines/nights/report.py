@@ -76,7 +76,12 @@ def _signal(tonight: NightCounts, past: Sequence[NightCounts], segment: str, nam
     def cells(night: NightCounts) -> Mapping[str, int]:
         return night.signals.get(segment, {}).get(name, {})
 
-    return Signal(name, cells(tonight), [cells(night) for night in past if cells(night)], segment)
+    nights = [night for night in (tonight, *past) if cells(night)]
+    sizes = [sum(cells(night).values()) for night in nights]
+    effects = [night.series_effects.get(segment, {}).get(name, 1.0) for night in nights]
+    weighted = sum(size * effect for size, effect in zip(sizes, effects, strict=True))
+    effect = weighted / sum(sizes) if nights else 1.0
+    return Signal(name, cells(tonight), [cells(night) for night in past if cells(night)], segment, effect)
 
 
 def describe(night: NightFacts, taxonomy: Taxonomy) -> dict[str, Any]:
@@ -143,7 +148,9 @@ def name_of(taxonomy: Taxonomy, node_id: str) -> str:
 def _name_cell(taxonomy: Taxonomy, signal: str, cell: str) -> str:
     if signal == SCORE:
         return f"{cell} to {float(cell) + 0.1:.1f}"
-    return name_of(taxonomy, cell) if signal in (TIER1, TIER2) else cell
+    if signal in (UNCERTAIN, NO_CATEGORY):
+        return signal if cell == "yes" else f"not {signal}"
+    return name_of(taxonomy, cell)
 
 
 def _about(night: NightFacts) -> dict[str, str]:

@@ -66,6 +66,16 @@ def test_carried_columns_are_counted_on_their_own(tmp_path):
     assert found.signals[ALL][TIER1][tier1] == 1
 
 
+def test_alike_pictures_of_one_folder_are_a_series_and_a_large_folder_is_none(tmp_path):
+    labels = (SAILING, FOOD, TENNIS, FOOD)
+    by_folder = [row(at, labels[at // 3 % 4], uri=f"https://x/{at // 3}/{at}.jpg") for at in range(120)]
+    found = count(tmp_path, [write_rows(tmp_path, by_folder)])
+    assert found.series_effects[ALL][TIER1] == 3
+    section = [row(at, labels[at // 60 % 2], uri=f"https://x/{at // 60}/{at}.jpg") for at in range(120)]
+    found = count(tmp_path, [write_rows(tmp_path, section)])
+    assert found.series_effects[ALL][TIER1] == 1
+
+
 def test_night_in_which_nothing_was_classified(tmp_path):
     found = count(tmp_path, [write_rows(tmp_path, [carried(0, FOOD), row(1, None)])])
     assert (found.rows, found.images, found.mean_top_score) == (2, 0, None)

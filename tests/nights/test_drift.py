@@ -72,6 +72,30 @@ def test_pictures_in_series_raise_nothing():
     assert drift.judge([nights[0]])[0].design_effect == pytest.approx(20, rel=0.4)
 
 
+def test_pictures_in_series_of_one_page_raise_nothing_on_the_second_night():
+    """One past night says nothing of how nights vary, the pages of each do."""
+    rng = np.random.default_rng(0)
+
+    def second_night(series_effect: float) -> Signal:
+        tonight, past = ({one: 5 * n for one, n in counts(rng, 400).items()} for _ in range(2))
+        return Signal("tier 1", tonight, [past], series_effect=series_effect)
+
+    raised = [
+        sum(drift.judge([second_night(effect)])[0].level > Level.none for _ in range(200))
+        for effect in (1.0, 5.0)
+    ]
+    assert raised[0] > 100
+    assert raised[1] <= 2
+
+
+def test_series_effect_is_their_length_where_each_is_of_one_category():
+    alike = [drift.SeriesCounts(images=30, squares=150, products=150) for _ in range(4)]
+    alone = [drift.SeriesCounts(images=30, squares=30, products=30) for _ in range(4)]
+    assert drift.find_series_effect(alike) == pytest.approx(5)
+    assert drift.find_series_effect(alone) == 1
+    assert drift.find_series_effect(alike[:1]) == 1
+
+
 def test_one_past_night_of_drift_does_not_hide_the_next():
     rng = np.random.default_rng(0)
     moved = np.append(SHARES[:36] / 0.95 * 0.5, 0.5)
