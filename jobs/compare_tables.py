@@ -8,22 +8,39 @@ seconds on 2 cores. Expected result: `comparison/report.html` and `comparison.js
 share of labels differs than `--max-flips`.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from export.images import Place, find
+from jobs.certificate_gate import require_certificate
 from jobs.config import CompareConfig
 from jobs.errors import checking_input
+from pipelines.bundle.bundle import Bundle, open_bundle
+from pipelines.bundle.manifest import MANIFEST_FILE
+from pipelines.bundle.predictor import open_predictor
+from pipelines.bundle.settings import RuntimeSpec
+from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.load import decode_here, load
+from pipelines.fetch.source import Source
+from pipelines.ledger.layout import SUCCESS, decode_manifest
 from pipelines.messages import InputError, Refused, redact
-
-if TYPE_CHECKING:
-    from export.images import Place
-    from pipelines.bundle.bundle import Bundle
-    from pipelines.nights.compare import Side
-    from pipelines.taxonomy.taxonomy import Taxonomy
+from pipelines.nights.compare import Side, choose_flips, compare, open_sides
+from pipelines.nights.counts import open_files
+from pipelines.nights.page import write_comparison
+from pipelines.storage.storage import open_storage
+from pipelines.storage.uris import join
+from pipelines.taxonomy import taxonomy
+from pipelines.taxonomy.taxonomy import AmbiguousLabel, Taxonomy, UnknownLabel
 
 CHUNK = 64
 """Images of a sample that are loaded together."""
@@ -31,20 +48,16 @@ CHUNK = 64
 
 def run(config: CompareConfig) -> int:
     """Compare, write the page and the numbers, and print the most important ones."""
-    from pipelines.nights.compare import choose_flips, compare, open_sides
-    from pipelines.nights.page import write_comparison
-    from pipelines.storage.storage import open_storage
-
     with checking_input():
         places = list_places(config)
-    with open_both(config, places) as (a, b, taxonomy), open_sides(a, b) as database:
-        found = compare(database, taxonomy, read_truth(places, taxonomy))
+    with open_both(config, places) as (a, b, tree), open_sides(a, b) as database:
+        found = compare(database, tree, read_truth(places, tree))
         flips = choose_flips(database, config.report_images)
     if not found["images"]:
         raise InputError(f"{a.name} and {b.name} have no labelled image in common")
     document = {"a": redact(a.name), "b": redact(b.name), "max_flips": config.max_flips, **found}
     output = open_storage(config.output)
-    write_comparison(document, flips, taxonomy, output, limits=config.fetch)
+    write_comparison(document, flips, tree, output, limits=config.fetch)
     output.put("comparison.json", json.dumps(document, indent=1).encode())
     print_summary(document)
     if config.max_flips is not None and found["flip_share"] > config.max_flips:
@@ -55,18 +68,14 @@ def run(config: CompareConfig) -> int:
     return 0
 
 
-def list_places(config: CompareConfig) -> "list[Place]":
+def list_places(config: CompareConfig) -> list[Place]:
     """The images that `--images` names, in a fixed random order; none without it."""
-    import hashlib
-
-    from export.images import find
-
     places = find(config.images) if config.images else []
     return sorted(places, key=lambda place: hashlib.sha256(place.uri.encode()).digest())
 
 
 @contextmanager
-def open_both(config: CompareConfig, places: "list[Place]") -> "Iterator[tuple[Side, Side, Taxonomy]]":
+def open_both(config: CompareConfig, places: list[Place]) -> Iterator[tuple[Side, Side, Taxonomy]]:
     """Both sides as predictions, and the taxonomy of the second; bundles are run first."""
     with tempfile.TemporaryDirectory(prefix="iab-vision-compare-") as folder:
         with checking_input():
@@ -88,21 +97,12 @@ def open_both(config: CompareConfig, places: "list[Place]") -> "Iterator[tuple[S
             yield sides[0], sides[1], taxonomy_of(sides[1])
 
 
-def open_if_bundle(uri: str) -> "Bundle | None":
-    from pipelines.bundle.bundle import open_bundle
-    from pipelines.bundle.manifest import MANIFEST_FILE
-    from pipelines.storage.storage import open_storage
-
+def open_if_bundle(uri: str) -> Bundle | None:
     return open_bundle(uri) if open_storage(uri).exists(MANIFEST_FILE) else None
 
 
-def open_predictions(uri: str) -> "Side":
+def open_predictions(uri: str) -> Side:
     """The files of a night, as its `_SUCCESS` lists them, or of a predictions folder. Raises InputError."""
-    from pipelines.ledger.layout import SUCCESS, decode_manifest
-    from pipelines.nights.compare import Side
-    from pipelines.storage.storage import open_storage
-    from pipelines.storage.uris import join
-
     table = next((one for one in map(open_storage, (uri, join(uri, "table"))) if one.exists(SUCCESS)), None)
     if table is None:
         raise InputError(
@@ -117,11 +117,8 @@ def open_predictions(uri: str) -> "Side":
     return Side(uri, table, paths)
 
 
-def taxonomy_of(side: "Side") -> "Taxonomy":
+def taxonomy_of(side: Side) -> Taxonomy:
     """The taxonomy that the rows name; one without categories where it is no built-in one."""
-    from pipelines.nights.counts import open_files
-    from pipelines.taxonomy import taxonomy
-
     with open_files({"rows": (side.folder, side.paths[:1])}) as database:
         (name,) = database.execute("SELECT max(taxonomy) FROM rows").fetchall()[0]
     version = (name or "").removeprefix("iab-content-")
@@ -130,20 +127,8 @@ def taxonomy_of(side: "Side") -> "Taxonomy":
     return taxonomy.Taxonomy(name or "", "", taxonomy.OWN_CATTAX, ())
 
 
-def predict_sample(bundle: "Bundle", places: "list[Place]", folder: Path, config: CompareConfig) -> "Side":
+def predict_sample(bundle: Bundle, places: list[Place], folder: Path, config: CompareConfig) -> Side:
     """Predictions of a bundle for these images, in a local folder."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from jobs.certificate_gate import require_certificate
-    from pipelines.bundle.predictor import open_predictor
-    from pipelines.bundle.settings import RuntimeSpec
-    from pipelines.fetch.fetch import Fetcher
-    from pipelines.fetch.load import decode_here, load
-    from pipelines.fetch.source import Source
-    from pipelines.nights.compare import Side
-    from pipelines.storage.storage import open_storage
-
     spec = bundle.spec.image_spec
     runtime = RuntimeSpec(precision=config.precision)
     require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
@@ -161,13 +146,12 @@ def predict_sample(bundle: "Bundle", places: "list[Place]", folder: Path, config
     return Side(bundle.uri, open_storage(str(folder)), ["part.parquet"])
 
 
-def read_truth(places: "list[Place]", taxonomy: "Taxonomy") -> dict[str, list[str]]:
+def read_truth(places: list[Place], tree: Taxonomy) -> dict[str, list[str]]:
     """URI -> ids of its labels, where `--images` is a labelled dataset."""
-    from pipelines.taxonomy.taxonomy import AmbiguousLabel, UnknownLabel
 
     def resolve(label: str) -> str:
         try:
-            return taxonomy.resolve(label)
+            return tree.resolve(label)
         except (AmbiguousLabel, UnknownLabel):  # a label that no prediction can have
             return label
 
@@ -176,9 +160,6 @@ def read_truth(places: "list[Place]", taxonomy: "Taxonomy") -> dict[str, list[st
 
 def print_summary(document: Mapping[str, Any]) -> None:
     """The most important numbers on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("compared", "A", "B")
     table.add_row("images in common", f"{document['images']:,}", "")
     table.add_row("labels that differ", f"{document['flips']:,}", f"{document['flip_share']:.2%}")

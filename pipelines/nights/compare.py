@@ -36,27 +36,31 @@ SELECT a.sha256, a.uri, a.top_id AS a_id, b.top_id AS b_id, a.top_score AS a_sco
 FROM a JOIN b USING (sha256)
 """
 TOTALS = """
-SELECT count(*), count(*) FILTER (flips), count(*) FILTER (a_tier1 <> b_tier1), count(*) FILTER (cat_differs),
-    avg(a_score), avg(b_score), avg(a_score) FILTER (flips), avg(b_score) FILTER (flips) FROM compared
-"""
-TOTAL_NAMES = (
-    "images", "flips", "tier1_flips", "cat_changes",
-    "mean_score_a", "mean_score_b", "flips_score_a", "flips_score_b",
-)  # fmt: skip
-ONLY = """
-SELECT (SELECT count(*) FROM a ANTI JOIN b USING (sha256)),
-    (SELECT count(*) FROM b ANTI JOIN a USING (sha256)),
-    (SELECT max(model_id) FROM a), (SELECT max(model_id) FROM b)
+SELECT count(*) AS images, count(*) FILTER (flips) AS flips,
+    count(*) FILTER (a_tier1 <> b_tier1) AS tier1_flips, count(*) FILTER (cat_differs) AS cat_changes,
+    avg(a_score) AS mean_score_a, avg(b_score) AS mean_score_b,
+    avg(a_score) FILTER (flips) AS flips_score_a, avg(b_score) FILTER (flips) AS flips_score_b,
+    coalesce(avg(flips::INT), 0) AS flip_share,
+    (SELECT count(*) FROM a ANTI JOIN b USING (sha256)) AS only_a,
+    (SELECT count(*) FROM b ANTI JOIN a USING (sha256)) AS only_b,
+    [(SELECT max(model_id) FROM a), (SELECT max(model_id) FROM b)] AS models
+FROM compared
 """
 CATEGORIES = """
-SELECT id, sum(in_a), sum(in_b), sum(lost), sum(gained) FROM (
+SELECT id, sum(in_a)::BIGINT AS a, sum(in_b)::BIGINT AS b,
+    sum(lost)::BIGINT AS lost, sum(gained)::BIGINT AS gained,
+    if(sum(in_a) = 0, NULL, sum(lost) / sum(in_a)) AS flip_share
+FROM (
     SELECT a_id AS id, count(*) AS in_a, 0 AS in_b, count(*) FILTER (flips) AS lost, 0 AS gained
     FROM compared GROUP BY 1
     UNION ALL
     SELECT b_id, 0, count(*), 0, count(*) FILTER (flips) FROM compared GROUP BY 1
 ) GROUP BY 1 ORDER BY sum(lost) + sum(gained) DESC, sum(in_a) DESC, 1
 """
-PAIRS = "SELECT a_id, b_id, count(*) FROM compared WHERE flips GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT ?"
+PAIRS = """
+SELECT a_id AS a, b_id AS b, count(*) AS images
+FROM compared WHERE flips GROUP BY ALL ORDER BY 3 DESC, 1, 2 LIMIT ?
+"""
 SURE_FLIPS = """
 SELECT uri, a_labels, b_labels FROM compared WHERE flips
 ORDER BY least(a_score, b_score) DESC, sha256 LIMIT ?
@@ -107,21 +111,24 @@ def compare(
     Args:
         truth: URI -> ids of its true labels, where they are known.
     """
-    totals = dict(zip(TOTAL_NAMES, database.execute(TOTALS).fetchall()[0], strict=True))
-    only_a, only_b, *models = database.execute(ONLY).fetchall()[0]
+    (totals,) = read_rows(database, TOTALS)
+    pairs, categories = read_rows(database, PAIRS, PAIRS_KEPT), read_rows(database, CATEGORIES)
+    for pair in pairs:
+        pair |= {side: name_of(taxonomy, pair[side]) for side in ("a", "b")}
+    for one in categories:
+        one["name"] = name_of(taxonomy, one["id"])
     return {
         **totals,
-        "flip_share": totals["flips"] / totals["images"] if totals["images"] else 0.0,
-        "only_a": only_a,
-        "only_b": only_b,
-        "models": models,
-        "categories": _categories(database, taxonomy),
-        "pairs": [
-            {"a": name_of(taxonomy, a), "b": name_of(taxonomy, b), "images": images}
-            for a, b, images in database.execute(PAIRS, [PAIRS_KEPT]).fetchall()
-        ],
+        "categories": categories,
+        "pairs": pairs,
         "truth": _agreement(database, truth) if truth else None,
     }
+
+
+def read_rows(database: duckdb.DuckDBPyConnection, query: str, *parameters: object) -> list[dict[str, Any]]:
+    """What a query finds, by column name."""
+    rows: list[dict[str, Any]] = database.sql(query, params=list(parameters)).to_arrow_table().to_pylist()
+    return rows
 
 
 def choose_flips(database: duckdb.DuckDBPyConnection, n_pictures: int) -> list[Flip]:
@@ -132,22 +139,6 @@ def choose_flips(database: duckdb.DuckDBPyConnection, n_pictures: int) -> list[F
 
 def _best(labels: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, float], ...]:
     return tuple((one["id"], one["score"]) for one in labels[:LABELS_SHOWN])
-
-
-def _categories(database: duckdb.DuckDBPyConnection, taxonomy: Taxonomy) -> list[dict[str, Any]]:
-    """Each category with its images on both sides, and those that it lost and gained."""
-    return [
-        {
-            "id": one,
-            "name": name_of(taxonomy, one),
-            "a": int(in_a),
-            "b": int(in_b),
-            "lost": int(lost),
-            "gained": int(gained),
-            "flip_share": int(lost) / int(in_a) if in_a else None,
-        }
-        for one, in_a, in_b, lost, gained in database.execute(CATEGORIES).fetchall()
-    ]
 
 
 def _agreement(

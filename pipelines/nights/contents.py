@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from pipelines.classify.known import CONTENTS, EARLIER, WORDS, Digests, map_arrow
 from pipelines.messages import JobFailed
 from pipelines.nights.carry import RESULTS
-from pipelines.nights.database import create_view, write_arrow
+from pipelines.nights.database import create_view
 from pipelines.nights.decide import ASKED, CHANGED, RETRIED
 from pipelines.nights.folders import Night
 from pipelines.nights.validators import HOST
@@ -101,8 +101,10 @@ def write_reused(
 
 
 def _store(table: pa.Table, state: Storage, path: str, folder: Path) -> None:
+    """Store an Arrow file of one batch, so that its columns can be mapped as they are."""
     local = folder / "known.arrow"
-    write_arrow(table, local)
+    with pa.OSFile(str(local), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
     state.put_file(path, local)
 
 

@@ -144,7 +144,7 @@ def open_night(
         by: carried columns that images are counted by; one that the files lack is left out.
     """
     with open_files({"rows": (folder, paths)}) as database:
-        names = column_names(database)
+        names = _list_columns(database)
         counted_by = {name: f"{_quote(name)}::VARCHAR" for name in by if name in names}
         labelled = "status = 'ok'" + (" AND carried_from IS NULL" if CARRIED_FROM.name in names else "")
         values = "".join(f", {value} AS {_quote(name)}" for name, value in counted_by.items())
@@ -158,7 +158,7 @@ def count_night(
     database: duckdb.DuckDBPyConnection, taxonomy: Taxonomy, *, by: Sequence[str] = (), generation: int = 1
 ) -> NightCounts:
     """Count what `open_night` opened."""
-    carried = f"count({CARRIED_FROM.name})" if CARRIED_FROM.name in column_names(database) else "0"
+    carried = f"count({CARRIED_FROM.name})" if CARRIED_FROM.name in _list_columns(database) else "0"
     rows, n_carried, model_id = _first(database, COUNTED.format(carried=carried))
     images, mean = _first(database, MEAN)
     segments = _count_signals(database, taxonomy, by)
@@ -188,9 +188,9 @@ def count_night(
 def _count_signals(database: duckdb.DuckDBPyConnection, taxonomy: Taxonomy, by: Sequence[str]) -> Segments:
     """Counts by segment, signal and cell."""
     ids = [row[0] for row in database.execute("SELECT DISTINCT top_id FROM classified").fetchall()]
-    database.register("tiers", tier_table(taxonomy, ids))
+    database.register("tiers", _list_tiers(taxonomy, ids))
     found = {ALL: _count_segments(database, "''", [ALL]).get(ALL, {})}
-    for name in column_names(database, "classified"):
+    for name in _list_columns(database, "classified"):
         if name in by:
             value = _quote(name)
             kept = database.execute(SEGMENTS.format(value=value), [SEGMENTS_KEPT]).fetchall()
@@ -217,17 +217,13 @@ def _count_segments(database: duckdb.DuckDBPyConnection, value: str, segments: S
     return found
 
 
-def tier_table(taxonomy: Taxonomy, ids: Sequence[str]) -> pa.Table:
-    """`id` and `tier2_id`, its ancestor of Tier 2 or itself; an id of Tier 1 is its own."""
-    return pa.table({"id": pa.array(ids, pa.string()), "tier2_id": [tier2(taxonomy, one) for one in ids]})
+def _list_tiers(taxonomy: Taxonomy, ids: Sequence[str]) -> pa.Table:
+    """`id` and `tier2_id`, its ancestor of Tier 2; the id itself in Tier 1 and of no taxonomy."""
+    tiers = [(one, *taxonomy.ancestors(one))[-2:][0] if one in taxonomy else one for one in ids]
+    return pa.table({"id": pa.array(ids, pa.string()), "tier2_id": pa.array(tiers, pa.string())})
 
 
-def tier2(taxonomy: Taxonomy, node_id: str) -> str:
-    """The category of Tier 2 above an id; the id itself where there is none, or the taxonomy lacks it."""
-    return (node_id, *taxonomy.ancestors(node_id))[-2:][0] if node_id in taxonomy else node_id
-
-
-def column_names(database: duckdb.DuckDBPyConnection, table: str = "rows") -> list[str]:
+def _list_columns(database: duckdb.DuckDBPyConnection, table: str = "rows") -> list[str]:
     return [row[0] for row in database.execute(f"DESCRIBE {table}").fetchall()]
 
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
 
 from pipelines.machine import cores
 from pipelines.storage.storage import Storage
@@ -44,10 +43,3 @@ def create_view(
     filesystem, folder = storage.filesystem_and_path()
     found = pads.dataset([f"{folder.rstrip('/')}/{path}" for path in paths], filesystem=filesystem)
     database.register(name, found)
-
-
-def write_arrow(table: pa.Table, local: Path) -> None:
-    """An Arrow file of one batch, so that its columns can be mapped as they are."""
-    with pa.OSFile(str(local), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches():
-            writer.write_batch(batch)

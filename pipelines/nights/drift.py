@@ -27,7 +27,7 @@ variance of the clusters' counts over that of independent draws (Rao and Scott, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -128,7 +128,7 @@ def judge(signals: Sequence[Signal]) -> list[Drift]:
     judged = [at for at, drift in enumerate(found) if drift.is_judged]
     corrected = correct([found[at].p for at in judged])
     for at, p in zip(judged, corrected, strict=True):
-        found[at] = Drift(**{**vars(found[at]), "p": p, "level": level_of(found[at].excess, p)})
+        found[at] = replace(found[at], p=p, level=level_of(found[at].excess, p))
     return found
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from pipelines.nights.validators import (
     read_unreliable_hosts,
     store_validators,
 )
+from pipelines.status import CARRIED
 from pipelines.storage.storage import Storage, open_storage
 
 VERDICT_JSON = "verdict.json"
@@ -195,7 +196,7 @@ def _gather(night: NightRun) -> None:
     with _working() as (database, folder):
         found = gather(run.ledger.state.parts, run.state, folder, tonight=night.folders.date)
         create_view(database, "fetched", open_storage(str(folder)), [found.fetched.name])
-        if found.counts.not_modified or found.counts.same_bytes:
+        if any(found.counts[status] for status in CARRIED):
             path = name_reused(run.ledger.state.generation)
             write_reused(database, history, run.state, path, found.reused)
         if not rerun:
@@ -220,7 +221,7 @@ def _leave_counts(
     (copies,) = database.sql(repeats).fetchall()[0]
     about = {
         **json.loads(state.read(CARRY_JSON)),
-        "rows": asdict(found.counts),
+        "rows": found.counts,
         "classified_copies": copies,
         "unreliable_hosts": unreliable,
     }

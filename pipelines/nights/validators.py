@@ -5,7 +5,8 @@ what became of them. Also here: the hosts whose validators are not believed.
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines import schema
 from pipelines.ledger.entries import Part
 from pipelines.schema import CARRIED_FROM, ITEM_ID
-from pipelines.status import CARRIED, NOT_MODIFIED, SAME_BYTES, Status
+from pipelines.status import CARRIED, NOT_MODIFIED, Status
 from pipelines.storage.storage import Storage
 
 VALIDATORS = "validators.parquet"
@@ -58,25 +59,12 @@ ORDER BY host
 """
 
 
-@dataclass
-class Counts:
-    """Rows of a night by where their results come from."""
-
-    carried: int = 0
-    """No request was made."""
-    not_modified: int = 0
-    """The server said so (304)."""
-    same_bytes: int = 0
-    """Fetched, and the bytes were classified before."""
-    tonight: int = 0
-    """All others: classified, or failed."""
-
-
 @dataclass(frozen=True)
 class Gathered:
     """What the parts of a night say; the files are local."""
 
-    counts: Counts
+    counts: Mapping[str, int]
+    """Rows by where their results come from."""
     validators: Path
     fetched: Path
     """As `validators`, of what was sent tonight; where the bytes were known, the status says so."""
@@ -86,7 +74,7 @@ class Gathered:
 
 def gather(parts: Sequence[Part], state: Storage, folder: Path, *, tonight: date) -> Gathered:
     """Read every recorded part once, in bounded memory."""
-    counts = Counts()
+    counts = Counter(carried=0, not_modified=0, same_bytes=0, tonight=0)
     paths = [folder / name for name in ("validators.parquet", "fetched.parquet", "reused.parquet")]
     digests = pa.schema([SEEN.field("sha256")])
     with (
@@ -96,7 +84,7 @@ def gather(parts: Sequence[Part], state: Storage, folder: Path, *, tonight: date
     ):
         for part in parts:
             rows = pq.read_table(state.open_input(part.path), columns=_READ)
-            _count(counts, rows)
+            counts.update(_count(rows))
             reused.write_table(rows.filter(_is_known(rows)).select(digests.names))
             _, first = np.unique(rows[ITEM_ID].to_numpy(), return_index=True)
             seen = _to_seen(rows.take(first), tonight)
@@ -105,14 +93,11 @@ def gather(parts: Sequence[Part], state: Storage, folder: Path, *, tonight: date
     return Gathered(counts, *paths)
 
 
-def _count(counts: Counts, rows: pa.Table) -> None:
-    carried = pc.sum(pc.is_valid(rows[CARRIED_FROM.name])).as_py() or 0
-    not_modified = pc.sum(pc.equal(rows["status"], NOT_MODIFIED)).as_py() or 0
-    same_bytes = pc.sum(pc.equal(rows["status"], SAME_BYTES)).as_py() or 0
-    counts.carried += carried
-    counts.not_modified += not_modified
-    counts.same_bytes += same_bytes
-    counts.tonight += rows.num_rows - carried - not_modified - same_bytes
+def _count(rows: pa.Table) -> dict[str, int]:
+    """Rows by where their results come from, as `report.ORIGINS` explains."""
+    known = {status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in sorted(CARRIED)}
+    carried = len(rows) - rows[CARRIED_FROM.name].null_count
+    return {"carried": carried, **known, "tonight": len(rows) - carried - sum(known.values())}
 
 
 def _is_known(rows: pa.Table) -> pa.ChunkedArray:
