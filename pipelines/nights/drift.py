@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 Counts = Mapping[str, int]
 """Images by category, or by another cell."""
@@ -204,7 +203,7 @@ def find_design_effect(nights: Array) -> float:
     chi_squared = ((nights - expected) ** 2 / expected).sum(axis=1) / (1 - sizes[:, 0] / total)
     kept = np.sort(chi_squared)[: len(nights) - len(nights) // TRIMMED]
     df = len(kept) * (nights.shape[1] - 1)
-    differ = special.chdtrc(df, kept.sum()) <= MAX_P_SERIES
+    differ = chi_squared_p(df, kept.sum()) <= MAX_P_SERIES
     return max(1.0, float(kept.sum() / df)) if differ else 1.0
 
 
@@ -250,11 +249,20 @@ def pool_rare(counts: Array) -> Array:
 
 def p_of_cells(cells: Array) -> float:
     """The p-value of Pearson's chi-squared test that both rows of `[2, cells]` have the same shares."""
-    return float(special.chdtrc(cells.shape[1] - 1, _chi_squared(cells))) if cells.shape[1] > 1 else 1.0
+    return chi_squared_p(cells.shape[1] - 1, _chi_squared(cells)) if cells.shape[1] > 1 else 1.0
+
+
+def chi_squared_p(df: int, value: float) -> float:
+    """The probability of a chi-squared of `df` degrees of freedom above a value."""
+    from scipy import special  # a fifth of a second, which the page of a single run does not need
+
+    return float(special.chdtrc(df, value))
 
 
 def p_by_category(tonight: Array, past: Array) -> Array:
     """Of each category, the two-sided p-value of the test that its rate did not change."""
+    from scipy import special
+
     n, m = tonight.sum(), past.sum()
     both = tonight + past
     above = np.where(tonight > 0, special.betainc(np.maximum(tonight, 1e-9), past + 1, n / (n + m)), 1.0)
@@ -271,6 +279,8 @@ def stability_index(cells: Array) -> float:
 
 def js_distance(p: Array, q: Array) -> float:
     """The Jensen-Shannon distance of two distributions, base 2 (Endres and Schindelin, 2003)."""
+    from scipy import special
+
     mean = (p + q) / 2
     divergence = (special.rel_entr(p, mean) + special.rel_entr(q, mean)).sum() / 2 / np.log(2)
     return float(np.sqrt(max(0.0, divergence)))
