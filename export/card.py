@@ -20,14 +20,26 @@ HUB_LICENCES = {
 }  # fmt: skip
 """Identifiers that the Hugging Face hub knows (hub docs, repositories-licenses): those that models have."""
 
+GEOMETRY = {
+    "stretch": "both sides resized",
+    "crop": "resized in its own shape until both sides are covered, centre cut out",
+    "pad": "resized in its own shape until it fits, centred on black",
+}
+"""What each `ImageSpec.fit` does, in words."""
+
 
 def render(trained: Checkpoint, precisions: Sequence[Precision]) -> bytes:
     """The card's bytes; the same checkpoint gives the same card."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701
+    image = trained.spec.image_spec
+    geometry = GEOMETRY[image.fit]
+    if image.crop_fraction < 1:
+        geometry += f" ({image.crop_fraction:.4g} of each side that is resized is kept)"
     text = environment.from_string(_template("card.md").decode()).render(
         head=yaml.safe_dump(hub_metadata(trained.licence), sort_keys=False).strip(),
         trained=trained,
-        spec=trained.spec.image_spec,
+        spec=image,
+        geometry=geometry,
         files=[(name, MODEL_FILES[name]) for name in precisions],
         labels=[(class_id, trained.taxonomy.path(class_id)) for class_id in trained.spec.class_ids],
     )

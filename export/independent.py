@@ -36,10 +36,21 @@ def decode(payload: bytes, spec: ImageSpec) -> np.ndarray | None:
 
 
 def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    size, method = (spec.width, spec.height), Image.Resampling[spec.resample.upper()]
-    if spec.fit == "stretch":
-        return image.resize(size, method)
-    return ImageOps.fit(image, size, method)
+    """Resized as a whole, then its centre on a black ground: what is cut off is never computed."""
+    sizes, shown = np.array(image.size), np.array([spec.width, spec.height])
+    goals = np.rint(shown / spec.crop_fraction)
+    if spec.fit != "stretch":
+        scales = goals / sizes
+        one = scales.argmax() if spec.fit == "crop" else scales.argmin()
+        goals = np.where(np.arange(2) == one, goals, np.maximum(sizes * goals[one] // sizes[one], 1))
+    canvas = Image.new("RGB", (spec.width, spec.height))
+    shown = np.minimum(shown, goals).astype(int)
+    first = (goals - shown) // 2
+    box = np.concatenate([first, first + shown]) * np.tile(sizes / goals, 2)
+    box = np.minimum(box, np.tile(sizes, 2)).tolist()
+    resized = image.resize(tuple(shown.tolist()), Image.Resampling[spec.resample.upper()], box)
+    canvas.paste(resized, ((spec.width - resized.width) // 2, (spec.height - resized.height) // 2))
+    return canvas
 
 
 def compare(payloads: Sequence[bytes], pixels_nhwc: np.ndarray, spec: ImageSpec) -> dict[str, Any]:

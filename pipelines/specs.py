@@ -13,6 +13,9 @@ from pydantic.dataclasses import dataclass
 Provider = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "int8"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionAboveZero = Annotated[float, Field(gt=0, le=1)]
+Fit = Literal["stretch", "crop", "pad"]
+Resample = Literal["bilinear", "bicubic", "lanczos"]
 Settings = TypeVar("Settings")
 
 
@@ -47,14 +50,20 @@ class ImageSpec:
     """Rows of the model's input, pixels."""
     width: PositiveInt = 224
     """Columns of the model's input, pixels."""
-    fit: Literal["stretch", "crop"] = "stretch"
-    """`stretch` resizes both sides; `crop` resizes the shorter side and cuts the centre."""
-    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    fit: Fit = "stretch"
+    """`stretch` resizes each side to its goal; `crop` covers both, undistorted; `pad` fits in, on black."""
+    resample: Resample = "bilinear"
     """Resampling filter (antialiased)."""
+    crop_fraction: FractionAboveZero = 1.0
+    """Height and width over their goals in resizing: what the centre crop keeps, 0.875 being 224 of 256."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per-channel mean of RGB in [0, 1], subtracted inside the graph."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
     """Per-channel standard deviation of RGB in [0, 1], divided by inside the graph."""
+
+    def __post_init__(self) -> None:
+        if self.fit == "pad" and self.crop_fraction < 1:
+            raise ValueError(f"crop_fraction is {self.crop_fraction}, and fit is pad, which cuts nothing off")
 
     @property
     def pixel_bytes(self) -> int:

@@ -11,6 +11,7 @@ from PIL import Image
 
 SPEC = json.loads(Path(__file__).with_name("manifest.json").read_text())["model"]["image_spec"]
 FILTER = Image.Resampling[SPEC["resample"].upper()]
+KEPT = SPEC.get("crop_fraction", 1.0)
 TURNS = {exif: Image.Transpose(turn) for exif, turn in {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.items()}
 
 
@@ -25,21 +26,24 @@ def pixels(file: str | Path) -> np.ndarray:
         turn = None  # damaged EXIF; the image is whole
     size = SPEC["width"], SPEC["height"]
     size = size[::-1] if turn in (5, 6, 7, 8) else size
-    image.draft(None, cover(image, size))  # JPEG: decode at a reduced scale
+    whole = whole_size(image, size)
+    image.draft(None, whole)  # JPEG: decode at a reduced scale
     try:
         image.load()
     except OSError:
         image = Image.open(file)  # a lossless JPEG has no reduced scale
-    image = resized(in_rgb(image), size)
+    image = fitted(in_rgb(image), whole, size, turn)
     return np.asarray(image.transpose(TURNS[turn]) if turn in TURNS else image)
 
 
-def cover(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest size from which the model's input can be made without enlarging."""
+def whole_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of all of the image when it is resized, of which `size` is cut or filled."""
+    width, height = round(size[0] / KEPT), round(size[1] / KEPT)
     if SPEC["fit"] == "stretch":
-        return size
-    scale = max(size[0] / image.width, size[1] / image.height)
-    return max(size[0], round(image.width * scale)), max(size[1], round(image.height * scale))
+        return width, height
+    if (width * image.height >= height * image.width) == (SPEC["fit"] == "crop"):
+        return width, max(int(width * image.height / image.width), 1)
+    return max(int(height * image.width / image.height), 1), height
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
@@ -60,15 +64,21 @@ def in_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The image at this size, stretched or cut from the centre; rows first where that is less work."""
-    width, height = size
-    left, top = 0.0, 0.0
-    if SPEC["fit"] == "crop":
-        scale = max(width / image.width, height / image.height)
-        left, top = max((image.width - width / scale) / 2, 0), max((image.height - height / scale) / 2, 0)
-    box = (left, top, image.width - left, image.height - top)
-    if width > box[2] - box[0] and height < box[3] - box[1]:
-        image = image.resize((image.width, height), FILTER, box=(0, box[1], image.width, box[3]))
-        box = (box[0], 0, box[2], height)
-    return image.resize(size, FILTER, box=box)
+def fitted(
+    image: Image.Image, whole: tuple[int, int], size: tuple[int, int], turn: int | None
+) -> Image.Image:
+    """The centre of the image resized to `whole`, on black where that is smaller; fewest rows first."""
+    shown = min(whole[0], size[0]), min(whole[1], size[1])
+    x, y = turn in (2, 3, 7, 8), turn in (3, 4, 6, 7)  # the sides that are reversed as stored
+    left, top = (whole[0] - shown[0] + x) // 2, (whole[1] - shown[1] + y) // 2
+    across, down = image.width / whole[0], image.height / whole[1]
+    right, bottom = min((left + shown[0]) * across, image.width), min((top + shown[1]) * down, image.height)
+    box = left * across, top * down, right, bottom
+    if shown[0] > box[2] - box[0] and shown[1] < box[3] - box[1]:
+        image = image.resize((image.width, shown[1]), FILTER, box=(0, box[1], image.width, box[3]))
+        box = box[0], 0, box[2], shown[1]
+    black = Image.new("RGB", size)
+    black.paste(
+        image.resize(shown, FILTER, box), ((size[0] - shown[0] + x) // 2, (size[1] - shown[1] + y) // 2)
+    )
+    return black

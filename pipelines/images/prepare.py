@@ -53,6 +53,9 @@ TRANSPOSES = {
 }
 """EXIF orientation -> the transposition that turns the image upright (EXIF 2.32, tag 0x0112)."""
 
+MIRRORED_X, MIRRORED_Y = frozenset({2, 3, 7, 8}), frozenset({3, 4, 6, 7})
+"""Orientations that reverse the columns or the rows as stored: an odd pixel is cut off at their other end."""
+
 ORIENTATION_TAG = 0x0112
 
 MAGIC = (
@@ -286,15 +289,16 @@ def _make_pixels(image: Image.Image, payload: bytes, spec: ImageSpec) -> Pixels:
     """Decode, turn upright, resize: uint8 [height, width, 3]."""
     if image.format in ("JPEG", "MPO"):
         orientation = _read_orientation(image)
-        smallest = _find_draft_size(image.size, _find_target_size(spec, orientation), spec)
-        image = _decode_jpeg(image, payload, smallest)
+        resized = _find_resized_size(image.size, spec, orientation)
+        image = _decode_jpeg(image, payload, smallest=resized)
     else:  # Pillow rotates TIFF as it loads, and PNG may hold EXIF after the pixels: read it afterwards
         image.load()
         orientation = _read_orientation(image)
-    resized = _resize(_convert_to_8_bit(image), _find_target_size(spec, orientation), spec)
+        resized = _find_resized_size(image.size, spec, orientation)
+    fitted = _fit(_convert_to_8_bit(image), resized, spec, orientation)
     if orientation in TRANSPOSES:
-        resized = resized.transpose(TRANSPOSES[orientation])
-    return np.array(resized if resized.mode == "RGB" else resized.convert("RGB"), dtype=np.uint8)
+        fitted = fitted.transpose(TRANSPOSES[orientation])
+    return np.array(fitted if fitted.mode == "RGB" else fitted.convert("RGB"), dtype=np.uint8)
 
 
 def _decode_jpeg(image: Image.Image, payload: bytes, smallest: tuple[int, int]) -> Image.Image:
@@ -324,43 +328,45 @@ def _read_orientation(image: Image.Image) -> int:
 
 
 def _find_target_size(spec: ImageSpec, orientation: int) -> tuple[int, int]:
-    """(width, height) to resize to before the image is turned upright."""
+    """(width, height) of the result before the image is turned upright."""
     return (spec.height, spec.width) if orientation >= 5 else (spec.width, spec.height)
 
 
-def _find_draft_size(size: tuple[int, int], target: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
-    """The size below which a JPEG must not be scaled by its decoder."""
-    if spec.fit == "stretch":
-        return target
-    scale = max(target[0] / size[0], target[1] / size[1])
-    return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
-
-
-def _resize(image: Image.Image, target: tuple[int, int], spec: ImageSpec) -> Image.Image:
-    """Resize the kept box of the image to the target, antialiased."""
-    resample = Resampling.BICUBIC if spec.resample == "bicubic" else Resampling.BILINEAR
-    left, top, right, bottom = _find_kept_box(image.size, target, spec)
-    # Pillow resizes rows before columns: a strip of 1 x 60 million pixels would be widened in full length.
-    if target[0] > right - left and target[1] < bottom - top:
-        image = image.resize((image.width, target[1]), resample, box=(0, top, image.width, bottom))
-        top, bottom = 0, target[1]
-    return image.resize(target, resample, box=(left, top, right, bottom))
-
-
-def _find_kept_box(
-    size: tuple[int, int], target: tuple[int, int], spec: ImageSpec
-) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what the model sees: all of it, or the centre in the target's shape.
-
-    Going from this box to the target in one step equals resizing the shorter side and cutting the centre,
-    without the huge intermediate image that a banner of 10,000 x 1 would need.
-    """
+def _find_resized_size(size: tuple[int, int], spec: ImageSpec, orientation: int) -> tuple[int, int]:
+    """(width, height) of all of the image when it is resized, as transformers and torchvision round them."""
     width, height = size
+    to_width, to_height = (round(side / spec.crop_fraction) for side in _find_target_size(spec, orientation))
     if spec.fit == "stretch":
-        return 0, 0, width, height
-    scale = max(target[0] / width, target[1] / height)
-    left, top = max((width - target[0] / scale) / 2, 0.0), max((height - target[1] / scale) / 2, 0.0)
-    return left, top, width - left, height - top
+        return to_width, to_height
+    covers_by_width = to_width * height >= to_height * width
+    if covers_by_width == (spec.fit == "crop"):
+        return to_width, max(int(to_width * height / width), 1)
+    return max(int(to_height * width / height), 1), to_height
+
+
+def _fit(image: Image.Image, resized: tuple[int, int], spec: ImageSpec, orientation: int) -> Image.Image:
+    """The centre of the image resized to `resized`, on black where that is smaller than the result.
+
+    Going from the kept box to the result in one step equals resizing and cutting, without the huge
+    intermediate image that a banner of 10,000 x 1 would need.
+    """
+    target, filter_ = _find_target_size(spec, orientation), Resampling[spec.resample.upper()]
+    shown = min(resized[0], target[0]), min(resized[1], target[1])
+    x, y = orientation in MIRRORED_X, orientation in MIRRORED_Y
+    column, row = (resized[0] - shown[0] + x) // 2, (resized[1] - shown[1] + y) // 2
+    across, down = image.width / resized[0], image.height / resized[1]
+    left, right = column * across, min((column + shown[0]) * across, image.width)
+    top, bottom = row * down, min((row + shown[1]) * down, image.height)
+    # Pillow resizes rows before columns: a strip of 1 x 60 million pixels would be widened in full length.
+    if shown[0] > right - left and shown[1] < bottom - top:
+        image = image.resize((image.width, shown[1]), filter_, box=(0, top, image.width, bottom))
+        top, bottom = 0, shown[1]
+    image = image.resize(shown, filter_, box=(left, top, right, bottom))
+    if shown == target:
+        return image
+    black = Image.new(image.mode, target)
+    black.paste(image, ((target[0] - shown[0] + x) // 2, (target[1] - shown[1] + y) // 2))
+    return black
 
 
 def _convert_to_8_bit(image: Image.Image) -> Image.Image:

@@ -67,9 +67,11 @@ def plan_job(data: LabelledData, recipe: Recipe, output: str, resources: Resourc
     refuse_unknown_metric(
         recipe.metric_for_best_model, data.targets()[data.indices(splits.VALIDATION)], len(data.classes)
     )
+    spec = vit.image_spec(recipe)
+    recipe = replace(recipe, image_size=spec.height if spec.height == spec.width else None)
     model = vit.build(recipe, vit.Classes(data.classes, data.multi_label))
     layers.parameter_groups(model, recipe.optimizer)
-    return TrainingJob(data, recipe, vit.image_spec(model, recipe.model), output, resources)
+    return TrainingJob(data, recipe, spec, output, resources)
 
 
 def refuse_unknown_metric(name: str, truth: npt.NDArray[Any], n_classes: int) -> None:

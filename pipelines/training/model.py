@@ -4,23 +4,19 @@ Any `AutoModelForImageClassification` works whose head is beside its body; nothi
 only safetensors are read.
 """
 
-import logging
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from pipelines.messages import InputError
-from pipelines.specs import ImageSpec
+from pipelines.specs import ImageSpec, wrong_settings
 from pipelines.training import layers as anatomy
 from pipelines.training import model_files
-from pipelines.training.model_files import Preprocessing
 from pipelines.training.recipe import SCRATCH, Recipe
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ def renew_head(model: Any) -> None:
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def resize(model: Any, image_size: int) -> None:
     """Another input size: position embeddings are interpolated (Dosovitskiy et al. 2021, 3.2)."""
-    old = stated_size(model.config)
+    old = model_files.stated_size(model.config)
     if old in (image_size, (image_size, image_size), [image_size, image_size]):
         return
     if not any("position" in name for name in model.state_dict()):  # a convolutional network takes any size
@@ -196,13 +192,6 @@ def resize(model: Any, image_size: int) -> None:
     embeddings.patch_embeddings.num_patches = (image_size // patch) ** 2
 
 
-def stated_size(config: Any) -> Any:
-    """The input size that a config states, its own or its vision part's: a side, a pair or None."""
-    return getattr(config, "image_size", None) or getattr(
-        getattr(config, "vision_config", None), "image_size", None
-    )
-
-
 def interpolate_positions(positions: torch.Tensor, n_patches: int, side: int) -> torch.Tensor:
     """[1, tokens + n_patches, width] -> [1, tokens + side * side, width]; tokens such as the class's stay."""
     tokens, old = positions.shape[1] - n_patches, math.isqrt(n_patches)
@@ -211,33 +200,21 @@ def interpolate_positions(positions: torch.Tensor, n_patches: int, side: int) ->
     return torch.cat([positions[:, :tokens], grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
 
 
-def image_spec(model: Any, source: str) -> ImageSpec:
-    """What the model's pixels must be: its own size, the rest as its folder states.
+def image_spec(recipe: Recipe) -> ImageSpec:
+    """The model's pixels: as its own files say, where the recipe does not say otherwise.
 
     Raises:
-        InputError: neither the config nor the preprocessor's says the size, or the preprocessor does
-            something that cannot be done here.
+        InputError: what they say cannot be done here, or nothing says the size.
     """
-    found = None if source.startswith(SCRATCH) else preprocessing(source)
-    if found is None and not source.startswith(SCRATCH):
-        log.warning("%s has no %s: mean and std are taken as 0.5", source, model_files.PREPROCESSOR)
-    if found is not None and found.unlike:
-        log.warning("%s asks for %s: training does without", source, "; ".join(found.unlike))
-    size = stated_size(model.config) or (found and (found.spec.height, found.spec.width))
-    if not size:
-        raise InputError(f"{source} does not say which size of image it takes; give --image-size")
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return replace(found.spec if found else ImageSpec(), height=height, width=width)
-
-
-def preprocessing(source: str) -> Preprocessing | None:
-    """What a local folder or the hub says of the model's pixels; None where it says nothing."""
-    if Path(source).is_dir():
-        return model_files.read_preprocessing(Path(source))
-    from transformers.image_processing_base import ImageProcessingMixin
-
+    size = recipe.image_size
+    stated: dict[str, Any] = {
+        "fit": recipe.fit,
+        "resample": recipe.resample,
+        "crop_fraction": recipe.crop_fraction,
+    }
+    stated |= {"height": size, "width": size}
+    own = ImageSpec() if recipe.is_scratch else model_files.read_image_spec(recipe.model, image_size=size)
     try:
-        content: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(source)[0]
-    except OSError:
-        return None
-    return model_files.parse_preprocessor(content)
+        return replace(own, **{name: value for name, value in stated.items() if value is not None})
+    except ValidationError as error:
+        raise InputError(wrong_settings(error)) from error

@@ -5,55 +5,38 @@
 """
 
 import json
-import math
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from pipelines.messages import InputError
-from pipelines.specs import ImageSpec, ModelSpec, wrong_settings
+from pipelines.messages import InputError, first_line
+from pipelines.specs import Fit, ImageSpec, ModelSpec, wrong_settings
 from pipelines.taxonomy.taxonomy import FLAT
+
+log = logging.getLogger(__name__)
 
 Spec = TypeVar("Spec", ImageSpec, ModelSpec)
 
 CONFIG, SIDECAR, PREPROCESSOR = "config.json", "iab_vision.json", "preprocessor_config.json"
-"""Taxonomy of a model whose ids are the labels themselves."""
-PIL_RESAMPLING = {"bilinear": 2, "bicubic": 3}
+PIL_RESAMPLING = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Values of PIL.Image.Resampling, as preprocessor_config.json spells them."""
-VALUE_SETTINGS: dict[str, Any] = {
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "rescale_offset": False,
-    "do_flip_channel_order": False,
-}
-"""What of the values of pixels an `ImageSpec` has no field for, and the setting that it stands for."""
-UNDERSTOOD = {
-    *VALUE_SETTINGS, "do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct",
-    "do_normalize", "image_mean", "image_std",
-    # without effect on an RGB image
-    "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "do_convert_rgb",
-    "data_format", "input_data_format", "default_to_square", "return_tensors", "_valid_processor_keys",
-}  # fmt: skip
+PLAIN_PROCESSORS = frozenset(
+    {"ViT", "DeiT", "Beit", "Bit", "CLIP", "ChineseCLIP", "Siglip", "Blip", "Pvt", "MobileNetV1"}
+)
+"""Image processors of transformers that resize, cut the centre, rescale and standardise, and nothing else."""
 WARPED_FROM = 384
 """ConvNextImageProcessor squeezes the whole image from this size on, and ignores `crop_pct`."""
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """The pixels that a model was made for, as far as an `ImageSpec` can say."""
-
-    spec: ImageSpec
-    unlike: tuple[str, ...] = ()
-    """Settings that the spec cannot say, such as `crop_pct 0.875`: they move the cut, not the values."""
 
 
 def write_model(model: Any, folder: Path, spec: ModelSpec) -> None:
     """config.json, model.safetensors, preprocessor_config.json and iab_vision.json in a local folder."""
     model.save_pretrained(folder)
-    (folder / PREPROCESSOR).write_text(json.dumps(preprocessor_config(spec.image_spec), indent=2))
+    if processor := preprocessor_config(spec.image_spec):
+        (folder / PREPROCESSOR).write_text(json.dumps(processor, indent=2))
     (folder / SIDECAR).write_text(sidecar_json(spec))
 
 
@@ -62,15 +45,18 @@ def sidecar_json(spec: ModelSpec) -> str:
     return json.dumps({**asdict(spec), "labels_are_ids": True}, indent=2) + "\n"
 
 
-def preprocessor_config(spec: ImageSpec) -> dict[str, Any]:
-    """The spec for users of plain transformers; a crop that is no square is as near as theirs come."""
-    size = {"height": spec.height, "width": spec.width}
+def preprocessor_config(spec: ImageSpec) -> dict[str, Any] | None:
+    """The spec for users of plain transformers; None where none of its processors does the same."""
     cropped = spec.fit == "crop"
+    if spec.fit == "pad" or (cropped and spec.height != spec.width):
+        return None
+    height, width = (round(side / spec.crop_fraction) for side in (spec.height, spec.width))
     return {
-        "image_processor_type": "CLIPImageProcessorPil" if cropped else "ViTImageProcessorPil",
+        "image_processor_type": "CLIPImageProcessorPil" if cropped else "DeiTImageProcessorPil",
         "do_resize": True,
-        "size": {"shortest_edge": min(spec.height, spec.width)} if cropped else size,
-        **({"do_center_crop": True, "crop_size": size} if cropped else {}),
+        "size": {"shortest_edge": height} if cropped else {"height": height, "width": width},
+        "do_center_crop": cropped or spec.crop_fraction < 1,
+        "crop_size": {"height": spec.height, "width": spec.width},
         "resample": PIL_RESAMPLING[spec.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -95,55 +81,118 @@ def read_model_spec(folder: Path, source: str) -> ModelSpec:
         seen = f"holds no {CONFIG}" if folder.is_dir() else "does not exist"
         raise InputError(f"{source} {seen}; give a run folder or its best/")
     ours = _read_sidecar(folder)
-    found = read_preprocessing(folder)
-    if found is None:
-        height, width = _sides(config.get("image_size", 224))
-        found = Preprocessing(ImageSpec(height=height, width=width))
-    if found.unlike:
-        raise InputError(
-            f"{source}: {PREPROCESSOR} asks for {'; '.join(found.unlike)}, which is not done here. Put an "
-            f"{SIDECAR} with the image_spec to use into the folder"
-        )
     multi_label = config.get("problem_type") == "multi_label_classification"
-    checked = {"class_ids": _class_ids(config, ours, source), "image_spec": found.spec}
+    checked = {"class_ids": _class_ids(config, ours, source), "image_spec": read_image_spec(str(folder))}
     ours.pop("labels_are_ids", None)
     return _checked(ModelSpec, {"taxonomy": FLAT, "multi_label": multi_label, **ours, **checked})
 
 
-def read_preprocessing(folder: Path) -> Preprocessing | None:
-    """From `iab_vision.json`, else from `preprocessor_config.json`; None where the folder has neither.
+def read_image_spec(source: str, *, image_size: int | None = None) -> ImageSpec:
+    """The pixels that a model in a local folder or on the hub was made for, as its own files say.
+
+    Without a preprocessor's file the size is the config's, or `image_size` where that has none.
 
     Raises:
-        InputError: a setting that changes the pixels' values in a way that an `ImageSpec` cannot say.
+        InputError: preprocessing that an `ImageSpec` cannot say, or a size that nothing says.
     """
-    ours = _read_sidecar(folder)
+    from transformers import AutoConfig
+
+    ours = _read_sidecar(Path(source))
     if "image_spec" in ours:
-        return Preprocessing(_checked(ImageSpec, ours["image_spec"]))
-    processor = read_json(folder / PREPROCESSOR)
-    return None if processor is None else parse_preprocessor(processor)
+        return _checked(ImageSpec, ours["image_spec"])
+    processor = _read_processor(source)
+    if processor is not None:
+        return parse_processor(processor)
+    log.warning("%s has no %s: mean and std are taken as 0.5, both sides are resized", source, PREPROCESSOR)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    size = stated_size(config) or image_size
+    if not size:
+        raise InputError(f"{source} does not say which size of image it takes; give --image-size")
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return ImageSpec(height=height, width=width)
 
 
-def parse_preprocessor(processor: Mapping[str, Any]) -> Preprocessing:
-    """What a Hugging Face `preprocessor_config.json` describes; raises InputError as `read_preprocessing`."""
-    for name, expected in VALUE_SETTINGS.items():
-        value = processor.get(name)
-        if value is not None and not math.isclose(value, expected, rel_tol=1e-3):
-            raise InputError(
-                f"{PREPROCESSOR} has {name} {value}; pixels are divided by 255 here ({name} {expected:.6g}). "
-                f"Put an {SIDECAR} whose image_spec has the mean and std for that into the folder"
-            )
+def stated_size(config: Any) -> Any:
+    """The input size that a config states, its own or its vision part's: a side, a pair or None."""
+    return getattr(config, "image_size", None) or getattr(
+        getattr(config, "vision_config", None), "image_size", None
+    )
+
+
+def _read_processor(source: str) -> Any:
+    """transformers' image processor, which knows what its class does with keys that are left out."""
+    from transformers import AutoImageProcessor
+
+    folder = Path(source)
+    if folder.is_dir() and read_json(folder / PREPROCESSOR) is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+    except OSError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{PREPROCESSOR} of {source} cannot be read: {first_line(error)}") from error
+
+
+def parse_processor(processor: Any) -> ImageSpec:
+    """What an image processor of transformers does to a picture.
+
+    Its rescaling is part of mean and std here, which are those of values in [0, 1].
+
+    Raises:
+        InputError: it does something that an `ImageSpec` cannot say, each by name.
+    """
+    settings = vars(processor)
+    (height, width), fit, fraction = _geometry(processor)
     names = {number: name for name, number in PIL_RESAMPLING.items()}
-    resample = names.get(processor.get("resample", PIL_RESAMPLING["bilinear"]))
-    if resample is None:
-        raise InputError(f"{PREPROCESSOR} has resample {processor['resample']}; known are {names}")
-    (height, width), fit, unlike = _geometry(processor)
-    unknown = [f"{k} {v}" for k, v in processor.items() if k not in UNDERSTOOD and v not in (None, False)]
-    content = {"height": height, "width": width, "fit": fit, "resample": resample}
-    colours = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-    if not processor.get("do_normalize", True):
-        colours = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    content |= {name: value for name, value in colours.items() if value is not None}
-    return Preprocessing(_checked(ImageSpec, content), (*unlike, *unknown))
+    for name, unsayable in {
+        "do_resize": not settings["do_resize"],
+        "do_pad": settings["do_pad"],
+        "resample": settings["resample"] not in names,
+    }.items():
+        if unsayable:
+            raise _unsayable(f"{name} {settings[name]}")
+    scale = 255 * (settings["rescale_factor"] if settings["do_rescale"] else 1)
+    mean, std = (
+        (settings["image_mean"], settings["image_std"]) if settings["do_normalize"] else ([0] * 3, [1] * 3)
+    )
+    content = {
+        "height": height,
+        "width": width,
+        "fit": fit,
+        "crop_fraction": fraction,
+        "resample": names[settings["resample"]],
+        "mean": [value / scale for value in mean],
+        "std": [value / scale for value in std],
+    }
+    return _checked(ImageSpec, content)
+
+
+def _unsayable(setting: str) -> InputError:
+    return InputError(
+        f"{PREPROCESSOR} has {setting}, which is not done here. Put an {SIDECAR} whose image_spec says what "
+        "to do instead into a local copy of the model"
+    )
+
+
+def _geometry(processor: Any) -> tuple[tuple[int, int], Fit, float]:
+    """Sides of the result, how it is fitted, and its share of what the image is resized to."""
+    name = type(processor).__name__.removesuffix("Pil").removesuffix("ImageProcessor")
+    size, shorter = processor.size, processor.size.shortest_edge
+    if name == "ConvNext" and shorter:
+        resized = shorter if shorter >= WARPED_FROM else int(shorter / processor.crop_pct)
+        return (shorter, shorter), "stretch" if shorter >= WARPED_FROM else "crop", shorter / resized
+    if name not in PLAIN_PROCESSORS:
+        raise _unsayable(f"image_processor_type {type(processor).__name__}")
+    sides = (shorter, shorter) if shorter and not size.longest_edge else (size.height, size.width)
+    if not all(sides):
+        raise _unsayable(f"size {processor.to_dict()['size']}")
+    target = (processor.crop_size.height, processor.crop_size.width) if processor.do_center_crop else sides
+    fractions = {cut / side for cut, side in zip(target, sides, strict=True)}
+    if len(fractions) > 1 or max(fractions) > 1 or (shorter and not processor.do_center_crop):
+        crop = f"crop_size {target}" if processor.do_center_crop else "do_center_crop False"
+        raise _unsayable(f"size {processor.to_dict()['size']} with {crop}")
+    return target, "crop" if shorter else "stretch", fractions.pop()
 
 
 def _checked(kind: type[Spec], content: Mapping[str, Any]) -> Spec:
@@ -152,38 +201,6 @@ def _checked(kind: type[Spec], content: Mapping[str, Any]) -> Spec:
         return kind(**content)
     except ValidationError as error:
         raise InputError(f"the model's files: {wrong_settings(error)}") from error
-
-
-def _geometry(processor: Mapping[str, Any]) -> tuple[tuple[int, int], Any, list[str]]:
-    """Sides of the result, how it is fitted, and what of it cannot be said."""
-    size: Any = processor.get("size", 224)
-    size = {k: v for k, v in size.items() if v is not None} if isinstance(size, dict) else size
-    cropped = processor.get("do_center_crop", False)
-    is_side = cropped and isinstance(size, int)
-    shorter: int | None = size if is_side else size.get("shortest_edge") if isinstance(size, dict) else None
-    target = _sides(processor["crop_size"] if cropped and "crop_size" in processor else size)
-    resized = shorter or min(_sides(size))
-    unlike = [] if processor.get("do_resize", True) else ["do_resize False"]
-    if cropped and resized != min(target):
-        unlike.append(f"a size of {size} of which {target} is cut (do_center_crop)")
-    if processor.get("crop_pct") is not None and shorter:
-        if shorter >= WARPED_FROM:
-            return target, "stretch", unlike
-        unlike.append(f"crop_pct {processor['crop_pct']}")
-    return target, "crop" if shorter else "stretch", unlike
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    """Height and width of a size in one of Hugging Face's spellings."""
-    if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        if not side and not {"height", "width"} <= size.keys():
-            raise InputError(
-                f"{PREPROCESSOR} has size {size}; it must hold height and width, or shortest_edge"
-            )
-        return (int(side), int(side)) if side else (int(size["height"]), int(size["width"]))
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return int(height), int(width)
 
 
 def _class_ids(config: Mapping[str, Any], ours: Mapping[str, Any], source: str) -> tuple[str, ...]:

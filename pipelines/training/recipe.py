@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipelines.messages import InputError
-from pipelines.specs import Fraction, validated
+from pipelines.specs import Fit, Fraction, FractionAboveZero, Resample, validated
 
 SCRATCH = "scratch:"
 SCRATCH_SIZES = ("tiny", "small", "base")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-FractionAboveZero = Annotated[float, Field(gt=0, le=1)]
 
 
 @validated
@@ -196,7 +195,13 @@ class Recipe:
     model: str = "google/vit-base-patch16-224-in21k"
     """Hugging Face name, local folder, or `scratch:tiny|small|base` for random weights."""
     image_size: PositiveInt | None = None
-    """Height and width of the model's input, pixels; unset: the model's own, 224 from scratch."""
+    """Height and width of the model's input, pixels; unset: what its preprocessor says, 224 from scratch."""
+    fit: Fit | None = None
+    """`stretch` to both sides, `crop` the centre, `pad` with black; unset: as the model's preprocessor."""
+    resample: Resample | None = None
+    """Filter of resizing; unset: the model's own, bilinear from scratch."""
+    crop_fraction: FractionAboveZero | None = None
+    """What the centre crop keeps of each resized side, 0.875 being 224 of 256; unset: the model's own."""
     patch_size: PositiveInt | None = None
     """Patch side of a scratch model, pixels; unset: 16."""
     layers: PositiveInt | None = None

@@ -26,6 +26,8 @@ SPECS = {
     "stretch": models.SPEC,
     "crop": ImageSpec(height=40, width=56, fit="crop", resample="bicubic"),
     "square": ImageSpec(height=48, width=48),
+    "cut": ImageSpec(height=48, width=48, crop_fraction=0.875, resample="lanczos"),
+    "pad": ImageSpec(height=40, width=56, fit="pad"),
 }
 LAUNCH = """
 import runpy, sys

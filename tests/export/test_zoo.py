@@ -3,19 +3,28 @@
 Random weights at unequal sizes: what is tested is that nothing about an architecture is lost or transposed.
 """
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image, ImageOps
 
 from export import certificate, convert, images, parity, published, quantize
 from export.certificate import Candidate
-from export.reference import torch_reference
+from export.reference import normalised, torch_reference
 from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.images.prepare import prepare
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.taxonomy import taxonomy
+from pipelines.training import layers, model_files
+from pipelines.training import model as vit
+from pipelines.training.recipe import Optimizer, Recipe
 from tests.builders import models
 
 pytestmark = pytest.mark.slow
@@ -71,23 +80,26 @@ def _no_speed_measured(monkeypatch) -> None:
 def test_architecture_exports_and_passes(name, multi_label):
     class_ids = tuple(f"class {index}" for index in range(N_CLASSES))
     spec = ModelSpec(class_ids, "labels", spec_of(name), multi_label, temperature=1.7)
-    contract = published.contract_of(spec, taxonomy.load("labels", labels=class_ids))
-    network = classifier(name)
     sample = images.edge_cases()
+    reference, document = certify(classifier(name), spec, sample)
+    assert document["passed"], document["failures"]
+    assert document["images"]["compared"] == len(sample)
+    total = reference.outputs.probabilities_nc.sum(axis=1)
+    assert (np.abs(total - 1) > 1e-3).all() if multi_label else np.allclose(total, 1)
+
+
+def certify(network: torch.nn.Module, spec: ModelSpec, sample: tuple[images.Sample, ...]) -> tuple[Any, Any]:
+    """The reference and the certificate of the exported network."""
+    contract = published.contract_of(spec, taxonomy.load("labels", labels=spec.class_ids))
     reference = certificate.run_reference(
         sample,
         np.full((len(sample), N_CLASSES), -1),
         network=torch_reference(network),
         contract=contract,
-        description=name,
+        description=type(network).__name__,
     )
-    payload = convert.convert(network, spec, {})
-    model = OnnxModel(payload, RuntimeSpec(batch_size=4))
-    document = certificate.measure(reference, Candidate(model, contract), "fp32")
-    assert document["passed"], document["failures"]
-    assert document["images"]["compared"] == len(sample)
-    total = reference.outputs.probabilities_nc.sum(axis=1)
-    assert (np.abs(total - 1) > 1e-3).all() if multi_label else np.allclose(total, 1)
+    model = OnnxModel(convert.convert(network, spec, {}), RuntimeSpec(batch_size=4))
+    return reference, certificate.measure(reference, Candidate(model, contract), "fp32")
 
 
 def pictures(spec: ImageSpec) -> np.ndarray:
@@ -113,3 +125,108 @@ def test_smaller_precisions_of_an_architecture_stay_close_and_ignore_batch_mates
         limits = LIMITS[kind]
         assert parity.relative(model.run(pixels_nhwc)[0], expected_nc) <= limits.max_relative_logit, kind
         assert parity.batch_invariance(model, pixels_nhwc)["max_change"] <= limits.max_batch_change, kind
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+DONE = {"do_normalize": True, "do_resize": True}
+SMALL = {**ENCODER, "image_size": 224, "patch_size": 16, "intermediate_size": 80}
+PUBLISHED = {
+    "ViT": (SMALL, {"size": 224, "resample": 2, **HALF, "feature_extractor_type": "ViTFeatureExtractor"}),
+    "DeiT": (
+        SMALL,
+        {"size": 256, "do_center_crop": True, "crop_size": 224, "resample": 3, **IMAGENET}
+        | {"feature_extractor_type": "DeiTFeatureExtractor"},
+    ),
+    "Beit": (
+        {**SMALL, "use_relative_position_bias": True},
+        {"size": 224, "do_center_crop": False, "crop_size": 224, "resample": 2, **HALF}
+        | {"feature_extractor_type": "BeitFeatureExtractor"},
+    ),
+    "Swin": (
+        {"embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4], "window_size": 7, "image_size": 224}
+        | {"initializer_range": 0.2},
+        {"size": 224, "resample": 3, **IMAGENET, "feature_extractor_type": "ViTFeatureExtractor"},
+    ),
+    "Dinov2": (
+        {**ENCODER, "image_size": 518, "patch_size": 14, "mlp_ratio": 2},
+        {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
+        | {"resample": 3, **IMAGENET, "do_rescale": True, "rescale_factor": 0.00392156862745098}
+        | {"do_convert_rgb": True, "image_processor_type": "BitImageProcessor"},
+    ),
+    "ConvNext": (
+        {**ZOO["ConvNext"], "image_size": 224},
+        {"size": 224, "crop_pct": 0.875, "resample": 3, **IMAGENET}
+        | {"feature_extractor_type": "ConvNextFeatureExtractor"},
+    ),
+    "Siglip": (
+        {"vision_config": SMALL},
+        {"size": {"height": 224, "width": 224}, "resample": 3, **HALF, "do_rescale": True}
+        | {"rescale_factor": 0.00392156862745098, "image_processor_type": "SiglipImageProcessor"},
+    ),
+}
+"""What the hub's config.json and preprocessor_config.json say of sizes and pixels, at a small width."""
+N_PHOTOS = 20
+MAX_RELATIVE_LOGIT = 0.15
+"""Of one photograph: JPEGs are decoded at a reduced scale here, which sharpens them a little."""
+
+
+def as_published(name: str, folder: Path) -> torch.nn.Module:
+    """A classifier of random weights in a folder as on the hub."""
+    settings, processor = PUBLISHED[name]
+    torch.manual_seed(5)
+    config = getattr(transformers, f"{name}Config")(num_labels=N_CLASSES, **settings)
+    network = getattr(transformers, f"{name}ForImageClassification")(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    network.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**DONE, **processor}))
+    return network.eval()
+
+
+def agreement(folder: Path, network: torch.nn.Module, files: list[Path]) -> tuple[float, float]:
+    """Share of the same best class, and the largest relative difference of an image's logits."""
+    spec = model_files.read_model_spec(folder, name := str(folder)).image_spec
+    ours = [prepare(file.read_bytes(), spec).pixels_hwc for file in files]
+    processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
+    upright = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
+    theirs = [processor(one, return_tensors="np")["pixel_values"][0] for one in upright]
+    with torch.inference_mode():
+        of_both = [
+            network(pixel_values=torch.from_numpy(np.ascontiguousarray(pixels))).logits.numpy()
+            for pixels in (normalised(np.stack(ours), spec), np.stack(theirs))
+        ]
+    centre = of_both[1].mean(axis=0)  # random weights prefer one class for every picture
+    found_nc, expected_nc = (logits_nc - centre for logits_nc in of_both)
+    relative = np.abs(found_nc - expected_nc).max(axis=1) / np.abs(expected_nc).max()
+    return float((found_nc.argmax(1) == expected_nc.argmax(1)).mean()), float(relative.max())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_sees_photos_as_transformers_shows_them(name, photos, tmp_path):
+    files = sorted(photos.glob("*/*.jpg"))
+    same, relative = agreement(tmp_path, as_published(name, tmp_path), files[:: len(files) // N_PHOTOS])
+    assert same >= 0.99 and relative <= MAX_RELATIVE_LOGIT
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_fine_tuned_exported_and_certified_at_its_preprocessors_size(name, tmp_path):
+    as_published(name, tmp_path / "hub")
+    recipe, classes = Recipe(model=str(tmp_path / "hub")), tuple(f"class {i}" for i in range(N_CLASSES))
+    image = vit.image_spec(recipe)
+    assert (image.height, image.width) == (224, 224), "DINOv2's config says 518"
+    recipe = Recipe(model=recipe.model, image_size=image.height).resolved(multi_label=False)
+    network = vit.build(recipe, vit.Classes(classes, False))
+    pixels_nhwc = np.stack(images.decode([one.payload for one in images.edge_cases()[:4]], image))
+    layers.set_training(network)
+    adam = torch.optim.AdamW(layers.parameter_groups(network, Optimizer(learning_rate=1e-3)))
+    logits_nc = network(pixel_values=torch.from_numpy(normalised(pixels_nhwc, image))).logits
+    torch.nn.functional.cross_entropy(logits_nc, torch.arange(4)).backward()
+    adam.step()
+    spec = ModelSpec(classes, "labels", image, temperature=1.7)
+    (tmp_path / "best").mkdir()
+    model_files.write_model(network, tmp_path / "best", spec)
+    assert model_files.read_model_spec(tmp_path / "best", "best") == spec
+    document = certify(network.eval(), spec, images.edge_cases()[:6])[1]
+    assert document["passed"], document["failures"]

@@ -129,7 +129,7 @@ def test_scaled_jpeg_decoding_never_goes_below_the_target() -> None:
     assert pixels(payload, spec).std() > 0.9 * full.std()
 
 
-@pytest.mark.parametrize("fit", ["stretch", "crop"])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int, name: str, fit: str) -> None:
@@ -253,11 +253,13 @@ def test_the_first_frame_of_several_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (60_000, 1), (1, 60_000), (3, 7)])
-@pytest.mark.parametrize("fit", ["stretch", "crop"])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
 def test_extreme_shapes_are_resized_in_little_time(size: tuple[int, int], fit: str) -> None:
     payload = encode(Image.new("L", size, 255), "PNG")
     started = time.process_time()
-    assert np.all(pixels(payload, ImageSpec(height=48, width=64, fit=fit)) == 255)
+    shown = pixels(payload, ImageSpec(height=48, width=64, fit=fit))
+    assert np.all(shown.max(axis=(0, 1)) == 255)
+    assert fit == "pad" or np.all(shown == 255)
     assert time.process_time() - started < 0.5
 
 
@@ -273,14 +275,36 @@ def test_crop_is_resizing_the_shorter_side_and_cutting_the_centre(
 ) -> None:
     spec = ImageSpec(height=60, width=60, fit="crop", resample=resample)
     image = picture(size)
-    scale = 60 / min(size)
-    resized = image.resize(
-        (round(size[0] * scale), round(size[1] * scale)), Image.Resampling[resample.upper()]
-    )
-    left, top = (resized.width - 60) // 2, (resized.height - 60) // 2
-    expected = np.asarray(resized.crop((left, top, left + 60, top + 60)))
-    assert difference(pixels(encode(image, "PNG"), spec), expected) < 1.5
+    expected = cut_from_the_centre(image, 60, spec)
+    assert difference(pixels(encode(image, "PNG"), spec), expected) == 0
     assert difference(pixels(encode(image, "JPEG", quality=95), spec), expected) < 4
+
+
+def cut_from_the_centre(image: Image.Image, shorter: int, spec: ImageSpec) -> np.ndarray:
+    """As torchvision and transformers resize the shorter side and cut."""
+    longer = int(shorter * max(image.size) / min(image.size))
+    size = (shorter, longer) if image.width <= image.height else (longer, shorter)
+    resized = image.resize(size, Image.Resampling[spec.resample.upper()])
+    left, top = (resized.width - spec.width) // 2, (resized.height - spec.height) // 2
+    return np.asarray(resized.crop((left, top, left + spec.width, top + spec.height)))
+
+
+@pytest.mark.parametrize("size", [(320, 240), (241, 333), (1501, 700)])
+def test_crop_fraction_cuts_the_centre_of_a_larger_resize(size: tuple[int, int]) -> None:
+    image, payload = picture(size), encode(picture(size), "PNG")
+    crop = ImageSpec(height=56, width=56, fit="crop", resample="bicubic", crop_fraction=0.875)
+    assert difference(pixels(payload, crop), cut_from_the_centre(image, 64, crop)) == 0
+    squashed = cut_from_the_centre(image.resize((64, 64), Image.Resampling.LANCZOS), 64, crop)
+    stretch = ImageSpec(height=56, width=56, resample="lanczos", crop_fraction=0.875)
+    assert difference(pixels(payload, stretch), squashed) == 0
+
+
+def test_pad_keeps_the_shape_on_black() -> None:
+    spec = ImageSpec(height=48, width=64, fit="pad")
+    expected = ImageOps.pad(picture((200, 400)), (64, 48), Image.Resampling.BILINEAR, color="black")
+    assert difference(pixels(encode(picture((200, 400)), "PNG"), spec), np.asarray(expected)) == 0
+    with pytest.raises(ValueError, match="and fit is pad"):
+        ImageSpec(fit="pad", crop_fraction=0.9)
 
 
 def png_of_claimed_size(width: int, height: int) -> bytes:

@@ -97,7 +97,7 @@ def test_a_pretrained_model_gets_a_new_head_and_keeps_its_body_and_normalisation
     assert torch.equal(model.vit.layers[1].mlp.fc1.weight, original.vit.layers[1].mlp.fc1.weight)
     assert model.classifier.weight.shape == (3, 192)
     assert model.config.id2label == {0: "483", 1: "1", 2: "v9i3On"}
-    spec = vit.image_spec(model, recipe.model)
+    spec = vit.image_spec(recipe)
     assert (spec.height, spec.mean, spec.std) == (16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 
 

@@ -46,13 +46,15 @@ def folder(request, tmp_path_factory):
     torch.manual_seed(3)
     config = getattr(transformers, f"{request.param}Config")(num_labels=2, **ZOO[request.param])
     getattr(transformers, f"{request.param}ForImageClassification")(config).save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 32}}))
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"size": 32, "crop_size": 32, "do_center_crop": True})
+    )
     return path
 
 
 def built(folder, **network):
     recipe = Recipe(model=str(folder), finetune=Finetune(**network)).resolved(multi_label=False)
-    return build(recipe, CLASSES), image_spec(build(recipe, CLASSES), str(folder))
+    return build(recipe, CLASSES), image_spec(recipe)
 
 
 def step(model, spec) -> None:
@@ -120,9 +122,7 @@ def test_a_size_that_nothing_states_is_asked_for_and_a_convolutional_network_tak
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="--image-size"):
         built(tmp_path)
-    recipe = Recipe(model=str(tmp_path), image_size=48).resolved(multi_label=False)
-    model = build(recipe, CLASSES)
-    assert image_spec(model, str(tmp_path)).height == 48
+    assert image_spec(Recipe(model=str(tmp_path), image_size=48)).height == 48
 
 
 def test_a_model_whose_head_cannot_be_told_from_its_body_is_refused():
