@@ -62,6 +62,12 @@ class Draws:
         """The same decisions for some of the images."""
         return Draws(**{name: value[start:stop] for name, value in vars(self).items()})
 
+    def active(self) -> frozenset[str]:
+        """Names of the changes that some image has: asked before a GPU has them, which would have to wait."""
+        still = {"brightness": 1, "contrast": 1, "saturation": 1, "sharpness": 1}
+        still |= {"mix_share": 1, "posterize_bits": 8, "solarize_above": 1}
+        return frozenset(name for name, one in vars(self).items() if (one != still.get(name, 0)).any())
+
     def to(self, device: torch.device) -> "Draws":
         return Draws(**{name: value.to(device) for name, value in vars(self).items()})
 
@@ -184,48 +190,50 @@ def _rectangle(area: Tensor, aspect: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def apply(pixels_nhwc: Tensor, draws: Draws, *, height: int, width: int) -> Tensor:
     """uint8 [n, h, w, 3] -> changed float32 [n, 3, height, width] in [0, 1]; targets: `mix_targets`."""
     images = pixels_nhwc.permute(0, 3, 1, 2).float() / 255
-    draws = draws.to(images.device)
+    active, draws = draws.active(), draws.to(images.device)
     grid = functional.affine_grid(draws.affine, [len(images), 3, height, width], align_corners=False)
     images = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    images = _photometric(images, draws)
-    images = _blurred(images, draws.blur_sigma)
-    images = _erased(images, draws)
-    return _mixed(images, draws)
+    images = _photometric(images, draws, active)
+    if "blur_sigma" in active:
+        images = _blurred(images, draws.blur_sigma)
+    if "erased" in active:
+        images = _erased(images, draws)
+    return _mixed(images, draws, active)
 
 
-def _photometric(images: Tensor, draws: Draws) -> Tensor:
+def _photometric(images: Tensor, draws: Draws, active: frozenset[str]) -> Tensor:
     """Colour changes; each is skipped when no image of the batch has it."""
 
     def column(values: Tensor) -> Tensor:
         return values[:, None, None, None]
 
-    if (draws.brightness != 1).any():
+    if "brightness" in active:
         images = images * column(draws.brightness)
-    if (draws.contrast != 1).any():
+    if "contrast" in active:
         mean = _grey(images).mean((2, 3), keepdim=True)
         images = mean + (images - mean) * column(draws.contrast)
-    if (draws.saturation != 1).any():
+    if "saturation" in active:
         flat = _grey(images)
         images = flat + (images - flat) * column(draws.saturation)
-    if (draws.hue != 0).any():
+    if "hue" in active:
         images = _turned_hue(images, draws.hue)
     images = images.clamp(0, 1)
-    if (draws.sharpness != 1).any():
+    if "sharpness" in active:
         soft = _blurred(images, torch.ones_like(draws.sharpness))
         images = (soft + (images - soft) * column(draws.sharpness)).clamp(0, 1)
-    return _toned(images, draws, column)
+    return _toned(images, draws, active, column)
 
 
-def _toned(images: Tensor, draws: Draws, column: Column) -> Tensor:
+def _toned(images: Tensor, draws: Draws, active: frozenset[str], column: Column) -> Tensor:
     """Posterize, solarize, autocontrast."""
-    if (draws.posterize_bits < 8).any():
+    if "posterize_bits" in active:
         levels = column(2.0**draws.posterize_bits)
         images = torch.where(
             levels < 256, (images * levels).floor().clamp(max=levels - 1) / (levels - 1), images
         )
-    if (draws.solarize_above < 1).any():
+    if "solarize_above" in active:
         images = torch.where(images > column(draws.solarize_above), 1 - images, images)
-    if draws.autocontrast.any():
+    if "autocontrast" in active:
         low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
         stretched = (images - low) / (high - low).clamp(min=1 / 255)
         images = torch.where(column(draws.autocontrast) > 0, stretched, images)
@@ -249,8 +257,6 @@ def _turned_hue(images: Tensor, radians: Tensor) -> Tensor:
 
 def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur with a sigma of its own for each image, 0 leaving it as it is."""
-    if not (sigma > 0).any():
-        return images
     n, channels, height, width = images.shape
     offset = torch.arange(BLUR_TAPS, device=images.device) - BLUR_TAPS // 2
     taps = torch.exp(-0.5 * (offset / sigma.clamp(min=0.05)[:, None]) ** 2)
@@ -273,8 +279,6 @@ def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def _erased(images: Tensor, draws: Draws) -> Tensor:
     """A random colour instead of the drawn rectangles."""
-    if not draws.erased.any():
-        return images
     colour = draws.erased_colour[:, :, None, None]
     return torch.where(_inside(draws.erased, *images.shape[2:]), colour, images)
 
@@ -286,12 +290,12 @@ def _partner(batch: Tensor) -> Tensor:
     return batch[torch.where(other < len(batch), other, order)]
 
 
-def _mixed(images: Tensor, draws: Draws) -> Tensor:
+def _mixed(images: Tensor, draws: Draws, active: frozenset[str]) -> Tensor:
     """Mixup and cutmix with the partner."""
-    if (draws.mix_share < 1).any():
+    if "mix_share" in active:
         share = draws.mix_share[:, None, None, None]
         images = images * share + _partner(images) * (1 - share)
-    if draws.mix_box.any():
+    if "mix_box" in active:
         images = torch.where(_inside(draws.mix_box, *images.shape[2:]), _partner(images), images)
     return images
 

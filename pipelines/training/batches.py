@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipelines.datasets import pixels
 from pipelines.images.prepare import Pixels
@@ -15,7 +17,8 @@ from pipelines.training.task import Task, Worker, step_seed
 VALIDATION_BATCH = 256
 
 Targets = npt.NDArray[np.float32]
-MicroBatch = tuple[Pixels, Targets]
+MicroBatch = tuple[Pixels | torch.Tensor, Targets | torch.Tensor]
+Step = tuple[int, list[MicroBatch]]
 
 
 class Batches:
@@ -29,7 +32,7 @@ class Batches:
         self.training, self.validation = training, validation
         self.tally = pixels.Tally()
 
-    def iter_steps(self, epoch: int, first: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def iter_steps(self, epoch: int, first: int) -> Iterator[Step]:
         """The micro-batches of each step from `first` on."""
         parts = self.task.recipe.optimizer.gradient_accumulation_steps
         source = self.iter_stream(epoch) if self.task.streams else self.iter_random(epoch, first)
@@ -79,3 +82,24 @@ class Batches:
         mine = rows[self.worker.rank :: self.worker.world_size]
         for start in range(0, len(mine), VALIDATION_BATCH):
             yield self.validation.take(mine[start : start + VALIDATION_BATCH])
+
+
+def prefetch(steps: Iterator[Step], *, pin: bool) -> Iterator[Step]:
+    """The same steps, each read in a thread while the one before is trained on.
+
+    Args:
+        pin: put them into page-locked memory, from which a GPU copies without making Python wait.
+    """
+
+    def read() -> Step | None:
+        step = next(steps, None)
+        if step is None or not pin:
+            return step
+        number, micro_batches = step
+        return number, [tuple(torch.as_tensor(one).pin_memory() for one in pair) for pair in micro_batches]  # type: ignore[misc]
+
+    with ThreadPoolExecutor(1, "prefetch") as reader:
+        coming = reader.submit(read)
+        while (step := coming.result()) is not None:
+            coming = reader.submit(read)
+            yield step

@@ -147,23 +147,19 @@ def set_training(model: Any) -> None:
 
 
 def parameter_groups(model: Any, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """AdamW groups: learning rate by depth; no weight decay on biases, norms, tokens and positions.
+    """AdamW groups: rates by depth and of the head; no weight decay on biases, norms, tokens and positions.
 
     The optimizer's settings are those of a resolved recipe.
     """
     top = len(blocks(model)) + 1
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    depth = depths(model)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    depth, above = depths(model), head(model)
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
-        group = groups.setdefault(
-            (depth[name], decays),
-            {
-                "params": [],
-                "weight_decay": optimizer.weight_decay if decays else 0.0,
-                "lr": optimizer.peak * optimizer.layer_decay ** (top - depth[name]),
-            },
-        )
+        factor = optimizer.layer_decay ** (top - depth[name])
+        rate = optimizer.peak * factor * (optimizer.head_lr_factor if name in above else 1)
+        weight_decay = optimizer.weight_decay if decays else 0.0
+        group = groups.setdefault((rate, decays), {"params": [], "weight_decay": weight_decay, "lr": rate})
         group["params"].append(parameter)
     return list(groups.values())
 

@@ -8,6 +8,7 @@ workers see the images that one would.
 import contextlib
 import gc
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,17 +23,19 @@ from pipelines.datasets import pixels as decoded_pixels
 from pipelines.datasets.normalize import standardize
 from pipelines.datasets.pixels import PixelStore
 from pipelines.images.prepare import Pixels
-from pipelines.messages import InputError
+from pipelines.messages import InputError, JobFailed
 from pipelines.training import augment, checkpoints, layers
-from pipelines.training.batches import Batches, MicroBatch, Targets
+from pipelines.training.batches import Batches, MicroBatch, Targets, prefetch
 from pipelines.training.decoded import images_per_pass
 from pipelines.training.losses import build_criterion
 from pipelines.training.model import build
-from pipelines.training.optimizer import Learner, autocast, choose_precision
+from pipelines.training.optimizer import Learner, autocast, choose_precision, fits_in_memory
 from pipelines.training.resources import threads_of
 from pipelines.training.task import Progress, Task, Worker, step_seed, validation_name
 from pipelines.training.tracking import Tracker
 from pipelines.training.validation import from_main, gather, validate
+
+log = logging.getLogger(__name__)
 
 MID_EPOCH_SCORE = -1e30
 """Score of a checkpoint between two evaluations: never the best, but a number, as Ray's ranking requires."""
@@ -104,6 +107,7 @@ class Trainer:
         self.began = time.perf_counter()
         self.gradient_norm: Any = 0.0
         self.parallel: Any = None
+        self.pieces = 1
         self.tracker = (
             Tracker(task.run_uri, task.trackers, asdict(task.recipe))
             if worker.is_main and task.run_uri
@@ -146,7 +150,8 @@ class Trainer:
         self.batches.tally = decoded_pixels.Tally()
         self.pace = _Pace(self.steps_done)
         shown = asked = time.perf_counter()
-        for step, micro_batches in self.batches.iter_steps(epoch, self.progress.step):
+        pin = self.worker.device.type == "cuda"
+        for step, micro_batches in prefetch(self.batches.iter_steps(epoch, self.progress.step), pin=pin):
             self.pace.waited_s += time.perf_counter() - asked
             loss = self.train_step(micro_batches, epoch=epoch, step=step)
             self.advance(loss)
@@ -208,6 +213,25 @@ class Trainer:
                 model, device_ids=ids, gradient_as_bucket_view=True
             )
         self.parallel = model
+        if self.worker.device.type == "cuda":
+            self.pieces = self.find_pieces()
+
+    def find_pieces(self) -> int:
+        """Into how many pieces a micro-batch is cut so that it fits into memory, by trying on every worker.
+
+        Raises:
+            JobFailed: a single image does not fit.
+        """
+        size, pieces = self.recipe.micro_batch(self.worker.world_size), 1
+        image_spec = self.task.model_spec.image_spec
+        while not fits_in_memory(self.model, -(-size // pieces), image_spec, precision=self.precision):
+            if pieces == size:
+                raise JobFailed("one image does not fit into the memory of the device; use a smaller model")
+            pieces = min(2 * pieces, size)
+        pieces = int(gather(np.array([pieces]), self.worker).max())
+        if pieces > 1 and self.worker.is_main:
+            log.warning("%d images do not fit into memory at once: they go in %d pieces", size, pieces)
+        return pieces
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, epoch: int, step: int) -> float:
         """One optimizer step over the global batch; returns this worker's mean loss."""
@@ -221,32 +245,38 @@ class Trainer:
         return loss
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, seed: int) -> float:
-        """Gradients of the mean loss over the global batch; micro-batches and workers weigh the same."""
+        """Gradients of the mean loss over the global batch; micro-batches and workers weigh the same.
+
+        They stay local until the last pass of the step, which averages them over the workers.
+        """
+        local = getattr(self.parallel, "no_sync", contextlib.nullcontext)
         draws = augment.draw(self.recipe.augment, self.recipe.batch_size, torch.Generator().manual_seed(seed))
         torch.manual_seed(seed + self.worker.rank)
-        total, parts = 0.0, len(micro_batches)
+        total, parts = torch.zeros((), device=self.worker.device), len(micro_batches)
         for part, (pixels, targets) in enumerate(micro_batches):
             first = (self.worker.rank * parts + part) * len(pixels)
             images, targets_nc = self.augment(pixels, targets, draws.slice(first, first + len(pixels)))
-            with self.without_sync() if part < parts - 1 else contextlib.nullcontext():
-                with autocast(self.worker.device, self.precision):
-                    logits = self.parallel(pixel_values=images).logits
-                loss = self.criterion(logits, targets_nc).mean() / parts
-                self.learner.scaler.scale(loss).backward()
-            total += float(loss.detach())
-        return total
+            cut = zip(images.tensor_split(self.pieces), targets_nc.tensor_split(self.pieces), strict=True)
+            for piece, (some, wanted) in enumerate(cut):
+                last = (part, piece) == (parts - 1, self.pieces - 1)
+                with contextlib.nullcontext() if last else local():
+                    with autocast(self.worker.device, self.precision):
+                        logits = self.parallel(pixel_values=some).logits
+                    share = len(some) / len(images) / parts
+                    loss = self.criterion(logits, wanted).mean() * share
+                    self.learner.scaler.scale(loss).backward()
+                total += loss.detach()
+        return float(total)
 
-    def augment(self, pixels: Pixels, targets: Targets, draws: augment.Draws) -> tuple[Tensor, Tensor]:
+    def augment(
+        self, pixels: Pixels | Tensor, targets: Targets | Tensor, draws: augment.Draws
+    ) -> tuple[Tensor, Tensor]:
         """Augmented, standardised images and the targets that belong to them, on the device."""
         spec, device = self.task.model_spec.image_spec, self.worker.device
         size = {"height": spec.height, "width": spec.width}
-        images = augment.apply(torch.from_numpy(pixels).to(device), draws, **size)
-        mixed = augment.mix_targets(torch.from_numpy(targets).to(device), draws, **size)
-        return standardize(images, spec), mixed
-
-    def without_sync(self) -> Any:
-        """Keep gradients local: only the last micro-batch of a step averages them over the workers."""
-        return self.parallel.no_sync() if hasattr(self.parallel, "no_sync") else contextlib.nullcontext()
+        on_device = [torch.as_tensor(one).to(device, non_blocking=True) for one in (pixels, targets)]
+        images = augment.apply(on_device[0], draws, **size)
+        return standardize(images, spec), augment.mix_targets(on_device[1], draws, **size)
 
     def is_measured(self) -> bool:
         """Whether the last evaluation was after the last step."""

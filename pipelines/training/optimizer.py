@@ -9,6 +9,7 @@ import torch
 from torch.optim import swa_utils
 from torch.optim.lr_scheduler import LambdaLR
 
+from pipelines.specs import ImageSpec
 from pipelines.training import layers
 from pipelines.training.recipe import Optimizer
 
@@ -35,7 +36,7 @@ class Learner:
 
     @property
     def learning_rate(self) -> float:
-        """The head's rate in the next step; lower layers may have smaller ones."""
+        """The largest rate of a layer in the next step, which is the head's unless that is slowed down."""
         return float(max(self.scheduler.get_last_lr()))
 
     def step(self) -> torch.Tensor:
@@ -116,3 +117,27 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Matrix products in this number format; fp32 leaves everything as it is."""
     with torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES):
         yield
+
+
+def fits_in_memory(model: Any, n_images: int, spec: ImageSpec, *, precision: str) -> bool:
+    """Whether a step over so many images has room on the model's device, AdamW's state included.
+
+    A forward and a backward pass of black images, which leaves the model as it was.
+    """
+    before = [buffer.clone() for buffer in model.buffers()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = learning[0].device
+    try:
+        state = [torch.empty_like(parameter) for parameter in learning for _ in range(2)]
+        images = torch.zeros(n_images, 3, spec.height, spec.width, device=device)
+        with autocast(device, precision):
+            logits = model(pixel_values=images).logits
+        logits.float().sum().backward()
+        del state
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+    return True

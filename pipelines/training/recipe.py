@@ -53,6 +53,8 @@ class Optimizer:
     """AdamW's second-moment decay."""
     layer_decay: FractionAboveZero = 1.0
     """Learning-rate factor per block going down from the head; 1 is the same rate everywhere."""
+    head_lr_factor: PositiveFloat = 1.0
+    """Learning rate of the new head over that of the body's top; 10 is usual for a good body."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_steps: NonNegativeFloat = 0.1

@@ -17,18 +17,20 @@ import ray.train
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from pipelines.datasets import dataset
 from pipelines.datasets import pixels as ingest
 from pipelines.datasets.settings import DataSettings, ImageCache, Splits
 from pipelines.evaluation import metrics
 from pipelines.messages import InputError, JobFailed
+from pipelines.specs import ImageSpec
 from pipelines.storage import uris
-from pipelines.training import checkpoints, decoded, fit, runs, validation
+from pipelines.training import checkpoints, decoded, fit, loop, runs, validation
+from pipelines.training.batches import prefetch
 from pipelines.training.decoded import epoch_order
 from pipelines.training.loop import Diverged, Trainer
-from pipelines.training.optimizer import build_ema, learning_rate_factor
+from pipelines.training.optimizer import build_ema, fits_in_memory, learning_rate_factor
 from pipelines.training.recipe import Augment, ClassBalance, EarlyStopping, Finetune, Loss, Optimizer, Recipe
 from pipelines.training.resources import Resources, threads_of
 from pipelines.training.task import Worker
@@ -70,6 +72,65 @@ def test_gradients_do_not_depend_on_how_the_global_batch_is_cut(workers, accumul
     expected = first_step_gradients(whole, labels, **keywords)
     found = first_step_gradients(cut, labels, workers=workers, **keywords)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_batch_that_does_not_fit_into_memory_goes_in_pieces_with_the_same_gradients(
+    monkeypatch, multi_label
+):
+    recipe, labels = replace(RECIPE, augment=MIXED), SEVERAL[:16] if multi_label else LABELS[:16]
+    whole, cut = (trainer(recipe, labels, n_classes=4, multi_label=multi_label) for _ in range(2))
+    forward = cut.model.forward
+
+    def short_of_memory(pixel_values):
+        if len(pixel_values) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(pixel_values=pixel_values)
+
+    monkeypatch.setattr(cut.model, "forward", short_of_memory)
+    cut.pieces = cut.find_pieces()
+    assert cut.pieces == 4
+    losses = []
+    for made in (whole, cut):
+        _, micro_batches = next(made.batches.iter_steps(0, 0))
+        losses.append(made.accumulate(micro_batches, seed=1))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, other in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_too_large_for_a_single_image_is_said_to_be(monkeypatch):
+    made = trainer(RECIPE, [[i % 3] for i in range(16)])
+    monkeypatch.setattr(loop, "fits_in_memory", lambda *_, **__: False)
+    with pytest.raises(JobFailed, match="one image does not fit"):
+        made.find_pieces()
+
+
+def test_trying_what_fits_leaves_running_statistics_and_gradients_alone():
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    model = ResNetForImageClassification(config).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert fits_in_memory(model, 4, ImageSpec(height=32, width=32), precision="fp32")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_next_step_is_read_while_one_is_trained_on():
+    read, asked = [], threading.Event()
+
+    def steps():
+        for number in range(3):
+            read.append(number)
+            if number == 1:
+                asked.set()
+            yield number, []
+
+    seen = prefetch(steps(), pin=False)
+    assert next(seen) == (0, [])
+    assert asked.wait(60), "the second step is read before it is asked for"
+    assert [number for number, _ in seen] == [1, 2] and read == [0, 1, 2]
 
 
 def test_images_lost_since_the_first_pass_are_counted_and_not_trained_on():

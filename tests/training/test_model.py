@@ -81,6 +81,15 @@ def test_layer_decay_gives_each_block_the_stated_rate():
     assert rate["vit.embeddings.position_embeddings"] == 0.0625
 
 
+def test_the_head_learns_at_a_rate_of_its_own():
+    model = vit.build(DEEP, CLASSES)
+    groups = layers.parameter_groups(model, Optimizer(learning_rate=1, layer_decay=0.5, head_lr_factor=10))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rate = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert rate["classifier.weight"] == rate["classifier.bias"] == 10
+    assert (rate["vit.layernorm.weight"], rate["vit.layers.2.mlp.fc1.weight"]) == (1, 0.5)
+
+
 def test_biases_norms_and_positions_are_not_decayed():
     model = vit.build(DEEP, CLASSES)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
