@@ -5,7 +5,7 @@
 
 One process, no cluster: decoding threads around one model. 1,750 photos through a small ViT take less than
 a minute on 2 cores. A bundle is measured as it is served (ONNX Runtime, its own precision); a run as it was
-trained (PyTorch, float32, CPU), with its learning curves and attention maps.
+trained (PyTorch, float32, on the GPU where there is one), with its learning curves and attention maps.
 """
 
 import logging
@@ -50,6 +50,8 @@ class EvaluateConfig(flags_of(DataSettings, "label_map", "tier", "columns"), Job
     """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""
     split: Literal["test", "validation", "train", "all"] = "test"
     """Which images are evaluated; `all` for a dataset that no model was trained on."""
+    slices: list[str] = Field(default_factory=list)
+    """Columns, such as the publisher, by whose values the accuracy is given too."""
     splits: Splits = Splits()
     """How images are divided when neither the run nor the dataset says."""
     precision: Precision = "fp32"
@@ -94,8 +96,8 @@ def refuse_settings(config: EvaluateConfig) -> None:
         raise InputError("give either --bundle or --checkpoint")
     if config.checkpoint is not None and (given := sorted(OF_A_BUNDLE & config.model_fields_set)):
         raise InputError(
-            f"{', '.join(given)}: a checkpoint is evaluated in PyTorch, float32, on the CPU; these settings "
-            "are a bundle's (--bundle)"
+            f"{', '.join(given)}: a checkpoint is evaluated in PyTorch and float32; these settings are for a "
+            "bundle (--bundle)"
         )
 
 
@@ -119,6 +121,8 @@ def data_settings(config: EvaluateConfig, taxonomy: str) -> DataSettings:
     own: dict[str, Any] = {"label_map": config.label_map, "columns": config.columns, "splits": config.splits}
     if recorded and recorded.uri in (redact(dataset), redact(absolute(dataset))):
         own |= {name: getattr(recorded, name) for name in own if name not in config.model_fields_set}
+    if config.slices:
+        own["columns"] = replace(own["columns"], slices=tuple(config.slices))
     if config.split == "all":
         own["columns"] = replace(own["columns"], split="")
     return DataSettings(dataset, taxonomy, tier=config.tier, **own)
@@ -178,10 +182,12 @@ def bundle_model(config: EvaluateConfig, uri: str) -> "EvaluatedModel":
 
 def checkpoint_model(found: "Checkpoint", uri: str) -> "EvaluatedModel":
     """The checkpoint's PyTorch model, with the history of the run that it came from where there is one."""
+    import torch
+
     from pipelines.evaluation.models import EvaluatedModel, TorchModel
     from pipelines.training import runs
 
-    network = found.network("sdpa")
+    network = found.network("sdpa").to("cuda" if torch.cuda.is_available() else "cpu")
     return EvaluatedModel(
         name=f"{found.source} ({found.architecture})",
         spec=found.spec,

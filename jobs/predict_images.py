@@ -1,6 +1,7 @@
 """`iab-vision predict`: a few images or URLs through a bundle, in this process, without a cluster.
 
     iab-vision predict --bundle bundle photo.jpg https://example.com/a.webp
+    iab-vision predict --checkpoint run photo.jpg
 
 Exit code 0 when every image got a label, 1 when some did not (their reason is shown), 3 when no certificate
 covers the precision on cpu.
@@ -8,7 +9,8 @@ covers the precision on cpu.
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
@@ -27,8 +29,10 @@ class PredictConfig(JobConfig):
 
     images: CliPositionalArg[list[str]]
     """Image files or URLs."""
-    bundle: str
-    """Bundle made by `iab-vision export`."""
+    bundle: str | None = None
+    """Bundle made by `iab-vision export`; or give `checkpoint`."""
+    checkpoint: str | None = None
+    """Run made by `iab-vision train`, or any Hugging Face image classifier's folder; or give `bundle`."""
     top_k: int = Field(default=5, ge=1)
     """Labels per image."""
     precision: Precision = "fp32"
@@ -39,6 +43,15 @@ class PredictConfig(JobConfig):
     """Run a precision that no certificate covers; every row of `--json` says so."""
     fetch: FetchLimits = FetchLimits()
     """Limits of each request."""
+
+
+if TYPE_CHECKING:
+    from pipelines.bundle.predictor import Predictor
+    from pipelines.specs import ModelSpec
+    from pipelines.taxonomy.taxonomy import Taxonomy
+
+    Opened = tuple[Predictor, ModelSpec, Taxonomy, dict[str, Any]]
+    """The model, its contract, its taxonomy, and what each row says of it."""
 
 
 def run(config: PredictConfig) -> int:
@@ -54,43 +67,64 @@ def run(config: PredictConfig) -> int:
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
     """One row per image: the label columns of the predictions table, with the path of each label.
 
-    Each row says whether the model that gave it is `certified`.
+    Each row says whether the model that gave it is `certified`; null for a checkpoint, which needs none.
     """
-    from jobs.certificate_gate import require_certificate
-    from pipelines.bundle import bundle as bundles
-    from pipelines.bundle.predictor import open_predictor
-    from pipelines.bundle.settings import RuntimeSpec
     from pipelines.fetch.fetch import Fetcher
     from pipelines.fetch.load import decode_here, load
     from pipelines.fetch.source import Source
 
     if not config.images:
         raise InputError("no image was named; give files or URLs after the settings")
-    with checking_input():
-        bundle = bundles.open_bundle(config.bundle)
-    runtime = RuntimeSpec(precision=config.precision, batch_size=1)
-    certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
-    predictor = open_predictor(bundle, runtime, config.top_k)
+    if (config.bundle is None) == (config.checkpoint is None):
+        raise InputError("give either --bundle or --checkpoint")
+    predictor, spec, tree, model = (
+        open_bundle_model(config) if config.bundle else open_checkpoint_model(config)
+    )
     fetcher = Fetcher(config.fetch)
     try:
         loaded = load(
             fetcher,
             [Source(uri) for uri in config.images],
             item_ids=range(len(config.images)),
-            spec=bundle.spec.image_spec,
-            decode=decode_here(bundle.spec.image_spec),
+            spec=spec.image_spec,
+            decode=decode_here(spec.image_spec),
         )
     finally:
         fetcher.close()
     scored = predictor.score(loaded).to_pylist()
-    model = {
-        "cattax": bundle.manifest.cattax,
-        "taxonomy": bundle.spec.taxonomy,
-        "model_id": bundle.model_id,
-        "certified": certified,
-    }
-    paths = bundle.taxonomy()
-    return [{**present(uri, row, paths), **model} for uri, row in zip(config.images, scored, strict=True)]
+    model = {"cattax": tree.cattax, "taxonomy": spec.taxonomy, **model}
+    return [{**present(uri, row, tree), **model} for uri, row in zip(config.images, scored, strict=True)]
+
+
+def open_bundle_model(config: PredictConfig) -> "Opened":
+    """The bundle's model, refused unless a certificate covers it or the user allows it."""
+    from jobs.certificate_gate import require_certificate
+    from pipelines.bundle import bundle as bundles
+    from pipelines.bundle.predictor import open_predictor
+    from pipelines.bundle.settings import RuntimeSpec
+
+    with checking_input():
+        bundle = bundles.open_bundle(config.bundle or "")
+    runtime = RuntimeSpec(precision=config.precision, batch_size=1)
+    certified = require_certificate(bundle, runtime, allow_uncertified=config.allow_uncertified)
+    predictor = open_predictor(bundle, runtime, config.top_k)
+    return predictor, bundle.spec, bundle.taxonomy(), {"model_id": bundle.model_id, "certified": certified}
+
+
+def open_checkpoint_model(config: PredictConfig) -> "Opened":
+    """The checkpoint in PyTorch and float32, on this machine's CPU."""
+    from export.checkpoint import open_checkpoint
+    from pipelines.bundle.labelling import build_labeller
+    from pipelines.bundle.predictor import Predictor
+    from pipelines.evaluation.models import TorchModel
+
+    with ExitStack() as stack:
+        with checking_input():
+            found = stack.enter_context(open_checkpoint(config.checkpoint or ""))
+        network = found.network("sdpa")
+    labels = build_labeller(found.spec, found.taxonomy, top_k=config.top_k)
+    predictor = Predictor(TorchModel(network, found.spec), labels, found.spec.image_spec)
+    return predictor, found.spec, found.taxonomy, {"model_id": found.sha256[:12], "certified": None}
 
 
 def present(uri: str, row: dict[str, Any], taxonomy: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Rows of `schema.LOADED` with pixels -> rows of `schema.SCORED`, through a loaded model."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -8,19 +10,22 @@ import pyarrow.compute as pc
 from pipelines import schema
 from pipelines.bundle import session
 from pipelines.bundle.bundle import Bundle
-from pipelines.bundle.labelling import Labeller, build_labeller
-from pipelines.bundle.session import OnnxModel
+from pipelines.bundle.labelling import Floats, Labeller, build_labeller
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.images.pixels import pixels_of
+from pipelines.images.prepare import Pixels
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
+
+Run = Callable[[Pixels], tuple[Floats, Floats]]
+"""uint8 pixels [n, height, width, 3] -> logits and probabilities [n, classes]."""
 
 
 class Predictor:
     """A loaded model and what its probabilities mean."""
 
-    def __init__(self, model: OnnxModel, labels: Labeller, spec: ImageSpec) -> None:
-        self._model, self._labels, self._spec = model, labels, spec
+    def __init__(self, run: Run, labels: Labeller, spec: ImageSpec) -> None:
+        self._run, self._labels, self._spec = run, labels, spec
 
     def score(self, loaded: pa.Table) -> pa.Table:
         """Rows of `schema.SCORED`, in the order they came; rows without pixels pass through unlabelled."""
@@ -29,7 +34,7 @@ class Predictor:
         if not ok.any():
             return _spread(head, None, ok)
         pixels_nhwc = pixels_of(loaded["pixels"], self._spec)
-        _, probabilities_nc = self._model.run(pixels_nhwc if ok.all() else pixels_nhwc[ok])
+        _, probabilities_nc = self._run(pixels_nhwc if ok.all() else pixels_nhwc[ok])
         finite = np.isfinite(probabilities_nc).all(axis=1)
         if not finite.all():
             head = _with_model_errors(head, np.flatnonzero(ok)[~finite])
@@ -66,4 +71,4 @@ def _spread(head: pa.Table, labels: pa.Table | None, ok: npt.NDArray[np.bool_]) 
 def open_predictor(bundle: Bundle, spec: RuntimeSpec, top_k: int) -> Predictor:
     """The predictor of an opened bundle; whether it is certified is for the caller to have checked."""
     labels = build_labeller(bundle.spec, bundle.taxonomy(), top_k=top_k)
-    return Predictor(session.load(bundle, spec), labels, bundle.spec.image_spec)
+    return Predictor(session.load(bundle, spec).run, labels, bundle.spec.image_spec)

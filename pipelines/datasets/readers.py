@@ -43,6 +43,7 @@ FOUND = pa.schema(
         pa.field("labels", pa.list_(pa.string())),
         pa.field("split", pa.string()),
         pa.field("group", pa.string()),
+        pa.field("slices", pa.map_(pa.string(), pa.string())),
     ]
 )
 """One image as its dataset has it: where its bytes are (a `Source`), and its labels, null if unlabelled."""
@@ -132,10 +133,10 @@ def read_folder(root: str, paths: Sequence[str]) -> pa.Table:
 
 
 def make_found(
-    location: Mapping[str, Any], labels: Labels, *, split: Any = None, group: Any = None
+    location: Mapping[str, Any], labels: Labels, *, split: Any = None, group: Any = None, slices: Any = None
 ) -> pa.Table:
     """A table of the schema FOUND; columns that are missing are null."""
-    given = {**location, "labels": labels, "split": split, "group": group}
+    given = {**location, "labels": labels, "split": split, "group": group, "slices": slices}
     columns = []
     for field in FOUND:
         values = given.get(field.name)
@@ -151,6 +152,7 @@ def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     schema = tables.schema_of([uri])
     label_columns = find_label_columns(schema, columns, uri)
     wanted = {*label_columns, columns.split, columns.group, *FILE_COLUMNS, *parse_template(columns.file)}
+    wanted |= set(columns.slices)
     raw = read_columns(uri, schema, [name for name in schema.names if name in wanted])
     several = bool(columns.one_hot) or allows_several(schema, label_columns[0])
     if columns.one_hot:
@@ -164,7 +166,17 @@ def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
         labels,
         split=text_of(raw, columns.split) or [split_of_path(uri)] * len(labels),
         group=text_of(raw, columns.group),
+        slices=read_slices(uri, raw, columns.slices),
     ), several
+
+
+def read_slices(uri: str, raw: pa.Table, names: Sequence[str]) -> list[list[tuple[str, str]]] | None:
+    """The columns to slice by and their values in each row; None where none is asked for."""
+    columns = {name: text_of(raw, name) for name in names}
+    if missing := [name for name, values in columns.items() if values is None]:
+        raise DatasetError(f"{redact(uri)} has no column {missing[0]!r}, which slices names")
+    values = zip(*(column.to_pylist() for column in columns.values() if column is not None), strict=True)
+    return [list(zip(names, row, strict=True)) for row in values] if columns else None
 
 
 def read_tar(uri: str, columns: Columns) -> tuple[pa.Table, bool]:

@@ -25,6 +25,8 @@ class Columns:
     """Column that names the split; empty: neither columns nor names of folders and files say it."""
     group: str = "group"
     """Column whose equal values are kept in one split."""
+    slices: tuple[str, ...] = ()
+    """Columns, such as the publisher, by whose values evaluation gives the accuracy too."""
 
 
 @validated

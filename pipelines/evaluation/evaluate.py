@@ -56,6 +56,7 @@ def evaluate_model(
         model.taxonomy,
         thresholds=model.spec.thresholds,
         about=_about(model, data, split, leakage, result),
+        slices=result.slices,
     )
     shown = make_gallery(
         result.scored, model.taxonomy, result.images, model.spec.image_spec, network=model.network

@@ -6,7 +6,7 @@ thresholds is measured on the images given here; `about` says so where they were
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -22,6 +22,8 @@ from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
 CURVE_POINTS = 150
 CLASS_BINS = 8
 """Bins of one class's probability: fewer images of it than of all."""
+SLICES_SHOWN = 50
+"""Values of one column."""
 CURVES_SHOWN = 6
 """Classes with a ROC and a precision-recall curve of their own: more cannot be told apart in one plot."""
 
@@ -88,6 +90,29 @@ class Scored:
         return losses
 
     @cached_property
+    def likely_nc(self) -> Array:
+        """0/1: the labels that each image probably has, which are its own unless these are doubtful.
+
+        Confident learning (Northcutt, Jiang and Chuang 2021, section 3.1): an image counts for a class when
+        its probability is at least the mean one of the images labelled so. Several labels: class by class.
+        """
+        own_nc, scores_nc = self.targets_nc > 0, self.probabilities_nc.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            present_nc = scores_nc >= (scores_nc * own_nc).sum(axis=0) / own_nc.sum(axis=0)
+            absent_nc = scores_nc <= (scores_nc * ~own_nc).sum(axis=0) / (~own_nc).sum(axis=0)
+        if self.multi_label:
+            likely: Array = np.where(present_nc == absent_nc, own_nc, present_nc)
+            return likely.astype(np.uint8)
+        best = np.where(present_nc, scores_nc, -1.0).argmax(axis=1)
+        return metrics.indicator(np.where(present_nc.any(axis=1), best, self.targets), len(self.class_ids))
+
+    @cached_property
+    def doubtful(self) -> Array:
+        """Whether an image's labels are probably others, `bool[N]`."""
+        different: Array = (self.likely_nc != self.targets_nc).any(axis=1)
+        return different
+
+    @cached_property
     def wrong(self) -> Array:
         """Whether the given labels are not exactly the true ones, `bool[N]`."""
         different: Array = (self.given_nc != self.targets_nc).any(axis=1)
@@ -124,6 +149,10 @@ class Evaluation:
     """Each class and ancestor: its threshold, the images that have it, are given it, and rightly so."""
     curves: Mapping[str, Any]
     """ROC and precision-recall curves of the average and of a few classes."""
+    slices: list[dict[str, Any]]
+    """One row per value of the columns sliced by: images, share whose labels are right, interval."""
+    doubtful: int
+    """Images whose labels are probably wrong, by confident learning."""
     confusions: list[list[int]] = field(default_factory=list)
     """Non-zero cells of the confusion matrix: [true class, predicted class, images]; none if multi-label."""
 
@@ -143,12 +172,14 @@ def evaluate(
     *,
     thresholds: Mapping[str, float] | None = None,
     about: Mapping[str, str] | None = None,
+    slices: Mapping[str, Sequence[str | None]] | None = None,
 ) -> Evaluation:
     """Measure everything that a report shows.
 
     Args:
         thresholds: category id -> probability from which it is published; 0.5 for an id that is missing.
         about: lines for the report's head, such as the model and the dataset.
+        slices: column -> value of each image.
     """
     rollup = taxonomy.rollup(scored.class_ids)
     measure = metrics.multi_label if scored.multi_label else metrics.single_label
@@ -169,17 +200,22 @@ def evaluate(
         publishable=count_published(list_categories(taxonomy, scored.class_ids, thresholds or {})),
         categories=_categories(scored, rollup, thresholds or {}),
         curves=_curves(scored),
+        slices=[row for name, values in (slices or {}).items() for row in _slices(scored, name, values)],
+        doubtful=int(scored.doubtful.sum()),
         confusions=_confusions(scored),
     )
 
 
-def choose_images(scored: Scored, *, sample: int = 24, worst: int = 12, seed: int = 0) -> tuple[Array, Array]:
-    """Rows worth showing: a sample that visits every class in turn, and the mistakes of the highest loss."""
+def choose_images(
+    scored: Scored, *, sample: int = 24, worst: int = 12, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    """Rows worth showing: a sample that visits every class in turn, mistakes and doubtful labels by loss."""
     order = np.random.default_rng(seed).permutation(len(scored.targets))
     turn = turns(scored.targets_nc[order].argmax(axis=1))
     visited = order[np.argsort(turn, kind="stable")]
     by_loss = np.argsort(-scored.loss, kind="stable")
-    return visited[:sample], by_loss[scored.wrong[by_loss]][:worst]
+    mistakes, doubtful = (by_loss[which[by_loss]][:worst] for which in (scored.wrong, scored.doubtful))
+    return visited[:sample], mistakes, doubtful
 
 
 def turns(groups: Array) -> Array:
@@ -230,6 +266,23 @@ def _classes(scored: Scored, taxonomy: Taxonomy, thresholds: Mapping[str, float]
         "share": scored.targets_nc.mean(axis=0, dtype=np.float64).tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _slices(scored: Scored, column: str, values: Sequence[str | None]) -> list[dict[str, Any]]:
+    """A row per value of a column, the most frequent first; what comes after SLICES_SHOWN is left out."""
+    names, number = np.unique(["" if value is None else value for value in values], return_inverse=True)
+    images, right = np.bincount(number), np.bincount(number, weights=~scored.wrong)
+    intervals = metrics.wilson(right, images)
+    return [
+        {
+            "column": column,
+            "value": str(names[i]),
+            "images": int(images[i]),
+            "right": float(right[i] / images[i]),
+            "interval": intervals[i].tolist(),
+        }
+        for i in np.argsort(-images, kind="stable")[:SLICES_SHOWN]
+    ]
 
 
 def _hierarchy(scored: Scored, rollup: Rollup) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Turn scored images into the pictures of a report: a sample, the worst mistakes, where the model looked.
+"""Turn scored images into the pictures of a report: a sample, the worst mistakes, doubtful labels, attention.
 
 Only the images that are shown are fetched and decoded again, so the size of the test split does not matter.
 """
@@ -31,12 +31,12 @@ def make_gallery(
         network: the trained model, for maps of its attention; without one, or without attention over
             patches in it, there are none.
     """
-    sample, worst = choose_images(scored)
-    shown = {name: fetch_images(images, rows, spec) for name, rows in (("sample", sample), ("worst", worst))}
-    looked = add_attention(shown["sample"][:ATTENTION_MAPS], spec, network) if network is not None else []
+    sample, worst, doubtful = (fetch_images(images, rows, spec) for rows in choose_images(scored))
+    looked = add_attention(sample[:ATTENTION_MAPS], spec, network) if network is not None else []
     return ReportExtras(
-        sample=caption_images(scored, taxonomy, shown["sample"]),
-        worst=caption_images(scored, taxonomy, shown["worst"]),
+        sample=caption_images(scored, taxonomy, sample),
+        worst=caption_images(scored, taxonomy, worst),
+        doubtful=caption_images(scored, taxonomy, doubtful),
         attention=caption_images(scored, taxonomy, looked),
     )
 

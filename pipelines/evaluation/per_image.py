@@ -21,17 +21,24 @@ PER_IMAGE = pa.schema(
         pa.field("labels", pa.list_(pa.string()), nullable=False),
         pa.field("predicted", pa.list_(pa.string()), nullable=False),
         pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("likely_labels", pa.list_(pa.string())),
         pa.field("top_id", pa.string(), nullable=False),
         pa.field("top_score", pa.float32(), nullable=False),
         pa.field("loss", pa.float32(), nullable=False),
         pa.field("probabilities", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""Ids of the true labels and of those given; probabilities in the order of the file's `class_ids`."""
+"""Ids of the true labels, of those given, and of the likely ones where the true ones are doubtful.
+
+Probabilities are in the order of the file's `class_ids`.
+"""
 
 
 def describe_images(result: EvalResult) -> pa.Table:
-    """The columns PER_IMAGE of each image that was scored; `class_ids` are in the schema's metadata."""
+    """The columns PER_IMAGE of each image that was scored, then those that it is sliced by.
+
+    `class_ids` are in the schema's metadata.
+    """
     scored, images = result.scored, result.images
     ids = np.array(scored.class_ids, dtype=object)
     probabilities_nc = np.ascontiguousarray(scored.probabilities_nc, np.float32)
@@ -43,6 +50,10 @@ def describe_images(result: EvalResult) -> pa.Table:
         "labels": [ids[np.flatnonzero(row)].tolist() for row in scored.targets_nc],
         "predicted": [ids[np.flatnonzero(row)].tolist() for row in scored.given_nc],
         "correct": ~scored.wrong,
+        "likely_labels": [
+            ids[np.flatnonzero(row)].tolist() if doubtful else None
+            for row, doubtful in zip(scored.likely_nc, scored.doubtful, strict=True)
+        ],
         "top_id": ids[scored.predicted].tolist(),
         "top_score": probabilities_nc[np.arange(n), scored.predicted],
         "loss": scored.loss.astype(np.float32),
@@ -51,7 +62,11 @@ def describe_images(result: EvalResult) -> pa.Table:
         ),
     }
     schema = PER_IMAGE.with_metadata({"class_ids": json.dumps(list(scored.class_ids))})
-    return pa.table(columns, schema)
+    table = pa.table(columns, schema)
+    for name, values in result.slices.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.array(values, pa.string()))
+    return table
 
 
 def write_images(results: Iterable[EvalResult], output_uri: str) -> None:

@@ -74,6 +74,8 @@ class ReportExtras:
     """Images of every class."""
     worst: Sequence[CaptionedImage] = ()
     """The mistakes of the highest loss."""
+    doubtful: Sequence[CaptionedImage] = ()
+    """Images whose labels are probably wrong."""
     attention: Sequence[CaptionedImage] = ()
     """Images with their roll-out maps."""
     history: Sequence[Mapping[str, Any]] = ()

@@ -41,6 +41,12 @@ class EvalResult:
     unreadable: list[dict[str, str]]
     """Images that could not be decoded: uri, status, error."""
 
+    @property
+    def slices(self) -> dict[str, list[str | None]]:
+        """Column to slice by -> its value for each image."""
+        rows = [dict(row or ()) for row in self.images["slices"].to_pylist()]
+        return {name: [row.get(name) for row in rows] for name in dict.fromkeys(itertools.chain(*rows))}
+
 
 def predict_batch(batch: pa.Table, predict: Predict, spec: ImageSpec) -> pa.Table:
     """Logits and probabilities of decoded images; those of an image without pixels mean nothing."""

@@ -4,7 +4,7 @@ Nothing is fitted on the test split. A dataset without one gets a report on vali
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -132,7 +132,12 @@ def log_unpublished(found: Calibrated, taxonomy: Taxonomy, rule: ThresholdRule) 
 
 
 def evaluate_splits(
-    scored: Mapping[str, Scored], model_spec: ModelSpec, taxonomy: Taxonomy, *, about: Mapping[str, str]
+    scored: Mapping[str, Scored],
+    model_spec: ModelSpec,
+    taxonomy: Taxonomy,
+    *,
+    about: Mapping[str, str],
+    slices: Mapping[str, Mapping[str, Sequence[str | None]]] | None = None,
 ) -> dict[str, Evaluation]:
     """Split -> everything measured on it, marked where thresholds were fitted on the same images."""
     marks = {splits.VALIDATION: {"thresholds": "fitted on these images: their precision is biased upward"}}
@@ -142,6 +147,7 @@ def evaluate_splits(
             taxonomy,
             thresholds=model_spec.thresholds,
             about={**about, "split": name, **marks.get(name, {})},
+            slices=(slices or {}).get(name),
         )
         for name, one in scored.items()
     }

@@ -128,7 +128,10 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
         "dataset": redact(job.data.settings.uri),
         "taxonomy": job.data.taxonomy.name,
     }
-    found = evaluate.evaluate_splits(calibrated.scored, model_spec, job.data.taxonomy, about=about)
+    slices = {name: one.slices for name, one in results.items()}
+    found = evaluate.evaluate_splits(
+        calibrated.scored, model_spec, job.data.taxonomy, about=about, slices=slices
+    )
     log.info("drawing the report")
     evaluate.write_run_report(results, found, prepared, job.recipe, files=files, output=job.output)
     content = {

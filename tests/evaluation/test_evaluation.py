@@ -1,6 +1,7 @@
 """Evaluations against numbers made by hand, and the report as its reader meets it, in a browser."""
 
 import base64
+import csv
 import html.parser
 import json
 import re
@@ -147,7 +148,7 @@ def test_multi_label_evaluation_has_map_and_no_confusion_matrix() -> None:
 
 def test_the_sample_visits_every_class_and_the_worst_mistakes_are_the_surest_ones() -> None:
     judged, _ = random_scores(20)
-    sample, worst = evaluation.choose_images(judged, sample=20, worst=5)
+    sample, worst, _ = evaluation.choose_images(judged, sample=20, worst=5)
     assert set(judged.targets[sample]) == set(range(20))
     assert judged.wrong[worst].all()
     assert judged.loss[worst].min() == np.sort(judged.loss)[-5]
@@ -344,7 +345,12 @@ def test_a_row_per_image_has_several_labels_and_the_group(tmp_path: Path) -> Non
     targets_nc = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], np.uint8)
     scores_nc = np.array([[0.9, 0.2, 0.6, 0, 0], [0.1, 0, 0, 0, 0.3]], np.float32)
     images = pa.table(
-        {"uri": ["https://me:secret@a/b.jpg?key=1", "c.jpg"], "split": ["test"] * 2, "group": ["g", None]}
+        {
+            "uri": ["https://me:secret@a/b.jpg?key=1", "c.jpg"],
+            "split": ["test"] * 2,
+            "group": ["g", None],
+            "slices": pa.array([[("site", "a.com")], [("site", None)]], pa.map_(pa.string(), pa.string())),
+        }
     )
     result = score.EvalResult(Scored(IDS, scores_nc, scores_nc, targets_nc), images, [])
     per_image.write_images([result, result], str(tmp_path))
@@ -355,6 +361,66 @@ def test_a_row_per_image_has_several_labels_and_the_group(tmp_path: Path) -> Non
     assert (rows[0]["labels"], rows[0]["predicted"]) == (["483", "484"], ["483", "1"])
     assert (rows[1]["labels"], rows[1]["predicted"], rows[1]["top_id"]) == ([], [], "v9i3On")
     assert (rows[0]["correct"], rows[1]["correct"]) == (False, True)
+    assert (rows[0]["site"], rows[1]["site"]) == ("a.com", None)
+
+
+def test_likely_labels_are_those_of_confident_learning() -> None:
+    """Mean probability of own images: a 0.8, b 0.5. The third image passes b's and not a's."""
+    scores_nc = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.45, 0.55], [0.55, 0.45]], np.float32)
+    doubted = Scored(("a", "b"), scores_nc, scores_nc, np.array([0, 0, 0, 1, 1]))
+    assert doubted.doubtful.tolist() == [False] * 5, "0.4 is below b's mean of 0.5"
+    scores_nc[2] = [0.4, 0.6]
+    doubted = Scored(("a", "b"), scores_nc, scores_nc, np.array([0, 0, 0, 1, 1]))
+    assert doubted.doubtful.tolist() == [False, False, True, False, False]
+    assert doubted.likely_nc[2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_planted_label_errors_are_found(multi_label: bool) -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 5, 2_000)
+    truth_nc = np.eye(5, dtype=np.uint8)[truth]
+    logits_nc = 6.0 * truth_nc - 3 * multi_label + rng.normal(size=truth_nc.shape)
+    planted = rng.choice(len(truth), 100, replace=False)
+    labels_nc = truth_nc.copy()
+    labels_nc[planted] = np.roll(truth_nc[planted], 1, axis=1)
+    scores_nc = metrics.probabilities(logits_nc, multi_label=multi_label)
+    judged = Scored(IDS, logits_nc, scores_nc, labels_nc if multi_label else labels_nc.argmax(axis=1))
+    found = np.flatnonzero(judged.doubtful)
+    assert len(np.intersect1d(found, planted)) >= 90
+    assert len(np.setdiff1d(found, planted)) <= 20
+    _, _, shown = evaluation.choose_images(judged)
+    assert set(shown) <= set(planted)
+
+
+def test_slices_have_the_accuracy_of_their_images() -> None:
+    judged = scored_as([0, 0, 1, 1, 2], [0, 1, 1, 1, 2])
+    tree = taxonomy.load("labels", labels=IDS)
+    values = ["a.com", "a.com", "b.com", "b.com", None]
+    found = evaluation.evaluate(judged, tree, slices={"site": values}).document()["slices"]
+    assert [(one["value"], one["images"], one["right"]) for one in found] == [
+        ("a.com", 2, 0.5), ("b.com", 2, 1), ("", 1, 1),
+    ]  # fmt: skip
+    assert found[0]["interval"][0] < 0.5 < found[0]["interval"][1]
+
+
+def test_a_column_of_the_dataset_slices_the_evaluation(tmp_path: Path) -> None:
+    small_models.small_bundle(tmp_path / "bundle")
+    pictures = small_models.dataset(tmp_path / "pictures", 20)
+    rows = list(csv.DictReader((pictures / "labels.csv").open()))
+    with (pictures / "sites.csv").open("w") as file:
+        writer = csv.DictWriter(file, [*rows[0], "site"])
+        writer.writeheader()
+        writer.writerows({**row, "site": f"{i % 2}.com"} for i, row in enumerate(rows))
+    settings = ["--bundle", str(tmp_path / "bundle"), "--dataset", str(pictures / "sites.csv")]
+    settings += ["--output", str(tmp_path / "out"), "--split", "all"]
+    with pytest.raises(InputError, match="no column 'nowhere'"):
+        evaluate(*settings, "--slices", "nowhere")
+    assert evaluate(*settings, "--slices", "site") == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert sorted(one["value"] for one in found["slices"]) == ["0.com", "1.com"]
+    assert 'id="slices"' in (tmp_path / "out" / "report.html").read_text()
+    assert "site" in pq.read_schema(tmp_path / "out" / per_image.FILE).names
 
 
 def test_no_image_that_a_run_learned_from_is_asked_about(tmp_path: Path, caplog) -> None:

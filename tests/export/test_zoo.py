@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from export import certificate, convert, images, parity, published, quantize
 from export.certificate import Candidate
-from export.reference import normalised, torch_reference
+from export.reference import standardize, torch_reference
 from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.session import OnnxModel
 from pipelines.bundle.settings import RuntimeSpec
@@ -195,7 +195,7 @@ def agreement(folder: Path, network: torch.nn.Module, files: list[Path]) -> tupl
     with torch.inference_mode():
         of_both = [
             network(pixel_values=torch.from_numpy(np.ascontiguousarray(pixels))).logits.numpy()
-            for pixels in (normalised(np.stack(ours), spec), np.stack(theirs))
+            for pixels in (standardize(np.stack(ours), spec), np.stack(theirs))
         ]
     centre = of_both[1].mean(axis=0)  # random weights prefer one class for every picture
     found_nc, expected_nc = (logits_nc - centre for logits_nc in of_both)
@@ -221,7 +221,7 @@ def test_a_published_model_is_fine_tuned_exported_and_certified_at_its_preproces
     pixels_nhwc = np.stack(images.decode([one.payload for one in images.edge_cases()[:4]], image))
     layers.set_training(network)
     adam = torch.optim.AdamW(layers.parameter_groups(network, Optimizer(learning_rate=1e-3)))
-    logits_nc = network(pixel_values=torch.from_numpy(normalised(pixels_nhwc, image))).logits
+    logits_nc = network(pixel_values=torch.from_numpy(standardize(pixels_nhwc, image))).logits
     torch.nn.functional.cross_entropy(logits_nc, torch.arange(4)).backward()
     adam.step()
     spec = ModelSpec(classes, "labels", image, temperature=1.7)
