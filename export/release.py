@@ -4,6 +4,7 @@
 it to the output with the certificate of fp32 on cpu last. `certify` adds what another machine measured.
 """
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -329,7 +330,7 @@ def _refuse_with_report(report_uri: str, certificates: Certificates, labels: pa.
         return
     folder = storage.open_storage(report_uri)
     for (provider, name), document in certificates.items():
-        folder.put(f"{provider}-{name}.json", report.as_json(document))
+        folder.put(f"{provider}-{name}.json", json.dumps(document, indent=2, allow_nan=False).encode())
     folder.put("report.html", report.render(certificates, labels))
     refuse_failed(certificates, f"{redact(report_uri)}/report.html")
 

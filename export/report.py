@@ -1,6 +1,5 @@
 """The certificate as one self-contained HTML page: verdict, numbers, histograms, worst images, speed."""
 
-import json
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -53,8 +52,3 @@ def number(value: float | str | None) -> str:
     if value is None:
         return "not limited"
     return value if isinstance(value, str) else f"{value:.3g}"
-
-
-def as_json(document: Mapping[str, Any]) -> bytes:
-    """A document that is kept although there is no bundle to put it into."""
-    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()

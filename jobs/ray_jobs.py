@@ -143,7 +143,7 @@ class RayJobs:
         return sorted(ours, key=lambda job: job.start_time or 0)
 
     def stop(self, name: str) -> Any:
-        """Ask a job to stop and wait for its end, which it may put off by `STOP_WAIT_S`; its details."""
+        """Ask a job to stop and wait for its end, at most `STOP_WAIT_S` later; its details."""
         if not self.details(name).status.is_terminal():
             self._ask(lambda: self._client.stop_job(name))
         deadline = time.monotonic() + STOP_WAIT_S + 30

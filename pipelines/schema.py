@@ -33,7 +33,7 @@ LABELLED = pa.schema(
 """What the model says about it; null where the status is not `ok`."""
 
 RESPONSE = pa.schema([pa.field("etag", pa.string()), pa.field("last_modified", pa.string())])
-"""What the server said of the bytes, to be asked about them another night; null where it said nothing."""
+"""The server's validators of the bytes, for a conditional request another night; null where it sent none."""
 
 LOADED = pa.schema(
     [
