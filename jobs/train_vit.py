@@ -18,7 +18,7 @@ from jobs.label_map import load_dataset
 from jobs.progress import TrainingProgress
 from jobs.settings import part_of
 from pipelines.datasets.settings import DataSettings
-from pipelines.messages import JobFailed, Stopped, redact
+from pipelines.messages import JobFailed, redact
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 
@@ -62,7 +62,7 @@ def train(config: TrainConfig, job: Any) -> Any:
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             with TrainingProgress(job.recipe.metric_for_best_model) as progress:
                 return fit.fit(job, config.cache, progress)
-    except (Stopped, SystemExit, KeyboardInterrupt):  # Ray turns a signal into SystemExit while it starts
+    except (KeyboardInterrupt, SystemExit):  # Ray turns a signal into SystemExit while it starts
         epochs = epochs_done(config.output)
         kept = f"epochs 1 to {epochs} are kept" if epochs else "no epoch was finished"
         raise JobFailed(f"stopped; {kept}, and the same command continues") from None

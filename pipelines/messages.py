@@ -68,5 +68,8 @@ class Refused(CommandError):
     """A quality gate said no: parity, or the error budget."""
 
 
-class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived; its text is the signal's name."""
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGINT arrived; its text is the signal's name.
+
+    While a driver waits in `ray.get`, Ray passes on a KeyboardInterrupt, and drops a handler's other errors.
+    """
