@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 STAMP := $(VENV)/.installed
 
 .PHONY: install lint check test demo bench peers lock clean
@@ -22,10 +23,10 @@ lint: install  ## lint, format, types, import directions
 	$(BIN)/lint-imports
 
 check: lint  ## the same, and the fast tests
-	$(BIN)/python -m pytest -q -m "not ray and not slow and not gpu and not s3"
+	$(PYTEST) -m "not ray and not slow and not gpu and not s3"
 
 test: install  ## every test that this machine can run
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 demo: install  ## the whole story on images that the project draws itself
 	$(BIN)/iab-vision demo
