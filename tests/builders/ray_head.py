@@ -43,13 +43,9 @@ class Head:
         )
 
     def kill(self) -> None:
-        """End the head and all that it started."""
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(30)
+        """End the head; what it started ends with it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
 
 
 def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:

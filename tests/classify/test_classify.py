@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 from jobs.cli import main
+from pipelines.classify import passes
 from pipelines.classify.steps import work_list
+from pipelines.fetch import hosts
 from pipelines.inventory import inventory
 from tests.builders import decoder_faults
 from tests.builders.drivers import start
@@ -236,13 +238,16 @@ def test_a_refused_run_is_mended_without_publishing(images, bundle, tmp_path, ca
         server.close()
 
 
-def test_an_outage_is_waited_out_before_failures_are_recorded(bundle, tmp_path):
+def test_an_outage_is_waited_out_before_failures_are_recorded(bundle, tmp_path, monkeypatch):
     """Every request fails until 90 were made: more than two passes over 30 images."""
+    for module, name in ((passes, "PROBE_EVERY_S"), (hosts, "PROBE_INTERVAL_S"), (hosts, "GRACE_S")):
+        monkeypatch.setattr(module, name, 0.0)
     server = FaultServer()
     try:
         uris = [f"{server.url}/outage?{n}" for n in range(30)]
         pq.write_table(pa.table({"uri": uris}), tmp_path / "in.parquet")
         settings = ["--fetch.allow-private-addresses", "--fetch.max-attempts", "1", "--retry-passes", "2"]
+        settings += ["--fetch.backoff-s", "0"]  # the host's pauses double with every failure
         arguments = command(tmp_path / "in.parquet", bundle, tmp_path / "out", *settings)
         assert main(arguments) == 0
         assert set(statuses_by_uri(tmp_path / "out").values()) == {"ok"}

@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_a_silent_store_is_named_before_it_is_given_up(monkeypatch, caplog):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         point_at(monkeypatch, listening.getsockname()[1])
         monkeypatch.setattr(objects, "SILENCE_S", 0.2)
-        monkeypatch.setattr(objects, "REQUEST_S", 1)
+        monkeypatch.setattr(objects, "object_store", partial(objects.object_store, request_s=1.0))
         with pytest.raises(StorageError):
             objects.ObjectStorage("s3://bucket/folder", patience_s=1.0).read("file")
     assert "no answer from s3://bucket/folder/file" in caplog.text
