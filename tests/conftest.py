@@ -26,7 +26,7 @@ def shared_folder(name: str) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several test processes one runs all that start Ray: one cluster at a time is enough for two cores."""
+    """Of several test processes one runs all tests that start Ray: two cores bear one cluster at a time."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))

@@ -1,64 +1,165 @@
-"""Classifies on a Ray cluster of local nodes with chosen resources; GPUs are only counted, not there.
+"""Classifies on Ray clusters of local nodes with chosen resources; GPUs are only counted, not there.
 
-    python -m tests.builders.clusters '{"nodes": [[2, 1], [6, 0]], "remove": null}' classify …
-
-A process of its own, because a process knows one cluster. `remove` names a node that is removed once the
-first part is recorded; `mounted` a folder and the descriptor by which only this process sees it.
+A process of its own, because a process knows one cluster. It keeps the head, which has no CPU, from one
+request to the next: a request names the other nodes, which are removed when it is done.
 """
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import quieten
+NODE_START_S = 180
+"""Ray gives a node 30 s to register, which is short on a machine that does other things too."""
 
-quieten()
-
-import ray  # noqa: E402
-from ray.cluster_utils import Cluster  # noqa: E402
-
-from jobs.cli import main  # noqa: E402
-from pipelines.classify import on_ray, watchdog  # noqa: E402
-
-run_dataflow = on_ray.run_dataflow
+RAY = {
+    "RAY_agent_register_timeout_ms": str(1000 * NODE_START_S),
+    "RAY_prestart_worker_first_driver": "0",  # a worker process for each CPU, most of them for nothing
+}
 
 
-def on_cpu(batches: Any, source: Any, model: Any, *rest: Any) -> Any:
+class Clusters:
+    """The process, started again should it have ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def classify(
+        self, shape: dict[str, Any], arguments: Sequence[str], log: Path
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `iab-vision classify` on a cluster of this shape; standard error is kept in `log` meanwhile.
+
+        Args:
+            shape: `nodes`, pairs of CPUs and GPUs; `remove`, the node that is removed once the first part
+                is recorded; `sessions`, after so many no further ones are waited for; `mounted`, a folder
+                and the descriptor by which only this process sees it.
+        """
+        if self._process is None:
+            command = [sys.executable, "-m", "tests.builders.clusters"]
+            self._process = subprocess.Popen(
+                command,
+                env=os.environ | RAY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._process.stdin and self._process.stdout
+        request = {**shape, "arguments": list(arguments), "log": str(log)}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        code = int(answer) if answer.strip() else -1
+        if not answer:
+            self.close()
+        return subprocess.CompletedProcess(list(arguments), code, "", log.read_text())
+
+    def close(self) -> None:
+        if self._process is not None:
+            with suppress(BrokenPipeError):
+                self._process.communicate()
+            self._process = None
+
+
+def serve() -> None:
+    """Answer each request on standard input, a line of JSON, with its exit code."""
+    from jobs.cluster import quieten
+
+    quieten()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from pipelines.classify import on_ray, watchdog
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    look_at, watchdog.LOOK_S, watchdog.REPLACE_S = watchdog.Watchdog._look_at, 0.2, 2.0
+    on_ray.run_dataflow = on_cpu(on_ray.run_dataflow)
+    ray._private.services.get_node = patient(ray._private.services.get_node)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            watchdog.Watchdog._look_at = impatient(look_at, request.get("sessions"))
+            with Path(request["log"]).open("wb") as log:
+                os.dup2(log.fileno(), 2)
+            print(run(cluster, request), file=answers, flush=True)
+    finally:
+        cluster.shutdown()
+
+
+def on_cpu(run_dataflow: Any) -> Any:
     """The dataflow with sessions on the CPU, whatever the pools were sized for."""
-    runtime = replace(model.runtime, provider="cpu")
-    return run_dataflow(batches, source, replace(model, runtime=runtime), *rest)
+
+    def run(batches: Any, source: Any, model: Any, *rest: Any) -> Any:
+        runtime = replace(model.runtime, provider="cpu")
+        return run_dataflow(batches, source, replace(model, runtime=runtime), *rest)
+
+    return run
 
 
-def remove_later(cluster: Cluster, node: Any, ledger: Path) -> None:
+def patient(get_node: Any) -> Any:
+    """`get_node` that waits until the node has registered."""
+
+    def get(*args: Any) -> Any:
+        deadline = time.monotonic() + NODE_START_S
+        while True:
+            try:
+                return get_node(*args)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    return get
+
+
+def run(cluster: Any, request: dict[str, Any]) -> int:
+    import ray
+
+    from jobs.cli import main
+
+    arguments = request["arguments"]
+    nodes = [cluster.add_node(num_cpus=cpus, num_gpus=gpus) for cpus, gpus in request["nodes"]]
+    if request.get("remove") is not None:
+        ledger = Path(arguments[arguments.index("--output") + 1]) / "state" / "ledger"
+        removing = (cluster, nodes[request["remove"]], ledger)
+        threading.Thread(target=remove_later, args=removing, daemon=True).start()
+    if "mounted" in request:
+        folder, descriptor = request["mounted"]
+        os.dup2(os.open(folder, os.O_RDONLY), descriptor, inheritable=False)
+    try:
+        return main([*arguments, "--ray-address", cluster.address])
+    finally:
+        ray.shutdown()
+        for node in nodes:
+            if node in cluster.worker_nodes:
+                cluster.remove_node(node)
+
+
+def impatient(look_at: Any, sessions: int | None) -> Any:
+    """The watchdog's look, with patience until so many sessions have started."""
+    from pipelines.classify import watchdog
+
+    def look(self: Any, pool: str, operator: Any) -> None:
+        enough = sessions is not None and pool == "sessions" and operator.get_actor_info().running >= sessions
+        watchdog.START_S = 1.0 if enough else NODE_START_S
+        look_at(self, pool, operator)
+
+    return look
+
+
+def remove_later(cluster: Any, node: Any, ledger: Path) -> None:
     while len(list(ledger.glob("*.json"))) < 2:
         time.sleep(0.1)
     cluster.remove_node(node, allow_graceful=False)
     print("a node was removed", file=sys.stderr, flush=True)
 
 
-def classify(shape: dict[str, Any], arguments: list[str]) -> int:
-    watchdog.START_S, watchdog.REPLACE_S = shape.get("start_s", 60.0), 5.0
-    on_ray.run_dataflow = on_cpu
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=cpus, num_gpus=gpus) for cpus, gpus in shape["nodes"]]
-    if shape.get("remove") is not None:
-        ledger = Path(arguments[arguments.index("--output") + 1]) / "state" / "ledger"
-        removing = (cluster, nodes[shape["remove"]], ledger)
-        threading.Thread(target=remove_later, args=removing, daemon=True).start()
-    if "mounted" in shape:
-        folder, descriptor = shape["mounted"]
-        os.dup2(os.open(folder, os.O_RDONLY), descriptor, inheritable=False)
-    try:
-        return main([*arguments, "--ray-address", cluster.address])
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 if __name__ == "__main__":
-    sys.exit(classify(json.loads(sys.argv[1]), sys.argv[2:]))
+    serve()

@@ -1,8 +1,7 @@
 """Every shape of cluster starts or says why not, and a node that is lost and not replaced stops nothing."""
 
-import json
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify.settings import Workers
 from pipelines.classify.sizing import Node, size_pools
+from tests.builders.clusters import Clusters
 from tests.builders.models import small_bundle
 
 CUDA = RuntimeSpec(provider="cuda")
@@ -61,7 +61,15 @@ def test_short_runs_travel_in_small_chunks_that_both_sessions_share(images: int,
     assert (pools.items_per_batch, pools.infer_actors) == (chunk, 2)
 
 
+@pytest.fixture(scope="module")
+def clusters() -> Iterator[Clusters]:
+    clusters = Clusters()
+    yield clusters
+    clusters.close()
+
+
 def classify(
+    clusters: Clusters,
     folder: Path,
     shape: dict[str, object],
     *settings: str,
@@ -80,8 +88,7 @@ def classify(
         str(folder / "out"), "--workers.items-per-batch", "4", "--commit-interval-s", "0.2",
         "--allow-uncertified", *settings,
     ]  # fmt: skip
-    command = [sys.executable, "-m", "tests.builders.clusters", json.dumps(shape), *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    return clusters.classify(shape, arguments, folder / "stderr")
 
 
 def rows(folder: Path) -> int:
@@ -95,47 +102,54 @@ def rows(folder: Path) -> int:
 @pytest.mark.parametrize(
     "nodes",
     [
-        [[2, 1], [2, 1], [6, 0]],  # four in five load actors would be spread over the GPU nodes
-        [[1, 1], [1, 1], [6, 0]],
+        [[2, 1], [2, 1], [4, 0]],  # four in five load actors would be spread over the GPU nodes
+        [[1, 1], [1, 1], [4, 0]],
         [[4, 2], [3, 1]],
         [[3, 1], [3, 1]],
         [[1, 4], [4, 0]],
     ],
 )
-def test_clusters_of_unequal_nodes_start(tmp_path: Path, nodes: list[list[int]]) -> None:
-    done = classify(tmp_path, {"nodes": nodes}, "--provider", "cuda")
+def test_clusters_of_unequal_nodes_start(clusters: Clusters, tmp_path: Path, nodes: list[list[int]]) -> None:
+    done = classify(clusters, tmp_path, {"nodes": nodes}, "--provider", "cuda")
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path) == N_IMAGES
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_cluster_without_a_place_for_a_session_says_why(tmp_path: Path) -> None:
-    shape = {"nodes": [[4, 0]], "start_s": 10}
-    done = classify(tmp_path, shape, "--provider", "cuda", "--workers.infer-actors", "2")
-    assert done.returncode == 1
-    assert "0 of 2 sessions started after 10 s: no node has 1 GPU free" in done.stderr
-    assert "1 node of 4 CPU" in done.stderr
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_run_goes_on_with_the_actors_that_have_a_place(tmp_path: Path) -> None:
+def test_run_goes_on_with_the_actors_that_have_a_place(clusters: Clusters, tmp_path: Path) -> None:
     """Sessions of two CPUs on nodes of three and of one: one fits, though six CPUs would do for two."""
-    shape = {"nodes": [[3, 0], [1, 0], [1, 0], [1, 0]], "start_s": 8}
+    shape = {"nodes": [[3, 0], [1, 0], [1, 0], [1, 0]], "sessions": 1}
     settings = ["--threads-per-session", "2", "--workers.infer-actors", "2", "--workers.items-per-part", "8"]
-    done = classify(tmp_path, shape, *settings, images=2_000)
+    done = classify(clusters, tmp_path, shape, *settings, images=400)
     assert done.returncode == 0, done.stderr
-    assert rows(tmp_path) == 2_000
-    assert "1 of 2 sessions started after 8 s: no node has 2 CPU free" in done.stderr
+    assert rows(tmp_path) == 400
+    assert "1 of 2 sessions started after 1 s: no node has 2 CPU free" in done.stderr
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_images_that_a_node_does_not_see_stop_the_run_before_it_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [0, 1])
+def test_lost_node_shrinks_the_run(clusters: Clusters, tmp_path: Path, lost: int) -> None:
+    """The first node has a session, the second only load actors."""
+    shape = {"nodes": [[2, 1], [3, 0], [2, 1]], "remove": lost}
+    settings = ["--provider", "cuda", "--workers.items-per-part", "100"]
+    done = classify(clusters, tmp_path, shape, *settings, images=2_000)
+    assert done.returncode == 0, done.stderr
+    assert "a node was removed" in done.stderr
+    if lost == 0:  # load actors may have finished what they had to load: then nothing waits for a place
+        assert "found no place; the rest of the cluster goes on" in done.stderr
+    assert rows(tmp_path) == 2_000
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_images_that_a_node_does_not_see_stop_the_run_before_it_starts(
+    clusters: Clusters, tmp_path: Path
+) -> None:
     (tmp_path / "in.csv").write_text("uri\n/proc/self/fd/200/0.png\n")
     shape = {"nodes": [[2, 0], [2, 0]], "mounted": [str(tmp_path / "images"), 200]}
-    done = classify(tmp_path, shape, "--fetch.allow", "/proc/self/fd", images=1, inventory="in.csv")
+    done = classify(clusters, tmp_path, shape, "--fetch.allow", "/proc/self/fd", images=1, inventory="in.csv")
     assert done.returncode == 1
     assert "/proc/self/fd/200/0.png does not exist on " in done.stderr
     assert not list((tmp_path / "out" / "state" / "parts").rglob("*.parquet"))
@@ -143,14 +157,9 @@ def test_images_that_a_node_does_not_see_stop_the_run_before_it_starts(tmp_path:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_lost_node_shrinks_the_run(tmp_path: Path, lost: int) -> None:
-    """The first node has a session, the second only load actors."""
-    shape = {"nodes": [[4, 1], [4, 0], [3, 1]], "remove": lost}
-    settings = ["--provider", "cuda", "--workers.items-per-part", "100"]
-    done = classify(tmp_path, shape, *settings, images=4_000)
-    assert done.returncode == 0, done.stderr
-    assert "a node was removed" in done.stderr
-    if lost == 0:  # load actors may have finished what they had to load: then nothing waits for a place
-        assert "found no place; the rest of the cluster goes on" in done.stderr
-    assert rows(tmp_path) == 4_000
+def test_cluster_without_a_place_for_a_session_says_why(clusters: Clusters, tmp_path: Path) -> None:
+    shape = {"nodes": [[4, 0]], "sessions": 0}
+    done = classify(clusters, tmp_path, shape, "--provider", "cuda", "--workers.infer-actors", "2")
+    assert done.returncode == 1
+    assert "0 of 2 sessions started after 1 s: no node has 1 GPU free" in done.stderr
+    assert "1 node of 4 CPU" in done.stderr
