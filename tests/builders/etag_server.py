@@ -55,7 +55,7 @@ class EtagServer:
 
         server = ThreadingHTTPServer((ADDRESS, 0), Handler)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         return server
 
     def _answer(self, request: BaseHTTPRequestHandler, kind: str) -> None:

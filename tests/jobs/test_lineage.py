@@ -25,7 +25,7 @@ def server():
             """Quiet."""
 
     with HTTPServer(("127.0.0.1", 0), Server) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}", told
         http.shutdown()
 
