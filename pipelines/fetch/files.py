@@ -21,7 +21,8 @@ from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion, Fetched, Source, Span, check_length
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
-from pipelines.storage.uris import local_file, scheme_of
+from pipelines.storage.storage import open_storage
+from pipelines.storage.uris import is_local, local_file, scheme_of, split
 
 T = TypeVar("T")
 
@@ -79,6 +80,19 @@ def check_unchanged(planned: ContainerVersion | None, status: os.stat_result) ->
         planned.check(status.st_size, (str(status.st_mtime_ns), modified))
 
 
+def check_container(uri: str, planned: ContainerVersion | None) -> None:
+    """Raise FetchError (`source_changed`) unless the file is the one that was planned."""
+    if planned is None:
+        return
+    if is_local(uri):
+        check_unchanged(planned, os.stat(local_file(uri)))  # noqa: PTH116 - bytes: any name, UTF-8 or not
+        return
+    folder, name = split(uri)
+    storage = open_storage(folder)
+    version = storage.version(name)
+    planned.check(storage.size(name), (version.e_tag if version else None,))
+
+
 def _read(descriptor: int, span: Span | None, reservation: Reservation) -> bytes:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -108,7 +122,9 @@ class FsspecClient:
         n_bytes = span[1] if span else await loop.run_in_executor(self._threads, size_of, uri)
         max_bytes = self._limits.max_bytes
         await reservation.reserve(max_bytes if n_bytes is None else n_bytes)
-        return await loop.run_in_executor(self._threads, read_any, uri, max_bytes, span)
+        payload = await loop.run_in_executor(self._threads, read_any, uri, max_bytes, span)
+        await loop.run_in_executor(self._threads, check_container, uri, source.planned)  # after it was read
+        return payload
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -4,7 +4,6 @@ A column of binaries, or Hugging Face's struct<bytes, path>. Rows are read forwa
 time; a cursor stays open, so that the next rows of its row group need no second read.
 """
 
-import os
 import random
 import threading
 import time
@@ -19,15 +18,15 @@ import pyarrow.parquet as pq
 from aiohttp import ClientError, ClientResponseError
 from obstore.exceptions import BaseError
 
-from pipelines.fetch.files import check_unchanged
+from pipelines.fetch.files import check_container
 from pipelines.fetch.memory import check_size
 from pipelines.fetch.retry import FetchError, backoff_s, internal_error, status_of_code
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
-from pipelines.storage.storage import open_input, open_storage
-from pipelines.storage.uris import is_local, local_file, scheme_of, split
+from pipelines.storage.storage import open_input
+from pipelines.storage.uris import is_local, scheme_of
 
 BATCH_BYTES = 8 << 20
 """Payloads in memory at a time, about."""
@@ -124,19 +123,6 @@ class EmbeddedReader:
                 self._idle.remove(nearest)
                 return nearest
         return None
-
-
-def check_container(uri: str, planned: ContainerVersion | None) -> None:
-    """Raise FetchError (`source_changed`) unless the file is the one that was planned."""
-    if planned is None:
-        return
-    if is_local(uri):
-        check_unchanged(planned, os.stat(local_file(uri)))  # noqa: PTH116 - bytes: any name, UTF-8 or not
-        return
-    folder, name = split(uri)
-    storage = open_storage(folder)
-    version = storage.version(name)
-    planned.check(storage.size(name), (version.e_tag if version else None,))
 
 
 @dataclass(frozen=True, slots=True, order=True)

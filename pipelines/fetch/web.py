@@ -110,7 +110,8 @@ class WebClient:
                 found = Validator(response.headers.get("ETag"), response.headers.get("Last-Modified"))
                 if response.status == 304 and earlier:
                     return NotModified(found or earlier.validator)
-                _check_unchanged(response, source)
+                if source.planned and response.status == 206:
+                    source.planned.check(_total_bytes(response), (found.etag, found.last_modified))
                 return Body(await self._payload(response, reservation, span), found)
         except (aiohttp.ClientError, OSError, ValueError) as error:  # OSError: TimeoutError, resets
             raise to_fetch_error(error) from error
@@ -138,12 +139,10 @@ def _condition(validator: Validator) -> dict[str, str]:
     return {"If-Modified-Since": validator.last_modified or ""}
 
 
-def _check_unchanged(response: aiohttp.ClientResponse, source: Source) -> None:
-    """Raise FetchError (`source_changed`) if this is a part of another file than the planned one."""
-    if source.planned and response.status == 206:
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        size_bytes = int(total) if total.isascii() and total.isdigit() else None
-        source.planned.check(size_bytes, (response.headers.get("ETag"),))
+def _total_bytes(response: aiohttp.ClientResponse) -> int | None:
+    """The size of the file that this is a part of, if the server says it."""
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(total) if total.isascii() and total.isdigit() else None
 
 
 def parse(uri: str) -> URL:

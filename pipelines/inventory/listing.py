@@ -13,8 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Literal
 from urllib.parse import quote
 
-import pyarrow.fs as pafs
-
 from pipelines.images.prepare import is_image_name
 from pipelines.inventory import tables
 from pipelines.inventory.plan import FoundFile
@@ -94,14 +92,9 @@ def _single(storage: Storage, name: str) -> FoundFile | None:
 
 
 def _version(storage: Storage, name: str) -> str:
-    filesystem, folder = storage.filesystem_and_path()
-    path = f"{folder.rstrip('/')}/{name}"
-    if not isinstance(filesystem, pafs.PyFileSystem):
-        return str(filesystem.get_file_info(path).mtime_ns)
-    info = filesystem.handler.fs.info(path)
-    return str(
-        next((info[key] for key in ("e_tag", "ETag", "etag", "mtime", "created") if info.get(key)), "")
-    )
+    if found := storage.version(name):
+        return found.e_tag or ""
+    return str((local_path(storage.uri) / name).stat().st_mtime_ns)
 
 
 def _found(base: str, entry: Entry) -> FoundFile:

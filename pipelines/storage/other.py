@@ -56,8 +56,14 @@ class FsspecStorage:
         with self._replacing(path) as (filesystem, temporary):
             filesystem.put_file(str(local_file), temporary)
 
-    def version(self, path: str) -> None:
-        return None
+    def version(self, path: str) -> Version | None:
+        filesystem, folder = self.opened
+        try:
+            info = filesystem.info(f"{folder}/{path}")
+        except FileNotFoundError:
+            return None
+        names = ("e_tag", "ETag", "etag", "Last-Modified", "mtime", "created")
+        return Version(next((str(info[name]) for name in names if info.get(name)), None), None)
 
     def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
         self.put_file(path, local_file)

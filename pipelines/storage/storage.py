@@ -49,7 +49,7 @@ class Storage(Protocol):
         """`put` from a local file of any size, which is moved where a rename is possible."""
 
     def version(self, path: str) -> Version | None:
-        """The file's current version, for `put_file_over`; None if it is missing or cannot be compared."""
+        """The file's current version; None if it is missing, or a file of this machine."""
 
     def put_file_over(self, path: str, local_file: Path, seen: Version | None) -> None:
         """`put_file` if the file is still as `seen`. Raises AlreadyExists if it holds other bytes.

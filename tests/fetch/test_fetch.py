@@ -373,6 +373,15 @@ def test_signed_query_is_sent_as_given_and_never_told(server: FaultServer, fetch
     assert "secret" not in f"{blocked.error}"
 
 
+def test_no_proxy_is_used_whatever_the_environment_says(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with Fetcher(LIMITS) as direct:
+        assert direct.fetch(f"{server.url}/ok").status is Status.OK
+
+
 def test_address_is_judged_where_the_connection_is_made(fetcher: Fetcher) -> None:
     with witness() as (port, seen):
         hosts = ["127.0.0.1", "localhost", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "0x7f.1", "127.1"]
