@@ -1,21 +1,26 @@
-"""Runs two drivers one storage operation at a time, in every order that can make a difference.
+"""Runs two drivers one storage operation at a time, in every order of few switches between them.
 
-Each driver is a thread that stops before every operation on the shared folders and waits for its turn. A
-state is what each file was last written by, and what each driver has seen so far; from equal states
-equal things follow, so each is continued once. Schedules are replayed from a fresh folder, so a driver's
-fresh names are numbered instead of drawn.
+Faults of concurrent programs show after one or two switches (Musuvathi and Qadeer, Iterative Context
+Bounding, 2007). Each driver is a thread that stops before every operation on the shared folders and waits
+for its turn. A state is what each file was last written by, and what each driver has seen so far; from equal
+states equal things follow, so each is continued once. Schedules are replayed from a fresh folder, so a
+driver's fresh names are numbered instead of drawn.
 """
 
+import os
 import threading
 import uuid
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tests.builders.hooked_storage import Hook
 
 WRITES = ("put", "put_file_over", "create")
 NAMES = "AB"
+SWITCHES = int(os.environ.get("IAB_VISION_TEST_SWITCHES", "2"))
+"""How often the turn goes from one driver to the other before it ends; 99 tries all, in several minutes."""
 
 
 class Numbers(threading.local):
@@ -39,38 +44,38 @@ class Abandoned(BaseException):
     """This schedule leads to a state that was continued before."""
 
 
+def held() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
 @dataclass
 class Driver:
-    """One thread under the scheduler's hand."""
+    """One thread, which runs only while it has its turn."""
 
     name: str
     history: list[Hashable] = field(default_factory=list)
     outcome: str | None = None
     abandoned: bool = False
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    paused: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    turn: threading.Lock = field(default_factory=held)
 
-    def start(self, work: Callable[[Hook], None], world: "World") -> threading.Thread:
+    def start(self, work: Callable[[Hook], None], schedule: "Schedule") -> threading.Thread:
         def body() -> None:
             self.turn.acquire()
             try:
                 if not self.abandoned:
-                    work(lambda operation, args, proceed: world.operate(self, operation, args, proceed))
+                    work(lambda operation, args, proceed: schedule.operate(self, operation, args, proceed))
                 self.outcome = "finished"
             except Abandoned:
                 self.outcome = "abandoned"
             except Exception as error:
                 self.outcome = type(error).__name__
-            self.paused.release()
+            schedule.rest(self)
 
         thread = threading.Thread(target=body, name=self.name, daemon=True)
         thread.start()
         return thread
-
-    def step(self) -> None:
-        """Let it do its next operation and come to rest before the one after."""
-        self.turn.release()
-        self.paused.acquire()
 
 
 @dataclass
@@ -85,12 +90,6 @@ class World:
         self, driver: Driver, operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]
     ) -> Any:
         path = str(args[0]) if args else ""
-        if self.private(operation, path):
-            return self.quietly(driver, operation, path, proceed)
-        driver.paused.release()
-        driver.turn.acquire()
-        if driver.abandoned:
-            raise Abandoned
         try:
             result = proceed()
         except Exception as error:
@@ -136,53 +135,100 @@ class Explored:
 def explore(
     new_world: Callable[[], tuple[World, Callable[[Hook], None], Callable[[tuple[str, str]], None]]],
 ) -> Explored:
-    """Every order of two drivers' operations.
+    """Every order of two drivers' operations that changes at most SWITCHES times from one to the other.
 
     Args:
         new_world: makes a fresh folder; gives its world, the driver's work, and the check of its end.
     """
     explored = Explored()
-    waiting: list[str] = [""]
-    while waiting:
-        prefix = waiting.pop()
-        run_schedule(prefix, explored, waiting, *new_world())
+    by_switches: list[list[str]] = [[*NAMES], *([] for _ in range(SWITCHES))]
+    for waiting in by_switches:  # fewest first: from a state that is met again no more can follow than before
+        while waiting:
+            world, work, check = new_world()
+            schedule = Schedule(waiting.pop(), explored, world)
+            outcome = schedule.run(work)
+            for order in schedule.others:
+                if (switches := switched(order)) <= SWITCHES:
+                    by_switches[switches].append(order)
+            if outcome:
+                explored.schedules += 1
+                explored.outcomes[outcome] = explored.outcomes.get(outcome, 0) + 1
+                check(outcome)
     return explored
 
 
-def run_schedule(
-    prefix: str,
-    explored: Explored,
-    waiting: list[str],
-    world: World,
-    work: Callable[[Hook], None],
-    check: Callable[[tuple[str, str]], None],
-) -> None:
-    drivers = [Driver(name) for name in NAMES]
-    threads = [driver.start(work, world) for driver in drivers]
-    for driver in drivers:
-        driver.step()  # to rest before its first operation
-    done = ""
-    while running := [driver for driver in drivers if driver.outcome is None]:
-        if len(done) < len(prefix):
-            chosen = drivers[NAMES.index(prefix[len(done)])]
+def switched(order: str) -> int:
+    return sum(one != other for one, other in pairwise(order))
+
+
+@dataclass
+class Schedule:
+    """One order of operations; the driver that comes to rest chooses who goes on, if it can itself."""
+
+    prefix: str
+    explored: Explored
+    world: World
+    others: list[str] = field(default_factory=list)
+    """Orders that begin like this one and then give the turn to the other driver."""
+    drivers: list[Driver] = field(default_factory=lambda: [Driver(name) for name in NAMES])
+    over: threading.Lock = field(default_factory=held)
+    done: str = ""
+    n_at_rest: int = 0
+    """How often a driver has come to rest, at first each before its first operation."""
+
+    def run(self, work: Callable[[Hook], None]) -> tuple[str, str] | None:
+        """How both ended; None when a state was met from which another schedule goes on."""
+        threads = [driver.start(work, self) for driver in self.drivers]
+        self.drivers[0].turn.release()
+        self.over.acquire()
+        complete = all(driver.outcome for driver in self.drivers)
+        for driver in self.drivers:
+            driver.abandoned = True
+            if driver.outcome is None:
+                driver.turn.release()
+                self.over.acquire()
+        for thread in threads:
+            thread.join()
+        return (str(self.drivers[0].outcome), str(self.drivers[1].outcome)) if complete else None
+
+    def operate(
+        self, driver: Driver, operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]
+    ) -> Any:
+        path = str(args[0]) if args else ""
+        if self.world.private(operation, path):
+            return self.world.quietly(driver, operation, path, proceed)
+        self.rest(driver)
+        return self.world.operate(driver, operation, args, proceed)
+
+    def rest(self, driver: Driver) -> None:
+        """The driver is about to do its next operation, or has ended."""
+        if driver.abandoned and driver.outcome is None:  # on its way out
+            raise Abandoned
+        following = None if driver.abandoned else self.follow(driver)
+        if following is driver:
+            return
+        (following.turn if following else self.over).release()
+        if driver.outcome is None:
+            driver.turn.acquire()
+            if driver.abandoned:
+                raise Abandoned
+
+    def follow(self, rested: Driver) -> Driver | None:
+        """Who goes on; nobody when all have ended, or when the state is known."""
+        self.n_at_rest += 1
+        if self.n_at_rest < len(self.drivers):
+            return self.drivers[self.n_at_rest]
+        running = [driver for driver in self.drivers if driver.outcome is None]
+        if not running:
+            return None
+        if len(self.done) < len(self.prefix):
+            chosen = self.drivers[NAMES.index(self.prefix[len(self.done)])]
         else:
-            state = world.state(drivers)
-            if state in explored.states:
-                break
-            explored.states.add(state)
-            chosen = running[0]
-            waiting.extend(done + driver.name for driver in running[1:])
-        chosen.step()
-        done += chosen.name
-    else:
-        outcome = (str(drivers[0].outcome), str(drivers[1].outcome))
-        explored.schedules += 1
-        explored.outcomes[outcome] = explored.outcomes.get(outcome, 0) + 1
-        check(outcome)
-        return
-    for driver in drivers:
-        driver.abandoned = True
-        while driver.outcome is None:
-            driver.step()
-    for thread in threads:
-        thread.join()
+            state = self.world.state(self.drivers), rested.name
+            if state in self.explored.states:
+                return None
+            self.explored.states.add(state)
+            chosen = rested if rested in running else running[0]
+            self.others.extend(self.done + other.name for other in running if other is not chosen)
+        self.done += chosen.name
+        return chosen
