@@ -14,6 +14,9 @@ hypothesis.settings.load_profile("untimed")
 MOTO_SECRET = "testing-secret"
 """Secret key for moto's server, by which tests know that nothing checks signatures."""
 
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+"""Ray would start a worker process for each logical CPU at once: a second of CPU each, most for nothing."""
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -19,11 +19,6 @@ from typing import Any
 NODE_START_S = 180
 """Ray gives a node 30 s to register, which is short on a machine that does other things too."""
 
-RAY = {
-    "RAY_agent_register_timeout_ms": str(1000 * NODE_START_S),
-    "RAY_prestart_worker_first_driver": "0",  # a worker process for each CPU, most of them for nothing
-}
-
 
 class Clusters:
     """The process, started again should it have ended."""
@@ -45,7 +40,7 @@ class Clusters:
             command = [sys.executable, "-m", "tests.builders.clusters"]
             self._process = subprocess.Popen(
                 command,
-                env=os.environ | RAY,
+                env=os.environ | {"RAY_agent_register_timeout_ms": str(1000 * NODE_START_S)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
