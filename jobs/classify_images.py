@@ -51,14 +51,14 @@ KEPT = "what is recorded stays recorded, and the same command continues it"
 
 def run(config: ClassifyConfig) -> int:
     """Prepare, classify what is missing, publish, report; or say that it is all done."""
-    with explaining_failures("the same command starts it again"):
+    with explain_failures("the same command starts it again"):
         prepared = prepare(config)
-    with explaining_failures(), hold_run(prepared.ledger, prepared.state, take_over=config.take_over):
+    with explain_failures(), hold_run(prepared.ledger, prepared.state, take_over=config.take_over):
         return carry_out(prepared, config)
 
 
 @contextmanager
-def explaining_failures(kept: str = KEPT) -> Iterator[None]:
+def explain_failures(kept: str = KEPT) -> Iterator[None]:
     """Report failures of storage and requests to stop as a `JobFailed` that says what is kept."""
     try:
         yield

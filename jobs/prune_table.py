@@ -5,7 +5,7 @@
 Seconds per date. Expected result: a line per date; files that no ledger lists stay and are named.
 """
 
-from jobs.classify_images import explaining_failures
+from jobs.classify_images import explain_failures
 from jobs.config import PruneConfig
 from pipelines.nights import prune
 from pipelines.storage.storage import open_storage
@@ -15,7 +15,7 @@ NAMED = 5
 
 def run(config: PruneConfig) -> int:
     """Remove the dates, or say which would go."""
-    with explaining_failures():
+    with explain_failures():
         removals = prune.find_removals(open_storage(config.table).uri, keep_days=config.keep_days)
         verb = "would remove" if config.dry_run else "removing"
         for removal in removals:

@@ -14,7 +14,7 @@ from jobs.certificate_gate import require_certificate
 from jobs.classify_images import (
     classify_missing,
     describe_run,
-    explaining_failures,
+    explain_failures,
     run_settings,
     warn_if_unfenced,
 )
@@ -43,7 +43,7 @@ from pipelines.storage.storage import open_storage
 
 def run(config: NightlyConfig) -> int:
     """Publish the date, or repeat what became of it."""
-    with explaining_failures():
+    with explain_failures():
         folders = DateFolders(open_storage(config.table).uri, config.date)
         verdict = None if config.replace or config.retry_failed else nights.read_verdict(folders)
         if verdict and reporting.has_page(folders.root, verdict["generation"]):

@@ -75,7 +75,7 @@ def write_contents(
 def write_earlier(
     database: duckdb.DuckDBPyConnection, unreliable: Sequence[str], state: Storage, folder: Path
 ) -> None:
-    """Write what servers said of the items that are asked about again; not of hosts that are not believed."""
+    """Write what servers said of the items that are asked about again; not of unreliable hosts."""
     found = database.sql(_EARLIER, params={"hosts": list(unreliable)}).to_arrow_table()
     _store(found, state, EARLIER, folder)
 
@@ -113,7 +113,7 @@ def name_reused(generation: int) -> str:
     return f"known/reused-g{generation}.arrow"
 
 
-def completer(state: Storage, generation: int) -> Callable[[pa.Table], pa.Table]:
+def make_completer(state: Storage, generation: int) -> Callable[[pa.Table], pa.Table]:
     """What puts the results of earlier nights into the rows of a part that name them by sha256."""
     reused = map_arrow(state, name_reused(generation))
     digests = None if reused is None else Digests(reused)

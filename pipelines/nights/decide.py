@@ -1,6 +1,6 @@
 """Tonight's plan and what an earlier night knew of each URI -> a decision per item.
 
-    carried          its validator stands, and the earlier night has its labels
+    carried          its validator is unchanged, and the earlier night has its labels
     carried_failure  it failed for good not long ago, and nothing says that it has changed
     changed          the inventory's validator is another
     asked            nothing in the inventory tells; a web server is asked whether it has changed

@@ -21,7 +21,7 @@ from pipelines.storage.uris import join
 
 IMAGES, STATE = "images", "state"
 RESULT_KEY = ("model_id", "precision", "top_k", "max_pixels", "max_side")
-"""What a result follows from beside the image's bytes: only results of equal settings are carried over."""
+"""What decides a result besides the image's bytes: only results of equal settings are carried over."""
 _MARKER = re.compile(rf"run_date=(\d{{4}}-\d\d-\d\d)/{SUCCESS}")
 _DATE = re.compile(r"run_date=(\d{4}-\d\d-\d\d)/")
 _RUN = re.compile(r"g(\d+)/.*")

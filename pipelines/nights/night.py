@@ -1,4 +1,4 @@
-"""One night: what stands is carried over, the rest is classified, and the date is published whole.
+"""One night: what is unchanged is carried over, the rest is classified, and the date is published whole.
 
     decide and carry  ->  classify what is left  ->  gather what the parts say  ->  publish, report, verdict
 
@@ -29,7 +29,7 @@ from pipelines.ledger.verify import REPORT_JSON
 from pipelines.nights.carry import Target, carry_rows
 from pipelines.nights.contents import (
     History,
-    completer,
+    make_completer,
     name_reused,
     write_contents,
     write_earlier,
@@ -87,7 +87,7 @@ def read_ledger(state: Storage) -> Ledger | None:
 
 
 def carry_over(night: NightRun) -> None:
-    """Carry what stands, and leave for the workers what earlier nights know."""
+    """Carry what is unchanged, and leave for the workers what earlier nights know."""
     run = night.run
     if run.ledger.state.phase is not Phase.RUNNING:
         return
@@ -95,7 +95,7 @@ def carry_over(night: NightRun) -> None:
         return
     started = time.monotonic()
     nights, previous, history = _look_back(night)
-    with _working() as (database, folder):
+    with _open_workspace() as (database, folder):
         if previous and run.plan.n_items:
             found = decide(
                 database, run.plan, previous, tonight=night.folders.date, keep_failures=night.keep_failures
@@ -127,7 +127,7 @@ def publish_night(night: NightRun) -> None:
     run = night.run
     if run.ledger.state.phase is Phase.RUNNING:
         _gather(night)
-    run.layout = replace(GENERATIONS, complete=completer(run.state, run.ledger.state.generation))
+    run.layout = replace(GENERATIONS, complete=make_completer(run.state, run.ledger.state.generation))
     run.about["night"] = json.loads(run.state.read(NIGHT_JSON))
     runs.publish_table(run)
 
@@ -175,7 +175,7 @@ def _look_back(night: NightRun) -> tuple[list[Night], Night | None, History]:
 
 
 @contextmanager
-def _working() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
+def _open_workspace() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
     """A database, and a local folder for what does not fit in memory."""
     with tempfile.TemporaryDirectory(prefix="iab-vision-night-") as name, open_database(Path(name)) as found:
         yield found, Path(name)
@@ -193,7 +193,7 @@ def _gather(night: NightRun) -> None:
     started, run = time.monotonic(), night.run
     rerun = bool(run.ledger.state.reopened)
     _, previous, history = _look_back(night)
-    with _working() as (database, folder):
+    with _open_workspace() as (database, folder):
         found = gather(run.ledger.state.parts, run.state, folder, tonight=night.folders.date)
         create_view(database, "fetched", open_storage(str(folder)), [found.fetched.name])
         if any(found.counts[status] for status in CARRIED):
@@ -214,7 +214,7 @@ def _leave_counts(
         unreliable = find_unreliable_hosts(database)
     for host in unreliable:
         log.warning(
-            "%s changes its validators though its images are the same (%s of %s); they are not believed",
+            "%s changes its validators though its images are the same (%s of %s); they are ignored",
             host["host"], host["unreliable"], host["images"],
         )  # fmt: skip
     repeats = "SELECT count(*) - count(DISTINCT sha256) FROM fetched WHERE status = 'ok'"

@@ -110,7 +110,7 @@ def make_thumbnails(
 
 
 def find_sources(plan: Plan, uris: Collection[str]) -> dict[str, Source]:
-    """URI -> where its bytes are, of those that lie in a file with others: tars, and Parquet with images."""
+    """URI -> where its bytes are, of images that share a file: tars, and Parquet with images."""
     if not plan.containers or not uris:
         return {}
     import pyarrow.dataset as ds  # brings pandas along, which other runs do not need

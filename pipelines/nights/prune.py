@@ -25,7 +25,7 @@ OWN = re.compile(
     r"|validators\.parquet|verdict\.json"
     r"|categories\.parquet|pages/.+|gallery/.+"
 )
-"""What a night leaves in its state beside plan and ledger; each name has one meaning there."""
+"""What a night leaves in its state in addition to plan and ledger; each name has one meaning there."""
 LAST = re.compile(r"run\.json|ledger/\d+\.json")
 
 

@@ -35,7 +35,7 @@ def report_run(run: Run, settings: ReportSettings) -> None:
     """Leave the page of a published classification, unless it is there; what fails is a warning."""
     if has_page(run.state, run.ledger.state.generation):
         return
-    with _warning_of_page(run):
+    with _guard_page(run):
         counts, gallery = _look(run, settings)
         facts = NightFacts(json.loads(run.state.read(REPORT_JSON)), counts, settings)
         _leave_page(run, run.state, report.describe(facts, run.bundle.taxonomy()), counts, gallery)
@@ -56,7 +56,7 @@ def report_night(night: NightRun, settings: ReportSettings) -> dict[str, Any]:
     facts = NightFacts(written, counts, settings, str(night.folders.date), past, last)
     document = report.describe(facts, run.bundle.taxonomy())
     run.state.put(REPORT_JSON, json.dumps({**written, "drift": document["drift"]}, indent=1).encode())
-    with _warning_of_page(run):
+    with _guard_page(run):
         _leave_page(run, root, document, counts, gallery)
     return dict(document["drift"])
 
@@ -67,7 +67,7 @@ def has_page(root: Storage, generation: int) -> bool:
 
 
 @contextmanager
-def _warning_of_page(run: Run) -> Iterator[None]:
+def _guard_page(run: Run) -> Iterator[None]:
     """Let no failure of the page change how the command ends: the table is published whole."""
     try:
         yield

@@ -1,7 +1,7 @@
 """What tonight's parts say of each URI -> `validators.parquet`, by which the next night decides.
 
 One row per item: what the inventory and the server said that changes with the bytes, the bytes' sha256, and
-what became of them. Also here: the hosts whose validators are not believed.
+what became of them. Also here: the hosts whose validators are unreliable.
 """
 
 import json
@@ -40,7 +40,7 @@ _READ = [*schema.PART_HEAD.names, "uri", "sha256", "status", CARRIED_FROM.name]
 LEAST_IMAGES = 10
 """Fewer images of a host say nothing of its validators."""
 MOST_UNRELIABLE = 0.5
-"""Share of a host's changed validators without changed bytes beyond which it is not believed."""
+"""Share of a host's changed validators without changed bytes beyond which they are unreliable."""
 
 HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/?#]+)"
 
@@ -148,7 +148,7 @@ def find_unreliable_hosts(database: duckdb.DuckDBPyConnection) -> list[dict[str,
 
 
 def read_unreliable_hosts(state: Storage) -> list[str]:
-    """The hosts that the night of this state folder did not believe."""
+    """The hosts whose validators that night found unreliable."""
     if not state.exists(HOSTS):
         return []
     return [found["host"] for found in json.loads(state.read(HOSTS))]

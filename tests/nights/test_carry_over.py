@@ -92,7 +92,7 @@ def test_failures_are_carried_for_some_nights_and_passing_ones_tried_again(
     assert list(statuses.values()) == ["not_an_image" if "html" in uri else statuses[uri] for uri in statuses]
 
 
-def test_a_host_with_random_etags_is_not_believed_and_named(
+def test_a_host_with_random_etags_is_ignored_and_named(
     nights: Nights, server: EtagServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.images = {f"/{number}.png": picture(number) for number in range(12)}
