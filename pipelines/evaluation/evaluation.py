@@ -91,20 +91,8 @@ class Scored:
 
     @cached_property
     def likely_nc(self) -> Array:
-        """0/1: the labels that each image probably has, which are its own unless these are doubtful.
-
-        Confident learning (Northcutt, Jiang and Chuang 2021, section 3.1): an image counts for a class when
-        its probability is at least the mean one of the images labelled so. Several labels: class by class.
-        """
-        own_nc, scores_nc = self.targets_nc > 0, self.probabilities_nc.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            present_nc = scores_nc >= (scores_nc * own_nc).sum(axis=0) / own_nc.sum(axis=0)
-            absent_nc = scores_nc <= (scores_nc * ~own_nc).sum(axis=0) / (~own_nc).sum(axis=0)
-        if self.multi_label:
-            likely: Array = np.where(present_nc == absent_nc, own_nc, present_nc)
-            return likely.astype(np.uint8)
-        best = np.where(present_nc, scores_nc, -1.0).argmax(axis=1)
-        return metrics.indicator(np.where(present_nc.any(axis=1), best, self.targets), len(self.class_ids))
+        """0/1: the labels that each image probably has, which are its own unless these are doubtful."""
+        return metrics.likely_labels(self.probabilities_nc, self.targets_nc, multi_label=self.multi_label)
 
     @cached_property
     def doubtful(self) -> Array:
@@ -204,27 +192,6 @@ def evaluate(
         doubtful=int(scored.doubtful.sum()),
         confusions=_confusions(scored),
     )
-
-
-def choose_images(
-    scored: Scored, *, sample: int = 24, worst: int = 12, seed: int = 0
-) -> tuple[Array, Array, Array]:
-    """Rows worth showing: a sample that visits every class in turn, mistakes and doubtful labels by loss."""
-    order = np.random.default_rng(seed).permutation(len(scored.targets))
-    turn = turns(scored.targets_nc[order].argmax(axis=1))
-    visited = order[np.argsort(turn, kind="stable")]
-    by_loss = np.argsort(-scored.loss, kind="stable")
-    mistakes, doubtful = (by_loss[which[by_loss]][:worst] for which in (scored.wrong, scored.doubtful))
-    return visited[:sample], mistakes, doubtful
-
-
-def turns(groups: Array) -> Array:
-    """How many earlier entries are equal to each entry: [7, 7, 3, 7] -> [0, 1, 0, 2]."""
-    sorted_by_group = np.argsort(groups, kind="stable")
-    ordered = groups[sorted_by_group]
-    found = np.empty(len(groups), np.int64)
-    found[sorted_by_group] = np.arange(len(groups)) - np.searchsorted(ordered, ordered)
-    return found
 
 
 def _intervals(scored: Scored) -> dict[str, list[float]]:

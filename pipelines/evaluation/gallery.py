@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pipelines.datasets import pixels
 from pipelines.evaluation import attention
-from pipelines.evaluation.evaluation import Scored, choose_images
+from pipelines.evaluation.evaluation import Scored
 from pipelines.evaluation.metrics import Array
 from pipelines.evaluation.report import ReportExtras, ReportImage, caption_images
 from pipelines.images.pixels import pixels_of
@@ -39,6 +39,27 @@ def make_gallery(
         doubtful=caption_images(scored, taxonomy, doubtful),
         attention=caption_images(scored, taxonomy, looked),
     )
+
+
+def choose_images(
+    scored: Scored, *, sample: int = 24, worst: int = 12, seed: int = 0
+) -> tuple[Array, Array, Array]:
+    """Rows worth showing: a sample that visits every class in turn, mistakes and doubtful labels by loss."""
+    order = np.random.default_rng(seed).permutation(len(scored.targets))
+    turn = _turns(scored.targets_nc[order].argmax(axis=1))
+    visited = order[np.argsort(turn, kind="stable")]
+    by_loss = np.argsort(-scored.loss, kind="stable")
+    mistakes, doubtful = (by_loss[which[by_loss]][:worst] for which in (scored.wrong, scored.doubtful))
+    return visited[:sample], mistakes, doubtful
+
+
+def _turns(groups: Array) -> Array:
+    """How many earlier entries are equal to each entry: [7, 7, 3, 7] -> [0, 1, 0, 2]."""
+    sorted_by_group = np.argsort(groups, kind="stable")
+    ordered = groups[sorted_by_group]
+    found = np.empty(len(groups), np.int64)
+    found[sorted_by_group] = np.arange(len(groups)) - np.searchsorted(ordered, ordered)
+    return found
 
 
 def fetch_images(images: pa.Table, rows: Array, spec: ImageSpec) -> list[ReportImage]:

@@ -290,6 +290,23 @@ def coverage_curve(scores: Array, right: Array, *, points: int = 200) -> dict[st
     }
 
 
+def likely_labels(scores_nc: Array, targets_nc: Array, *, multi_label: bool) -> Array:
+    """0/1 [n, classes]: the labels that images probably have.
+
+    Confident learning (Northcutt, Jiang and Chuang 2021, section 3.1): an image counts for a class when its
+    probability is at least the mean one of the images labelled so. Several labels: class by class.
+    """
+    own_nc, scores_nc = targets_nc > 0, scores_nc.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a class without images has no mean, and nothing counts for it
+        present_nc = scores_nc >= (scores_nc * own_nc).sum(axis=0) / own_nc.sum(axis=0)
+        absent_nc = scores_nc <= (scores_nc * ~own_nc).sum(axis=0) / (~own_nc).sum(axis=0)
+    if multi_label:
+        return np.where(present_nc == absent_nc, own_nc, present_nc).astype(np.uint8)
+    best = np.where(present_nc, scores_nc, -1.0).argmax(axis=1)
+    likely = np.where(present_nc.any(axis=1), best, targets_nc.argmax(axis=1))
+    return indicator(likely, targets_nc.shape[1])
+
+
 def wilson(successes: Array, trials: Array) -> Array:
     """Wilson score interval of each proportion, `float[..., 2]`; NaN where there was no trial.
 

@@ -1,11 +1,15 @@
 """The best model of a run: scored on validation and test, calibrated on validation, reported.
 
+Trained weights may have been run in a lower precision; what is measured and calibrated here is float32.
 Nothing is fitted on the test split. A dataset without one gets a report on validation, which says so.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +21,10 @@ from pipelines.evaluation.calibration import ThresholdRule
 from pipelines.evaluation.eval_set import EvalSet, take_images
 from pipelines.evaluation.evaluation import Evaluation, Scored, evaluate
 from pipelines.evaluation.gallery import make_gallery
+from pipelines.evaluation.models import TorchModel
 from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import ReportImage, write_report
-from pipelines.evaluation.score import EvalResult, score
+from pipelines.evaluation.score import EvalResult, predict_batch, score
 from pipelines.images.pixels import pixels_of
 from pipelines.images.prepare import Pixels
 from pipelines.messages import JobFailed
@@ -29,13 +34,14 @@ from pipelines.storage.uris import join
 from pipelines.taxonomy.taxonomy import Taxonomy
 from pipelines.training import augment, runs
 from pipelines.training.decoded import DecodedData
-from pipelines.training.logits import load_network, predict_on_cluster
 from pipelines.training.recipe import Recipe
 from pipelines.training.resources import Resources
 
 log = logging.getLogger(__name__)
 
 MEASURED = (splits.VALIDATION, splits.TEST)
+BATCH = 256
+"""Images that a model takes at once here."""
 AUGMENTED_IMAGES = 8
 """Training images that the report shows as augmentation leaves them."""
 
@@ -60,6 +66,49 @@ def score_splits(
         found[name] = score(eval_set, model_spec.class_ids, predictions)
         _refuse_lost(found[name])
     return found
+
+
+class Predictor:
+    """One model on one device; batches of decoded images in, their predictions out."""
+
+    def __init__(self, files: Mapping[str, bytes], model_spec: ModelSpec, device: str) -> None:
+        self.spec = model_spec.image_spec
+        self.predict = TorchModel(load_network(files).to(device), model_spec)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return predict_batch(batch, self.predict, self.spec)
+
+
+def predict_on_cluster(
+    dataset: Any, files: Mapping[str, bytes], model_spec: ModelSpec, resources: Resources
+) -> Iterator[pa.Table]:
+    """Predictions of every row of a decoded dataset, before any temperature."""
+    import ray
+
+    predicted = dataset.map_batches(
+        Predictor,
+        fn_constructor_args=(dict(files), model_spec, "cuda" if resources.use_gpu else "cpu"),
+        batch_size=BATCH,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.num_workers),
+        num_gpus=1 if resources.use_gpu else None,
+    )
+    yield from ray.get(predicted.to_arrow_refs())
+
+
+def load_network(files: Mapping[str, bytes]) -> Any:
+    """The model in these files, in float32 and evaluation mode."""
+    from transformers import AutoModelForImageClassification
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, payload in files.items():
+            Path(folder, name).write_bytes(payload)
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
+    return model.eval()
 
 
 def _refuse_lost(result: EvalResult) -> None:

@@ -21,7 +21,7 @@ from pipelines.evaluation import metrics
 from pipelines.messages import InputError, JobFailed, redact, root_cause
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.storage import storage, uris
-from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, prior, runs, scores
+from pipelines.training import checkpoints, decoded, evaluate, layers, model_files, recalibrate, runs
 from pipelines.training import model as vit
 from pipelines.training.decoded import DecodedData
 from pipelines.training.hub import model_card
@@ -110,10 +110,10 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
     files, best = best_model(result)
     train_s = time.time() - started
     shift = shift_of(job, prepared)
-    files = prior.put_back(files, shift)
+    files = model_files.put_back(files, shift)
     log.info("epoch %s is the best; measuring and calibrating it", best["epoch"])
     results = evaluate.score_splits(prepared, job.model_spec, files, job.resources)
-    scores.write(job.output, results)
+    recalibrate.write_scores(job.output, results)
     calibrated = evaluate.calibrate(
         {name: result.scored for name, result in results.items()},
         job.model_spec,

@@ -118,7 +118,8 @@ class Trainer:
         """Every epoch that is left: train, evaluate, report, perhaps stop."""
         while not self.is_over():
             self.train_epoch()
-            if not self.is_measured():
+            history = self.progress.history
+            if not history or history[-1]["step"] != self.steps_done:
                 self.measure()
 
     def is_over(self) -> bool:
@@ -277,11 +278,6 @@ class Trainer:
         on_device = [torch.as_tensor(one).to(device, non_blocking=True) for one in (pixels, targets)]
         images = augment.apply(on_device[0], draws, **size)
         return standardize(images, spec), augment.mix_targets(on_device[1], draws, **size)
-
-    def is_measured(self) -> bool:
-        """Whether the last evaluation was after the last step."""
-        history = self.progress.history
-        return bool(history) and history[-1]["step"] == self.steps_done
 
     def measure(self) -> None:
         """Evaluate, keep the better of the model's own and its averaged weights, report."""

@@ -1,7 +1,7 @@
 """A model folder's JSON files <-> `ModelSpec` and `ImageSpec`: the one reader and the one writer of each.
 
 `config.json` names the classes, `preprocessor_config.json` the pixels, both in Hugging Face's words;
-`iab_vision.json` is ours and holds the whole `ModelSpec`. Weights are not read here.
+`iab_vision.json` is ours and holds the whole `ModelSpec`. Of the weights only the last biases are touched.
 """
 
 import json
@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from pipelines.messages import InputError, first_line
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Spec = TypeVar("Spec", ImageSpec, ModelSpec)
 
+WEIGHTS = "model.safetensors"
 CONFIG, SIDECAR, PREPROCESSOR = "config.json", "iab_vision.json", "preprocessor_config.json"
 PIL_RESAMPLING = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Values of PIL.Image.Resampling, as preprocessor_config.json spells them."""
@@ -235,3 +238,26 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise InputError(f"{path.name} holds a {type(content).__name__}; expected an object")
     return content
+
+
+def put_back(files: Mapping[str, bytes], shift: npt.NDArray[np.float64]) -> dict[str, bytes]:
+    """The model's files with `shift` subtracted from its logits; the same files where it is zero.
+
+    Sampling, class weights and logit adjustment change how often a class seems to occur, and no temperature
+    undoes that: it is taken from the last layer's biases before one is fitted.
+    """
+    import torch
+    from safetensors.torch import load, save
+
+    if np.abs(shift).max() < 1e-9:
+        return dict(files)
+    tensors = load(files[WEIGHTS])
+    biases = [
+        name for name in tensors if name.endswith("classifier.bias") and len(tensors[name]) == len(shift)
+    ]
+    if not biases:
+        log.warning("the model has no classifier.bias: its probabilities keep the balanced class frequencies")
+        return dict(files)
+    for name in biases:  # distilled DeiT has two heads, whose logits are averaged
+        tensors[name] = (tensors[name].double() - torch.from_numpy(shift)).to(tensors[name].dtype)
+    return {**files, WEIGHTS: save(tensors, metadata={"format": "pt"})}

@@ -25,6 +25,7 @@ from pipelines.evaluation import (
     attention,
     eval_set,
     evaluation,
+    gallery,
     hierarchy,
     metrics,
     per_image,
@@ -148,7 +149,7 @@ def test_multi_label_evaluation_has_map_and_no_confusion_matrix() -> None:
 
 def test_the_sample_visits_every_class_and_the_worst_mistakes_are_the_surest_ones() -> None:
     judged, _ = random_scores(20)
-    sample, worst, _ = evaluation.choose_images(judged, sample=20, worst=5)
+    sample, worst, _ = gallery.choose_images(judged, sample=20, worst=5)
     assert set(judged.targets[sample]) == set(range(20))
     assert judged.wrong[worst].all()
     assert judged.loss[worst].min() == np.sort(judged.loss)[-5]
@@ -177,7 +178,7 @@ class References(html.parser.HTMLParser):
 def report_extras(judged: Scored, tree: taxonomy.Taxonomy) -> report.ReportExtras:
     """Everything that a report can show."""
     rng = np.random.default_rng(0)
-    rows = evaluation.choose_images(judged)[0]
+    rows = gallery.choose_images(judged)[0]
     images = [
         report.ReportImage(
             int(row),
@@ -389,7 +390,7 @@ def test_planted_label_errors_are_found(multi_label: bool) -> None:
     found = np.flatnonzero(judged.doubtful)
     assert len(np.intersect1d(found, planted)) >= 90
     assert len(np.setdiff1d(found, planted)) <= 20
-    _, _, shown = evaluation.choose_images(judged)
+    _, _, shown = gallery.choose_images(judged)
     assert set(shown) <= set(planted)
 
 

@@ -15,7 +15,7 @@ from pipelines.evaluation.eval_set import take_images
 from pipelines.evaluation.evaluation import Scored
 from pipelines.evaluation.metrics import probabilities
 from pipelines.evaluation.score import EvalResult
-from pipelines.training import decoded, evaluate, fit, model_files, scores
+from pipelines.training import decoded, evaluate, fit, model_files, recalibrate
 from pipelines.training import model as vit
 from pipelines.training.decoded import DecodedData
 from pipelines.training.recipe import ClassBalance
@@ -68,7 +68,7 @@ def test_run_takes_back_what_sampling_did_and_keeps_its_logits(job, tmp_path):
     expected = [shift[one] for one in job.data.classes]
     assert (before - after).tolist() == pytest.approx(expected, abs=1e-6)
     spec = replace(job.model_spec, temperature=content["temperature"])
-    kept = scores.read(job.output, spec)
+    kept = recalibrate.read_scores(job.output, spec)
     assert {name: len(one.targets) for name, one in kept.items()} == {
         name: len(job.data.indices(name)) for name in evaluate.MEASURED
     }

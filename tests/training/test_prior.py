@@ -1,5 +1,7 @@
 """What sampling, class weights and logit adjustment did to class frequencies is put back into the logits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,11 @@ from safetensors.torch import load, save
 
 from pipelines.evaluation import calibration, metrics
 from pipelines.training.losses import ClassCounts, class_weights, positive_weights, prior_shift
-from pipelines.training.prior import WEIGHTS, put_back
+from pipelines.training.model import Classes
+from pipelines.training.model_files import WEIGHTS, put_back
 from pipelines.training.recipe import ClassBalance
+from pipelines.training.validation import compute_logits
+from tests.builders.training import ALONE, RECIPE, Blocks, picture, trained, trainer_over
 
 RARE = 0.02
 
@@ -62,6 +67,37 @@ def test_probability_of_a_rare_class_is_its_share_again(balance, drawn_share):
         mean, error = mean_rare(logits_nc)
         assert mean > 2 * truth.mean()
         assert error > 0.02
+
+
+def looking_alike(n: int, rng: np.random.Generator) -> tuple[Blocks, np.ndarray]:
+    """Images of which 2 % of each thousand are of the rare class: a fifth of the tenth that look like it."""
+    kind = np.concatenate([rng.permutation(1000) for _ in range(n // 1000)])
+    pixels_nhwc = np.stack([picture([int(one < 100)], rng) for one in kind])
+    rare = (kind < 20).astype(int)
+    return Blocks(pixels_nhwc, rare[:, None].tolist()), rare
+
+
+def test_a_model_trained_with_oversampling_gives_a_rare_class_its_own_frequency():
+    """Learned by the training loop, calibrated on other images, measured on still others."""
+    rng, balance = np.random.default_rng(0), ClassBalance(sampling="oversample")
+    (training, rare), (held_out, truth) = looking_alike(1000, rng), looking_alike(2000, rng)
+    recipe = replace(RECIPE, epochs=1, batch_size=32, class_balance=balance)
+    made = trained(trainer_over(recipe, training, held_out, Classes(("a", "b"), False), ALONE), 1)
+    batches = [made.batches.validation.take(np.arange(first, first + 250)) for first in range(0, 2000, 250)]
+    logits_nc, _ = compute_logits(made.model, batches, made.task, precision="fp32")
+    shift = prior_shift(
+        balance,
+        drawn=counts(2 * (1000 - rare.sum()), 0.5),
+        natural=counts(1000, RARE),
+        multi_label=False,
+    )
+
+    def mean_rare(logits_nc: np.ndarray) -> float:
+        temperature = calibration.fit_temperature(logits_nc[:1000], truth[:1000])
+        return float(metrics.probabilities(logits_nc[1000:], temperature=temperature)[:, 1].mean())
+
+    assert mean_rare(logits_nc - shift) == pytest.approx(truth[1000:].mean(), rel=0.25)
+    assert mean_rare(logits_nc) > 2 * truth[1000:].mean(), "what the test is about"
 
 
 def test_positive_weights_of_a_multi_label_model_are_put_back():

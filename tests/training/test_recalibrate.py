@@ -12,7 +12,7 @@ from pipelines.evaluation.evaluation import Scored
 from pipelines.evaluation.metrics import probabilities
 from pipelines.evaluation.score import EvalResult
 from pipelines.specs import ImageSpec, ModelSpec
-from pipelines.training import model_files, runs, scores
+from pipelines.training import model_files, recalibrate, runs
 
 SPEC = ModelSpec(("483", "1", "425"), "3.1", ImageSpec())
 
@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> Path:
     """What training leaves, as far as calibration reads it; the logits are three times too sure."""
     folder = tmp_path / "run"
     (folder / "best").mkdir(parents=True)
-    scores.write(str(folder), {"validation": drawn(400, seed=0), "test": drawn(4000, seed=1)})
+    recalibrate.write_scores(str(folder), {"validation": drawn(400, seed=0), "test": drawn(4000, seed=1)})
     (folder / "best" / model_files.SIDECAR).write_text(model_files.sidecar_json(SPEC))
     content = {
         "recipe": {
@@ -84,7 +84,7 @@ def test_category_out_of_reach_is_named_with_what_it_needs(run, caplog):
 
 
 def test_report_says_where_thresholds_were_measured_on_their_own_images(run):
-    scores.write(str(run), {"validation": drawn(400, seed=0)})
+    recalibrate.write_scores(str(run), {"validation": drawn(400, seed=0)})
     assert main(["calibrate", str(run)]) == 0
     about = json.loads((run / "calibration" / "evaluation.json").read_text())["about"]
     assert about["thresholds"] == "fitted on these images: their precision is biased upward"
@@ -93,10 +93,10 @@ def test_report_says_where_thresholds_were_measured_on_their_own_images(run):
 def test_folder_without_a_finished_run_or_its_logits_is_wrong_input(run, tmp_path, capsys):
     assert main(["calibrate", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err
-    (run / scores.FILE).unlink()
+    (run / recalibrate.SCORES).unlink()
     assert main(["calibrate", str(run)]) == 2
     assert "holds no scores.parquet" in capsys.readouterr().err
 
 
 def test_kept_addresses_have_no_credentials(run):
-    assert b"secret" not in (run / scores.FILE).read_bytes()
+    assert b"secret" not in (run / recalibrate.SCORES).read_bytes()
