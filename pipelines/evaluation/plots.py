@@ -228,24 +228,16 @@ def plot_reliability(calibration: Mapping[str, Any]) -> str:
 
 def plot_class_reliability(calibration: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -> str:
     """How often an image has a class against the probability of that class: the least reliable ones."""
-    with draw_figure(HALF, 5.0) as (figure, uris):
-        axes = figure.subplots()
+
+    def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
         for one in calibration["classes"]:
-            name = classes[one["class"]]["name"]
-            axes.plot(
-                one["confidence"],
-                one["frequency"],
-                "o-",
-                markersize=4,
-                label=f"{name} (error {one['ece']:.3f})",
-            )
-        axes.set(title="Reliability of the least reliable classes", xlabel="probability of the class (%)")
-        axes.set(ylabel="images that have it (%)", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1, symbol=""))
-        axes.legend(loc="upper left", fontsize="small")
-    return uris[0]
+            label = f"{classes[one['class']]['name']} (error {one['ece']:.3f})"
+            axes.plot(one["confidence"], one["frequency"], "o-", markersize=4, label=label)
+        title = "Reliability of the least reliable classes"
+        _set_shares(axes, title, "probability of the class (%)", "images that have it (%)")
+
+    return plot_axes(HALF, 5.0, draw)
 
 
 def plot_coverage(curve: Mapping[str, Sequence[float]]) -> str:
@@ -348,7 +340,7 @@ def plot_balance(counts: Mapping[str, Mapping[str, int]], classes: Classes) -> s
     ranked = sorted(classes, key=lambda one: -biggest.get(one["id"], 0))
     if len(classes) <= NAMED:
         return plot_axes(WIDE, 1.2 + 0.26 * len(classes), lambda axes: _draw_bars(axes, counts, ranked))
-    return plot_axes(WIDE, 3.9, lambda axes: _draw_ranks(axes, counts, ranked))
+    return plot_axes(WIDE, 3.9, lambda axes: _draw_ranks(axes, counts, classes))
 
 
 def _draw_bars(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:
@@ -363,8 +355,10 @@ def _draw_bars(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Class
     axes.figure.legend(loc="outside lower center", ncols=3)
 
 
-def _draw_ranks(axes: Any, counts: Mapping[str, Mapping[str, int]], ranked: Classes) -> None:
+def _draw_ranks(axes: Any, counts: Mapping[str, Mapping[str, int]], classes: Classes) -> None:
+    """A falling curve for each split, by its own ranks: by those of another it would jump up and down."""
     for split, of_class in counts.items():
-        axes.plot(range(1, len(ranked) + 1), [of_class.get(one["id"], 0) for one in ranked], label=split)
-    axes.set(title="Class balance", xlabel="class, by rank of its images", ylabel="images", yscale="symlog")
-    axes.legend(loc="upper right")
+        images = sorted((of_class.get(one["id"], 0) for one in classes), reverse=True)
+        axes.plot(range(1, len(images) + 1), images, label=split)
+    axes.set(title="Class balance", xlabel="class, by rank in its split", ylabel="images", yscale="symlog")
+    axes.figure.legend(loc="outside lower center", ncols=3)
