@@ -18,7 +18,7 @@ from tests.builders.drivers import start
 from tests.builders.flaky_proxy import FlakyProxy
 from tests.builders.models import small_bundle
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -75,10 +75,9 @@ def test_whatever_was_being_written_when_the_disk_filled_up_a_rerun_completes(sm
     assert stopped_after >= {"nothing", "start", "parts", "close"}
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_command_whose_disk_filled_up_says_so_and_completes_once_there_is_space(
-    ray_cluster: None, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small_bundle(tmp_path / "bundle")
     images = draw(tmp_path / "images", 30)
