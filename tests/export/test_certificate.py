@@ -93,7 +93,7 @@ def blue_for_red(monkeypatch) -> None:
 def nearest_filter(monkeypatch) -> None:
     """Images are resized without a filter."""
     monkeypatch.setattr(
-        prepare, "_resize", lambda image, target, spec: image.resize(target, Image.Resampling.NEAREST)
+        prepare, "_fit", lambda image, resized, spec, _: image.resize(resized, Image.Resampling.NEAREST)
     )
     decode_with(monkeypatch, prepare.prepare)
 

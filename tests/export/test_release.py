@@ -72,11 +72,11 @@ def test_bundle_holds_what_readers_are_promised(exported):
     assert names == {
         *MODEL_FILES.values(),
         *TABLES,
-        *("manifest.json", "README.md", "certificates/cpu.html"),
+        *("manifest.json", "README.md", "pixels.py", "certificates/cpu.html"),
         *(f"certificates/cpu-{name}.json" for name in ("fp32", "fp16", "int8")),
     }
     opened = open_bundle(str(exported))
-    assert opened.manifest.files.keys() == {*MODEL_FILES.values(), *TABLES, "README.md"}
+    assert opened.manifest.files.keys() == {*MODEL_FILES.values(), *TABLES, "README.md", "pixels.py"}
     assert opened.spec.class_ids == CLASS_IDS
     assert opened.spec.thresholds == {"483": 0.6}
     assert opened.manifest.temperatures["fp32"] == models.TEMPERATURE
