@@ -44,7 +44,7 @@ CLASSIFIED = """
 CREATE TEMP TABLE classified AS
 SELECT sha256, any_value(top_id) AS top_id, any_value(tier1_id) AS tier1_id,
     any_value(top_score)::FLOAT AS top_score, any_value(coalesce(len(cat), 0)) AS n_cat,
-    any_value(coalesce({page}, regexp_replace(uri, '[^/]*$', ''))) AS page{values}
+    min(coalesce({page}, regexp_replace(uri, '[^/]*$', ''))) AS page{values}
 FROM rows WHERE {labelled} GROUP BY sha256{by}
 """
 """Distinct images classified that night; one row for each segment that an image is in."""
@@ -78,7 +78,7 @@ SELECT segment, signal, cell, sum(n)::BIGINT, sum(n * n)::BIGINT, sum(n * n_seri
                 FROM (
                     SELECT sha256, {value} AS segment, any_value(top_id) AS top_id,
                         any_value(tier1_id) AS tier1_id, any_value(top_score) AS top_score,
-                        any_value(n_cat) AS n_cat, any_value(page) AS page
+                        any_value(n_cat) AS n_cat, min(page) AS page
                     FROM classified GROUP BY 1, 2
                 )
             ) LEFT JOIN tiers ON tiers.id = top_id
