@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs import demo_images
+from jobs.cluster import use_token
 
 ATTEMPTS = 5
 TIMEOUT_S = 300
@@ -175,6 +176,7 @@ class TwoNodes:
     """A Ray cluster of a head and one more node on this machine; the second can be shot and replaced."""
 
     def __init__(self) -> None:
+        use_token()  # as the drivers do
         from ray.cluster_utils import Cluster
 
         self._cluster = Cluster(

@@ -67,4 +67,10 @@ def _ray_engine(ray_address: str | None, num_cpus: int | None, needed: Sequence[
             local_cores = None if joins_cluster(ray_address) else cores()
             yield Engine("ray", run_dataflow, list_nodes, local_cores)
     except RayError as error:
-        raise JobFailed(root_cause(str(error))) from error
+        message = root_cause(str(error))
+        if "cancelled before it started" in message:
+            message += (
+                " A cluster without tokens does this to a driver that has one (~/.ray/auth_token): "
+                "RAY_AUTH_MODE=disabled lets this one join it"
+            )
+        raise JobFailed(message) from error
