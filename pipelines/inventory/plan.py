@@ -275,20 +275,23 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(start, stop - start)
 
 
-def _files_of(groups: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
-    waiting: list[pa.Table] = []
-    n_items = 0
-    for group in groups:
-        if waiting and n_items + group.num_rows > ITEMS_PER_FILE:
-            yield waiting
-            waiting, n_items = [], 0
-        waiting.append(group)
-        n_items += group.num_rows
-    if waiting:
-        yield waiting
+def _files_of(groups: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """The groups of each file in turn, which are made as they are read: one at a time is in memory."""
+    ahead = next(groups, None)
+
+    def take_file() -> Iterator[pa.Table]:
+        nonlocal ahead
+        n_items = 0
+        while ahead is not None and (not n_items or n_items + ahead.num_rows <= ITEMS_PER_FILE):
+            n_items += ahead.num_rows
+            yield ahead
+            ahead = next(groups, None)
+
+    while ahead is not None:
+        yield take_file()
 
 
-def _write_file(local: Path, groups: Sequence[pa.Table], schema: pa.Schema, item_id: int) -> tuple[int, int]:
+def _write_file(local: Path, groups: Iterable[pa.Table], schema: pa.Schema, item_id: int) -> tuple[int, int]:
     n_items = n_rows = 0
     with pq.ParquetWriter(
         local, schema, compression="zstd", compression_level=1, use_dictionary=["payload_column", "container"]
