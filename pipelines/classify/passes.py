@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipelines import metrics
 from pipelines.classify.settings import Passes
-from pipelines.classify.sizing import ClusterShrunk
+from pipelines.classify.sizing import ClusterChanged
 from pipelines.ledger.item_set import Range, count, ids_of, ranges_of
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.ledger.parts import Committer, WriteResult, read_result
@@ -110,11 +110,11 @@ def run_passes(
             before, final = len(ledger.done), number >= passes.retry_passes
             try:
                 tally = run_pass(ledger.done.missing(), final)
-            except ClusterShrunk as shrunk:
+            except ClusterChanged as change:
                 committer.flush()
                 if len(ledger.done) == before:
                     raise
-                log.warning("%s; the rest of the cluster goes on", shrunk)
+                log.warning("%s", change)
                 continue
             if ledger.done.full:
                 return

@@ -16,9 +16,10 @@ import pyarrow as pa
 from pipelines.bundle import categories
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.classify import sizing
 from pipelines.classify.passes import Progress, run_passes
 from pipelines.classify.settings import ErrorBudget, Passes, Workers
-from pipelines.classify.sizing import Node, size_pools
+from pipelines.classify.sizing import Node
 from pipelines.classify.steps import Model, Pools, Source, work_list
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import sources_of
@@ -248,21 +249,31 @@ def part_context(run: Run, *, final: bool) -> PartContext:
 
 
 def _run_dataflow(run: Run, engine: Engine, items: Sequence[Range], *, final: bool) -> Iterator[pa.Table]:
-    """The dataflow over some of what the ledger misses."""
+    """The dataflow over some of what the ledger misses.
+
+    Raises:
+        ClusterChanged: nodes have joined, and much larger pools would do what is left.
+    """
     settings, bundle = run.settings, run.bundle
-    pools = size_pools(
-        settings.workers,
-        engine.nodes(),
-        settings.runtime,
-        n_items=count(items),
-        local_cores=engine.local_cores,
-    )
-    return engine.run_dataflow(
+    pools, goal = _pools(run, engine, count(items)), len(run.ledger.done) + count(items)
+    grow_at = time.monotonic() + sizing.GROW_AFTER_S
+    for written in engine.run_dataflow(
         work_list(items, pools.items_per_batch),
         Source(run.state.uri, bundle.spec.image_spec, settings.decode, settings.fetch, pools.load_actors),
         Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
         part_context(run, final=final),
         pools,
+    ):
+        yield written
+        if time.monotonic() >= grow_at:
+            sizing.refuse_outgrown(pools, lambda: _pools(run, engine, goal - len(run.ledger.done)))
+
+
+def _pools(run: Run, engine: Engine, n_items: int) -> Pools:
+    """The pools that suit the engine now."""
+    workers, runtime = run.settings.workers, run.settings.runtime
+    return sizing.size_pools(
+        workers, engine.nodes(), runtime, n_items=n_items, local_cores=engine.local_cores
     )
 
 

@@ -4,7 +4,7 @@ On GPU nodes one session per GPU, and the CPUs fetch and decode. On CPU the mode
 per core, and one load actor for every eight, since decoding a photo costs a fraction of running a ViT.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify.settings import Workers
@@ -21,14 +21,33 @@ CHUNKS_PER_CORE = 16
 PARTS_PER_RUN = 20
 """A run is written in at least so many parts, so that a crash costs a small share even of a short one."""
 SMALLEST_PART = 500
+GROWTH = 1.25
+"""How much larger a pool has to become for the pools to be started again: what is in flight is repeated."""
+GROW_AFTER_S = 60.0
+"""How long pools run before they are compared with the cluster, seconds: nodes seldom join alone."""
 
 
 Node = Mapping[str, float]
 """A node's resources as Ray counts them: `CPU` and `GPU`."""
 
 
-class ClusterShrunk(JobFailed):
-    """A node was lost and not replaced: what is left has to be classified by smaller pools."""
+class ClusterChanged(JobFailed):
+    """Nodes were lost and not replaced, or joined: what is left is better classified by other pools."""
+
+
+def refuse_outgrown(pools: Pools, size: Callable[[], Pools]) -> None:
+    """Raise ClusterChanged if the cluster has room for so much larger pools that starting them pays."""
+    try:
+        now = size()
+    except JobFailed:  # a node was lost just now, which the engine notices
+        return
+    models, more_models = ((each.gpus_per_infer or 1) * each.infer_actors for each in (pools, now))
+    actors, more_actors = models + pools.load_actors, more_models + now.load_actors
+    if more_models >= GROWTH * models or more_actors >= GROWTH * actors:
+        raise ClusterChanged(
+            f"nodes have joined: starting again with {now.load_actors} load actors and {now.infer_actors} "
+            f"sessions instead of {pools.load_actors} and {pools.infer_actors}"
+        )
 
 
 def size_pools(

@@ -12,7 +12,7 @@ import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
 
-from pipelines.classify.sizing import ClusterShrunk, Node
+from pipelines.classify.sizing import ClusterChanged, Node
 from pipelines.messages import JobFailed
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Watchdog(ExecutionCallback):  # type: ignore[misc]
         self._told: set[str] = set()
 
     def on_execution_step(self, executor: Any) -> None:
-        """Raise ExecutionTimeoutError, caused by JobFailed or ClusterShrunk, when waiting has no point."""
+        """Raise ExecutionTimeoutError, caused by JobFailed or ClusterChanged, when waiting has no point."""
         if time.monotonic() < self._looked_at + LOOK_S:
             return
         self._looked_at = time.monotonic()
@@ -60,7 +60,10 @@ class Watchdog(ExecutionCallback):  # type: ignore[misc]
         if not info.restarting:
             self._lost_at.pop(pool, None)
         elif now - self._lost_at.setdefault(pool, now) > REPLACE_S:
-            raise ClusterShrunk(f"{info.restarting} {pool} were lost {REPLACE_S:g} s ago and found no place")
+            raise ClusterChanged(
+                f"{info.restarting} {pool} were lost {REPLACE_S:g} s ago and found no place; the rest of the "
+                "cluster goes on"
+            )
         if not info.pending or now - self._began < START_S or pool in self._told:
             return
         self._told.add(pool)

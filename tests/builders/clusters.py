@@ -33,8 +33,9 @@ class Clusters:
 
         Args:
             shape: `nodes`, pairs of CPUs and GPUs; `remove`, the node that is removed once the first part
-                is recorded; `sessions`, after so many no further ones are waited for; `mounted`, a folder
-                and the descriptor by which only this process sees it.
+                is recorded; `add`, the CPUs and GPUs of a node that joins then; `sessions`, after so many no
+                further ones are waited for; `mounted`, a folder and the descriptor by which only this process
+                sees it.
         """
         if self._process is None:
             command = [sys.executable, "-m", "tests.builders.clusters"]
@@ -118,13 +119,16 @@ def run(cluster: Any, request: dict[str, Any]) -> int:
     import ray
 
     from jobs.cli import main
+    from pipelines.classify import sizing
 
     arguments = request["arguments"]
     nodes = [cluster.add_node(num_cpus=cpus, num_gpus=gpus) for cpus, gpus in request["nodes"]]
-    if request.get("remove") is not None:
+    sizing.GROW_AFTER_S = 0.0 if "add" in request else NODE_START_S
+    if "remove" in request or "add" in request:
         ledger = Path(arguments[arguments.index("--output") + 1]) / "state" / "ledger"
-        removing = (cluster, nodes[request["remove"]], ledger)
-        threading.Thread(target=remove_later, args=removing, daemon=True).start()
+        lost = nodes[request["remove"]] if "remove" in request else None
+        changing = (cluster, lost, request.get("add"), ledger)
+        threading.Thread(target=change_later, args=changing, daemon=True).start()
     if "mounted" in request:
         folder, descriptor = request["mounted"]
         os.dup2(os.open(folder, os.O_RDONLY), descriptor, inheritable=False)
@@ -132,9 +136,8 @@ def run(cluster: Any, request: dict[str, Any]) -> int:
         return main([*arguments, "--ray-address", cluster.address])
     finally:
         ray.shutdown()
-        for node in nodes:
-            if node in cluster.worker_nodes:
-                cluster.remove_node(node)
+        for node in list(cluster.worker_nodes):
+            cluster.remove_node(node)
 
 
 def impatient(look_at: Any, sessions: int | None) -> Any:
@@ -149,11 +152,18 @@ def impatient(look_at: Any, sessions: int | None) -> Any:
     return look
 
 
-def remove_later(cluster: Any, node: Any, ledger: Path) -> None:
+def change_later(cluster: Any, lost: Any, joins: Sequence[int] | None, ledger: Path) -> None:
+    """Remove a node, or add one, once the first part is recorded."""
     while len(list(ledger.glob("*.json"))) < 2:
         time.sleep(0.1)
-    cluster.remove_node(node, allow_graceful=False)
-    print("a node was removed", file=sys.stderr, flush=True)
+    if lost:
+        cluster.remove_node(lost, allow_graceful=False)
+        print("a node was removed", file=sys.stderr, flush=True)
+    if joins:
+        cluster._shutdown_at_exit = False  # its hooks can be set by the main thread alone
+        cluster.add_node(num_cpus=joins[0], num_gpus=joins[1])
+        cluster._shutdown_at_exit = True
+        print("a node was added", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Every shape of cluster starts or says why not, and a node that is lost and not replaced stops nothing."""
+"""Every shape of cluster starts or says why not; lost nodes stop nothing, nodes that join are used."""
 
+import itertools
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,13 @@ import pyarrow.dataset as pads
 import pytest
 from PIL import Image
 
+from jobs import classify_images, cli
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.classify import local, sizing
+from pipelines.classify.run import Engine
 from pipelines.classify.settings import Workers
-from pipelines.classify.sizing import Node, size_pools
+from pipelines.classify.sizing import ClusterChanged, Node, refuse_outgrown, size_pools
+from pipelines.classify.steps import Pools
 from tests.builders.clusters import Clusters
 from tests.builders.models import small_bundle
 
@@ -61,11 +67,45 @@ def test_short_runs_travel_in_small_chunks_that_both_sessions_share(images: int,
     assert (pools.items_per_batch, pools.infer_actors) == (chunk, 2)
 
 
+def test_pools_are_started_again_only_for_a_share_that_pays() -> None:
+    def pools(cpus: float, gpus: float = 0, *, n_items: int = 1_000_000, sessions: int = 0) -> Pools:
+        runtime = CUDA if gpus else RuntimeSpec()
+        workers = Workers(infer_actors=sessions)
+        return size_pools(workers, [node(cpus, gpus)], runtime, n_items=n_items, local_cores=None)
+
+    refuse_outgrown(pools(16), lambda: pools(16))
+    refuse_outgrown(pools(16), lambda: pools(18))
+    refuse_outgrown(pools(16), lambda: pools(4))
+    refuse_outgrown(pools(16), lambda: pools(64, n_items=100))  # the last images
+    with pytest.raises(ClusterChanged, match="1 load actors and 14 sessions instead of 1 and 6"):
+        refuse_outgrown(pools(8), lambda: pools(16))
+    with pytest.raises(ClusterChanged):  # four sessions shared a GPU
+        refuse_outgrown(pools(16, 1, sessions=4), lambda: pools(16, 4, sessions=4))
+
+
 @pytest.fixture(scope="module")
 def clusters() -> Iterator[Clusters]:
     clusters = Clusters()
     yield clusters
     clusters.close()
+
+
+def write_inputs(folder: Path, images: int) -> None:
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(images):
+        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(
+            folder / "images" / f"{number}.png"
+        )
+    small_bundle(folder / "bundle")
+
+
+def arguments_for(folder: Path, inventory: str, *settings: str) -> list[str]:
+    return [
+        "classify", "--inventory", str(folder / inventory), "--bundle", str(folder / "bundle"), "--output",
+        str(folder / "out"), "--workers.items-per-batch", "4", "--commit-interval-s", "0.2",
+        "--allow-uncertified", *settings,
+    ]  # fmt: skip
 
 
 def classify(
@@ -76,18 +116,8 @@ def classify(
     images: int = N_IMAGES,
     inventory: str = "images",
 ) -> subprocess.CompletedProcess[str]:
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(images):
-        Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(
-            folder / "images" / f"{number}.png"
-        )
-    small_bundle(folder / "bundle")
-    arguments = [
-        "classify", "--inventory", str(folder / inventory), "--bundle", str(folder / "bundle"), "--output",
-        str(folder / "out"), "--workers.items-per-batch", "4", "--commit-interval-s", "0.2",
-        "--allow-uncertified", *settings,
-    ]  # fmt: skip
+    write_inputs(folder, images)
+    arguments = arguments_for(folder, inventory, *settings)
     return clusters.classify(shape, arguments, folder / "stderr")
 
 
@@ -163,3 +193,36 @@ def test_cluster_without_a_place_for_a_session_says_why(clusters: Clusters, tmp_
     assert done.returncode == 1
     assert "0 of 2 sessions started after 1 s: no node has 1 GPU free" in done.stderr
     assert "1 node of 4 CPU" in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "joins", "settings"), [([3, 0], [4, 0], []), ([2, 1], [2, 1], ["--provider", "cuda"])]
+)
+def test_node_that_joins_late_is_used(
+    clusters: Clusters, tmp_path: Path, first: list[int], joins: list[int], settings: list[str]
+) -> None:
+    shape = {"nodes": [first], "add": joins}
+    done = classify(clusters, tmp_path, shape, *settings, "--workers.items-per-part", "40", images=2_000)
+    assert done.returncode == 0, done.stderr
+    assert "nodes have joined: starting again with" in done.stderr
+    assert rows(tmp_path) == 2_000
+
+
+def test_pools_grow_in_the_middle_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the local engine, which is told of a larger machine once it has started."""
+    cpus = itertools.chain([4, 4], itertools.repeat(8))
+
+    @contextmanager
+    def growing(*_: object, **__: object) -> Iterator[Engine]:
+        yield Engine("local", local.run_dataflow, lambda: [node(next(cpus))], None)
+
+    monkeypatch.setattr(classify_images, "open_engine", growing)
+    monkeypatch.setattr(sizing, "GROW_AFTER_S", 0.0)
+    write_inputs(tmp_path, N_IMAGES)
+    assert cli.main(arguments_for(tmp_path, "images", "--workers.items-per-part", "8")) == 0
+    assert "nodes have joined: starting again with" in caplog.text
+    assert rows(tmp_path) == N_IMAGES
