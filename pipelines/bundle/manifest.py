@@ -15,7 +15,7 @@ from pydantic import Field, StrictInt, StrictStr, StringConstraints, ValidationE
 from pipelines.messages import InputError
 from pipelines.specs import ModelSpec, Precision, Provider, validated, wrong_settings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 CERTIFICATES = "certificates"
 MODEL_FILES: dict[Precision, str] = {

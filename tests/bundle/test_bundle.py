@@ -235,7 +235,7 @@ def test_huge_manifest_is_refused_before_it_is_parsed(folder):
         open_bundle(str(folder))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format_version": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"format_version": 3}'])
 def test_manifest_that_is_not_one_is_a_clear_error(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(BundleDamaged, match=r"manifest\.json"):
@@ -244,7 +244,7 @@ def test_manifest_that_is_not_one_is_a_clear_error(folder, text):
 
 def test_other_format_version_says_which_is_read(folder):
     rewrite_manifest(folder, lambda document: document.update(format_version=99))
-    with pytest.raises(NotABundle, match=r"format_version 99; this iab-vision reads 2"):
+    with pytest.raises(NotABundle, match=r"format_version 99; this iab-vision reads 3"):
         open_bundle(str(folder))
 
 
@@ -261,7 +261,7 @@ FIRST_FORMAT = """{
 
 def test_bundle_of_the_first_format_names_its_version_and_the_command_that_makes_it_again(folder):
     (folder / "manifest.json").write_text(FIRST_FORMAT)
-    with pytest.raises(NotABundle, match=r"format_version 1; .* reads 2.*export --checkpoint RUN"):
+    with pytest.raises(NotABundle, match=r"format_version 1; .* reads 3.*export --checkpoint RUN"):
         open_bundle(str(folder))
 
 
