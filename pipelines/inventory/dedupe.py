@@ -135,12 +135,12 @@ class _Spool:
     def take(self, positions: np.ndarray) -> pa.Table:
         """The rows at `positions`, which ascend. pyarrow would copy a whole column of text, so by batch."""
         cuts = np.searchsorted(positions, self._starts)
-        pieces = [
-            batch.take(pa.array(positions[first:stop] - start))
-            for batch, start, (first, stop) in zip(self._batches, self._starts, pairwise(cuts), strict=False)
-            if first < stop
-        ]
-        self._mapped.madvise(mmap.MADV_DONTNEED)  # or the pages read would count as this process's memory
+        pieces = []
+        for batch, start, (first, stop) in zip(self._batches, self._starts, pairwise(cuts), strict=False):
+            if first < stop:
+                pieces.append(batch.take(pa.array(positions[first:stop] - start)))
+                # Positions are scattered over all batches: what was read of each would count as our memory.
+                self._mapped.madvise(mmap.MADV_DONTNEED)
         return pa.Table.from_batches(pieces)
 
 
