@@ -9,7 +9,6 @@ see BENCHMARKS.md.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -96,7 +95,9 @@ def measure(inventory: str, state: str) -> None:
     began = time.perf_counter()
     frozen = plan(inventory, open_storage(state))
     planned = time.perf_counter()
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss, which begins with the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    peak_mb = int(status.partition("VmHWM:")[2].split()[0]) / 1024
     chunk = open_plan(open_storage(state)).items([(max(0, frozen.n_items - 256), frozen.n_items)])
     reopened = time.perf_counter()
     found = {
