@@ -218,6 +218,9 @@ def publish_under_readers(publisher: Publisher, rounds: int) -> Sequence[Reader]
     try:
         for number in range(1, rounds + 1):
             publisher.publish(number)
+            if number % 10 == 0:
+                whole, faults = sum(one.whole for one in readers), sum(len(one.faults) for one in readers)
+                print(f"{number} of {rounds} rounds: {whole:,} whole reads, {faults} faults", flush=True)
     finally:
         ended.set()
         for thread in threads:
