@@ -15,7 +15,11 @@ from jobs.signals import handlers_kept, stoppable
 def test_a_driver_that_waits_for_ray_stops_at_the_first_signal() -> None:
     import ray
 
-    waited_for = ray.remote(time.sleep).remote(60)
+    @ray.remote
+    def wait() -> None:
+        time.sleep(60)
+
+    waited_for = wait.remote()
     with handlers_kept(), stoppable():
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(KeyboardInterrupt):
