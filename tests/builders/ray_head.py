@@ -12,7 +12,7 @@ from pathlib import Path
 
 import requests
 
-READY_S = 90
+READY_S = 240
 
 
 def free_port() -> int:
