@@ -24,7 +24,7 @@ def torch_reference(network: Any) -> Network:
 
     def logits(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
         found = []
-        with torch.inference_mode():
+        with torch.no_grad():
             for start in range(0, len(pixels_nhwc), _BATCH):
                 batch = torch.from_numpy(standardize(pixels_nhwc[start : start + _BATCH], spec))
                 found.append(network(pixel_values=batch).logits.numpy())

@@ -50,7 +50,7 @@ class TorchModel:
 
     def __call__(self, pixels_nhwc: Array) -> tuple[Array, Array]:
         """Logits and probabilities, float32 [n, classes]."""
-        with torch.inference_mode():
+        with torch.no_grad():
             pixels = torch.from_numpy(np.array(pixels_nhwc)).to(self.network.device)
             inputs_nchw = normalize(pixels, self.spec.image_spec)
             logits_nc = self.network(pixel_values=inputs_nchw).logits.cpu().numpy()

@@ -49,7 +49,8 @@ def compute_logits(
     model.eval()
     for pixels, targets_nc in batches:
         images = normalize(torch.from_numpy(pixels).to(device), task.model_spec.image_spec)
-        with torch.inference_mode(), autocast(device, precision):
+        # not inference_mode: BEiT keeps a tensor made here, which training could then not use
+        with torch.no_grad(), autocast(device, precision):
             logits = model(pixel_values=images).logits
         found.append(logits.float().cpu().numpy())
         wanted.append(targets_nc)

@@ -192,7 +192,7 @@ def agreement(folder: Path, network: torch.nn.Module, files: list[Path]) -> tupl
     processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
     upright = [ImageOps.exif_transpose(Image.open(file)).convert("RGB") for file in files]
     theirs = [processor(one, return_tensors="np")["pixel_values"][0] for one in upright]
-    with torch.inference_mode():
+    with torch.no_grad():
         of_both = [
             network(pixel_values=torch.from_numpy(np.ascontiguousarray(pixels))).logits.numpy()
             for pixels in (standardize(np.stack(ours), spec), np.stack(theirs))
