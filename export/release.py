@@ -28,7 +28,7 @@ from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.manifest import MODEL_FILES, Manifest, record
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.splits import TRAIN
-from pipelines.machine import library_versions
+from pipelines.machine import package_versions
 from pipelines.messages import InputError, Refused, redact
 from pipelines.specs import ImageSpec, Precision, Provider
 from pipelines.storage import storage
@@ -173,7 +173,7 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
         temperatures={name: graph.temperature for name, graph in graphs.items()},
         opset=convert.OPSET,
         ir_version=convert.IR_VERSION,
-        versions={n: v for n, v in library_versions().items() if n not in _WITHOUT_EFFECT},
+        versions={n: v for n, v in package_versions().items() if n not in _WITHOUT_EFFECT},
         source={
             "architecture": trained.architecture,
             "checkpoint_sha256": trained.sha256,

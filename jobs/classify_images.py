@@ -37,7 +37,7 @@ from pipelines.ledger import publish
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
-from pipelines.machine import git_revision, library_versions
+from pipelines.machine import git_revision, package_versions
 from pipelines.messages import JobFailed, Stopped, first_line, redact, redacted
 from pipelines.nights import reporting
 from pipelines.nights.settings import ReportSettings
@@ -186,5 +186,5 @@ def describe_run(config: ClassificationConfig, *, certified: bool) -> dict[str, 
         "config": redacted(config.model_dump(mode="json", exclude={"debug", "config"})),
         "certified": certified,
         "git_revision": git_revision(),
-        "versions": library_versions(),
+        "versions": package_versions(),
     }

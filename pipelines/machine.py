@@ -17,7 +17,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Version by name of those of `LIBRARIES` that are installed."""
     found = {}
     for name in LIBRARIES:

@@ -6,7 +6,7 @@ from pipelines import machine
 
 
 def test_versions_are_of_the_libraries_that_are_installed():
-    found = machine.library_versions()
+    found = machine.package_versions()
     assert {"iab-vision", "torch", "numpy"} <= found.keys() <= set(machine.LIBRARIES)
     assert len(found.keys() & {"onnxruntime", "onnxruntime-gpu"}) == 1
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.datasets.settings import DataSettings
-from pipelines.machine import git_revision, library_versions
+from pipelines.machine import git_revision, package_versions
 from pipelines.messages import InputError, first_line, redacted
 from pipelines.storage import storage, uris
 from pipelines.training.recipe import Recipe
@@ -152,7 +152,7 @@ def finish(output: str, content: Mapping[str, Any]) -> Run:
     whole = {
         **content,
         "git_revision": git_revision(),
-        "versions": library_versions(),
+        "versions": package_versions(),
     }
     storage.open_storage(output).put(MARKER, as_json(whole))
     return Run(output, whole)
