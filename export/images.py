@@ -22,7 +22,8 @@ from pipelines.datasets.settings import Columns
 from pipelines.datasets.splits import ALIASES, TEST, TRAIN, VALIDATION
 from pipelines.fetch.source import LOCATION, Source
 from pipelines.images.decoder import DecoderProcess
-from pipelines.images.prepare import ORIENTATION_TAG, is_image_name
+from pipelines.images.formats import is_image_name
+from pipelines.images.prepare import ORIENTATION_TAG
 from pipelines.inventory import tables
 from pipelines.inventory.listing import absolute
 from pipelines.messages import InputError, redact

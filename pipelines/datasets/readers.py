@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipelines.datasets import splits, tars
 from pipelines.datasets.settings import Columns
-from pipelines.images.prepare import is_image_name
+from pipelines.images.formats import is_image_name
 from pipelines.inventory import tables
 from pipelines.inventory.listing import absolute
 from pipelines.messages import InputError, redact

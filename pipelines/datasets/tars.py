@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.datasets.pixels import fetcher
 from pipelines.fetch.source import LOCATION, Source
-from pipelines.images.prepare import is_image_name
+from pipelines.images.formats import is_image_name
 from pipelines.inventory import shards
 from pipelines.messages import InputError, redact
 

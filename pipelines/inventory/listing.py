@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 from urllib.parse import quote
 
-from pipelines.images.prepare import is_image_name
+from pipelines.images.formats import is_image_name
 from pipelines.inventory import tables
 from pipelines.inventory.plan import FoundFile
 from pipelines.inventory.settings import InventoryOptions

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
-from pipelines.images.prepare import is_image_name
+from pipelines.images.formats import is_image_name
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import split

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFile, ImageOps
 
-from pipelines.images.prepare import Prepared, prepare, sniff
+from pipelines.images.formats import sniff
+from pipelines.images.prepare import Prepared, prepare
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.status import Status
 
