@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # read as a module, too
-from inputs import VIT_TINY, drawn_files, image_files, inventory, random_bundle
+from inputs import VIT_TINY, given_or_drawn, inventory, random_bundle
 from process_tree import ProcessTree
 
 from pipelines.bundle import session
@@ -83,11 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="throughput-"))
     try:
-        files = (
-            image_files(arguments.images)
-            if arguments.images
-            else drawn_files(folder / "drawn", count=500, size=(500, 375))
-        )
+        files = given_or_drawn(arguments.images, folder)
         table = inventory(folder, files, arguments.count)
         bundle = arguments.bundle or random_bundle(folder, VIT_TINY)
         paths = [str(files[number % len(files)]) for number in range(arguments.bare_count)]

@@ -98,6 +98,11 @@ def drawn_files(folder: Path, *, count: int, size: tuple[int, int] | None) -> li
     return paths
 
 
+def given_or_drawn(images: Path | None, folder: Path) -> list[Path]:
+    """The images of a folder; if none is given, 500 drawn ones of 500 x 375 below `folder`."""
+    return image_files(images) if images else drawn_files(folder / "drawn", count=500, size=(500, 375))
+
+
 def image_files(folder: Path) -> list[Path]:
     """Every image below a folder, in an order that mixes its subfolders."""
     paths = sorted(path.resolve() for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)

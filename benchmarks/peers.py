@@ -61,10 +61,9 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     """Every way in turn, round after round, and the table of medians."""
-    from inputs import VIT_TINY, drawn_files, image_files, random_bundle
+    from inputs import VIT_TINY, given_or_drawn, random_bundle
 
-    images = arguments.images
-    files = image_files(images) if images else drawn_files(folder / "drawn", count=500, size=(500, 375))
+    files = given_or_drawn(arguments.images, folder)
     bundle = random_bundle(folder, VIT_TINY, precisions=("fp32", "int8"))
     found: dict[tuple[int, str], list[dict[str, float]]] = defaultdict(list)
     with serve(files) as address:

@@ -34,7 +34,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # read as a module, too
 from classify_throughput import arrivals, rows_of_parts
-from inputs import VIT_MINIATURE, drawn_files, image_files, inventory, random_bundle
+from inputs import VIT_MINIATURE, given_or_drawn, inventory, random_bundle
 from process_tree import ProcessTree
 
 from jobs import classify_images
@@ -63,7 +63,7 @@ class Run:
     rows: int
     whole_s: float
     steady_s: float
-    """Seconds per million images between the first part and the last."""
+    """Seconds per million images between the first part and the last; not a number for a single part."""
     private_mb: dict[str, float]
     """Peak of one process of each role, without what it shares with others."""
     spilled_mb: float
@@ -93,8 +93,7 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace, folder: Path) -> None:
-    images = arguments.images
-    files = image_files(images) if images else drawn_files(folder / "drawn", count=500, size=(500, 375))
+    files = given_or_drawn(arguments.images, folder)
     bundle = arguments.bundle or random_bundle(folder, VIT_MINIATURE)
     found = []
     for count in arguments.counts:
@@ -177,13 +176,14 @@ def measure(classify: list[str], output: Path, engine: str, rows: int) -> Run:
     if code != 0 or sum(parts.values()) != rows:
         raise SystemExit(f"classify ended with exit code {code}, {sum(parts.values()):,} of {rows:,} rows")
     times = sorted((at, parts[path]) for path, at in arrived.items() if path in parts)
+    later = sum(n for _, n in times[1:])
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "jobs", "verify", str(output)], check=True, capture_output=True)
     run = Run(
         engine=engine,
         rows=rows,
         whole_s=whole_s,
-        steady_s=(times[-1][0] - times[0][0]) / sum(n for _, n in times[1:]) * 1e6,
+        steady_s=(times[-1][0] - times[0][0]) / later * 1e6 if later else float("nan"),
         private_mb={role: size / 1e6 for role, size in tree.peak_private_bytes.items()},
         spilled_mb=(spilled_bytes() - spilled_before) / 1e6,
         ledger_mb=size_of(state) / 1e6,
