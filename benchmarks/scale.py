@@ -263,7 +263,7 @@ def resume(folder: Path, files: Sequence[Path], bundle: Path, rows: int) -> None
         process.send_signal(signal.SIGTERM)
         process.wait()
     if not tree.loading_since:
-        raise SystemExit("classify ended before it loaded anything; what it said stands above")
+        raise SystemExit("classify ended before it loaded anything; its log is above")
     load_s, driver_mb = tree.loading_since - started, tree.peak_private_bytes["driver"] / 1e6
     console.print(
         f"resume of {rows:,} rows, 99 % of them recorded: work list after {before_ray_s:.2f} s; "

@@ -214,7 +214,7 @@ def write_report(run: Run) -> None:
 
 
 def is_reported(run: Run) -> bool:
-    """Whether the report is there and speaks of the ledger's last generation."""
+    """Whether the report is there and is about the ledger's last generation."""
     if not run.state.exists(REPORT_JSON):
         return False
     generation: int = json.loads(run.state.read(REPORT_JSON))["generation"]

@@ -29,7 +29,7 @@ from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import AlreadyExists
 
 PLAN_JSON = "plan/plan.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Format 1 numbered the items in a column `row_id` (iab-vision 0.1); 2 had no `validator`."""
 ITEMS_PER_GROUP = 16_384
 ROWS_PER_GROUP = 65_536
@@ -324,7 +324,7 @@ def open_plan(state: Storage) -> Plan:
         )
     return Plan(
         state_uri=state.uri,
-        origin=Origin(found["inventory"], found.get("base", "/"), found["fingerprint"]),
+        origin=Origin(found["inventory"], found["base"], found["fingerprint"]),
         hash=found["hash"],
         n_items=found["n_items"],
         n_rows=found["n_rows"],

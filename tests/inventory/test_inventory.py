@@ -148,7 +148,7 @@ def test_carried_column_that_takes_our_name_is_refused_with_the_remedy(
 
 def test_a_plan_of_an_earlier_version_is_refused_by_name(tmp_path: Path, state: Storage) -> None:
     state.put("plan/plan.json", json.dumps({"format_version": 1, "n_items": 3}).encode())
-    with pytest.raises(InputError, match=r"plan of format 1, .* reads format 3\..*another output folder"):
+    with pytest.raises(InputError, match=r"plan of format 1, .* reads format 4\..*another output folder"):
         open_plan(state)
 
 

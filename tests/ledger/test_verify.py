@@ -230,7 +230,7 @@ def test_a_rerun_that_was_not_finished_is_noticed(run: SmallRun) -> None:
         ("run.json", b"[]", "run"),
         ("report.json", b"\xff", "report"),
         ("plan/plan.json", b"not JSON", "plan"),
-        ("plan/plan.json", b'{"format_version": 3}', "plan"),
+        ("plan/plan.json", b'{"format_version": 4}', "plan"),
     ],
 )
 def test_a_file_of_the_state_that_cannot_be_read_is_a_failed_check(
