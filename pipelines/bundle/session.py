@@ -25,12 +25,12 @@ _GPU_ADVICE = "Check nvidia-smi, and install the CUDA 13 libraries: pip install 
 
 
 class OnnxModel:
-    """A loaded, verified and warm ONNX model.
+    """A loaded and verified ONNX model, warm on a GPU.
 
     Raises:
         ProviderUnavailable: the session would run anything on another provider than `spec.provider`.
         BundleDamaged: the bytes are not a graph of this project.
-        JobFailed: the first batch did not run, as when memory is too small for `spec.batch_size`.
+        JobFailed: the first batch on a GPU did not run, as when memory is too small for `spec.batch_size`.
     """
 
     def __init__(self, model: bytes, spec: RuntimeSpec) -> None:
@@ -93,7 +93,7 @@ def load(bundle: Bundle, spec: RuntimeSpec) -> OnnxModel:
 
 
 class Session:
-    """One warm ONNX Runtime session: up to `size` images a run on CPU, padded to `size` on a GPU."""
+    """One ONNX Runtime session: up to `size` images a run on CPU, padded to `size` on a GPU."""
 
     def __init__(self, model: bytes, spec: RuntimeSpec, size: int) -> None:
         self.size = size
@@ -105,8 +105,9 @@ class Session:
         self.image_shape = (int(height), int(width), int(channels))
         if spec.provider != "cpu":
             self._bind(spec.device_id)
-        # A full batch: too little memory is found now and not in an hour. On a GPU it captures the graph.
-        self(np.zeros((size, *self.image_shape), np.uint8))
+            # A full batch captures the graph, and finds too little memory now and not in an hour. On CPU the
+            # first batch of the run does: only the last one of a chunk is smaller.
+            self(np.zeros((size, *self.image_shape), np.uint8))
 
     def __call__(self, batch_nhwc: np.ndarray) -> list[np.ndarray]:
         """Logits and probabilities of at most `size` images.

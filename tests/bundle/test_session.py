@@ -48,7 +48,6 @@ def test_no_image_is_run_in_vain_on_cpu(monkeypatch, n, batches):
         session.Session, "__call__", lambda self, batch: (found.append(len(batch)), run(self, batch))[1]
     )
     model = OnnxModel(small_graph(), RuntimeSpec(batch_size=6))
-    found.clear()  # the warm-up
     model.run(pixels(n))
     assert found == batches
 
@@ -137,7 +136,7 @@ def hungry_graph(values_per_image: int) -> bytes:
     return helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
 
 
-def test_too_little_memory_for_a_full_batch_ends_at_the_start_and_names_the_batch_size(tmp_path):
+def test_too_little_memory_for_a_full_batch_names_the_batch_size(tmp_path):
     """A real allocation failure: the process may have 0.4 GB more than it needs to start."""
     (tmp_path / "hungry.onnx").write_bytes(hungry_graph(5_000_000))
     script = """
@@ -151,7 +150,7 @@ def test_too_little_memory_for_a_full_batch_ends_at_the_start_and_names_the_batc
         resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
         payload = open(sys.argv[1], "rb").read()
         try:
-            OnnxModel(payload, RuntimeSpec(batch_size=16))
+            OnnxModel(payload, RuntimeSpec(batch_size=16)).run(np.zeros((16, 4, 6, 3), np.uint8))
         except JobFailed as error:
             print(error)
         answers, _ = OnnxModel(payload, RuntimeSpec(batch_size=2)).run(np.full((5, 4, 6, 3), 7, np.uint8))
@@ -163,15 +162,6 @@ def test_too_little_memory_for_a_full_batch_ends_at_the_start_and_names_the_batc
     assert "could not run a batch of 16 images on cpu" in done.stdout, done.stderr[-2000:]
     assert "lower --batch-size" in done.stdout
     assert "a smaller batch runs" in done.stdout, done.stderr[-2000:]
-
-
-def test_first_run_is_a_full_batch(monkeypatch):
-    found, run = [], session.Session.__call__
-    monkeypatch.setattr(
-        session.Session, "__call__", lambda self, batch: (found.append(len(batch)), run(self, batch))[1]
-    )
-    OnnxModel(small_graph(), RuntimeSpec(batch_size=6))
-    assert found == [6]
 
 
 class GpuSession:
