@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipelines import metrics
 from pipelines.classify.settings import Passes
 from pipelines.classify.sizing import ClusterChanged
-from pipelines.ledger.item_set import Range, count, ids_of, ranges_of
+from pipelines.ledger.item_set import Range, Ranges, count, ranges_of
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.ledger.parts import Committer, WriteResult, read_result
 from pipelines.messages import JobFailed, Stopped
@@ -148,11 +148,13 @@ def wait_for_servers(
         time.sleep(min(PROBE_EVERY_S, max(0.0, deadline - time.monotonic())))
 
 
-def _sample(missing: Sequence[Range]) -> list[Range]:
+def _sample(missing: Ranges) -> Sequence[Range]:
     """A few of the items, spread over all of them."""
-    item_ids = ids_of(missing)
-    chosen = np.unique(np.linspace(0, len(item_ids) - 1, PROBES).astype(int))
-    return ranges_of(item_ids[chosen])
+    starts, stops = missing.bounds.T
+    ends = np.cumsum(stops - starts)
+    chosen = np.unique(np.linspace(0, ends[-1] - 1, PROBES).astype(int))
+    owner = np.searchsorted(ends, chosen, side="right")
+    return ranges_of(stops[owner] - (ends[owner] - chosen))
 
 
 @contextlib.contextmanager

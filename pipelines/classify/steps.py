@@ -23,7 +23,7 @@ from pipelines.fetch.source import ContainerVersion, sources_of
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.prepare import Pixels, Prepared
 from pipelines.inventory.plan import open_plan
-from pipelines.ledger.item_set import Range
+from pipelines.ledger.item_set import Range, Ranges
 from pipelines.messages import JobFailed, redact
 from pipelines.specs import DecodeLimits, ImageSpec
 from pipelines.storage.places import Places
@@ -75,7 +75,7 @@ def work_list(missing: Sequence[Range], items_per_batch: int) -> pa.Table:
     Scattered items (a later pass over failures) share a batch, so that a thousand single items are not a
     thousand requests for work.
     """
-    firsts, stops = np.array(missing, np.int64).reshape(-1, 2).T
+    firsts, stops = Ranges(missing).bounds.T
     done_before = np.cumsum(stops - firsts) - (stops - firsts)
     total = int((stops - firsts).sum())
     # The ranges are laid end to end and cut where a range begins and where a batch is full.

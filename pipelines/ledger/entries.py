@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
-from pipelines.ledger.item_set import Range
+from pipelines.ledger.item_set import Range, Ranges
 from pipelines.messages import JobFailed
 
 Kind = Literal["start", "parts", "reopen", "close", "file", "published"]
@@ -40,7 +40,7 @@ class Part:
     path: str
     sha256: str
     bytes: int
-    items: tuple[Range, ...]
+    items: Sequence[Range]
     """Item ids of the plan, in file order."""
     rows: int
     """Table rows: an item answers for one row or more."""
@@ -57,7 +57,7 @@ class TableFile:
     name: str
     sha256: str
     bytes: int
-    items: tuple[Range, ...]
+    items: Sequence[Range]
     rows: int
     statuses: Mapping[str, int]
     labels: Mapping[str, int]
@@ -82,7 +82,7 @@ class LedgerState:
     files: Mapping[str, TableFile] = field(default_factory=dict)
     """Published files by name, each as last written."""
     rows_per_file: int = 0
-    reopened: tuple[Range, ...] = ()
+    reopened: Sequence[Range] = ()
     """Items that this generation runs again; empty in the first, which runs all."""
     driver: Mapping[str, Any] = field(default_factory=dict)
     """Who started last: the fields of a `Driver`."""
@@ -92,7 +92,7 @@ class LedgerState:
 
 def encode(entry: Mapping[str, Any]) -> tuple[bytes, str]:
     """An entry's stored bytes, one JSON object that ends in its own sha256, and that checksum."""
-    body = json.dumps(entry, separators=(",", ":"))
+    body = json.dumps(entry, separators=(",", ":"), default=list)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f'{body[:-1]},"sha256":"{digest}"}}'.encode(), digest
 
@@ -133,7 +133,7 @@ def apply(state: LedgerState, entry: Mapping[str, Any], digest: str) -> LedgerSt
         case "close":
             return replace(state, phase=Phase.PUBLISHING, rows_per_file=entry["rows_per_file"])
         case "file":
-            file = TableFile(**{**entry["file"], "items": read_ranges(entry["file"]["items"])})
+            file = TableFile(**{**entry["file"], "items": Ranges(entry["file"]["items"])})
             others = {name: other for name, other in state.files.items() if name != entry.get("replaces")}
             return replace(state, files={**others, file.name: file})
         case _:
@@ -150,18 +150,13 @@ def _apply_start(state: LedgerState, entry: Mapping[str, Any]) -> LedgerState:
         generation=state.generation + 1,
         phase=Phase.RUNNING,
         parts=(),
-        reopened=read_ranges(entry["reopened"]),
+        reopened=Ranges(entry["reopened"]),
     )
 
 
 def read_part_entry(written: Mapping[str, Any]) -> Part:
     """A part from its JSON form."""
-    return Part(**{**written, "items": read_ranges(written["items"])})
-
-
-def read_ranges(written: Iterable[Sequence[int]]) -> tuple[Range, ...]:
-    """Ranges from JSON, which has no tuples."""
-    return tuple((start, stop) for start, stop in written)
+    return Part(**{**written, "items": Ranges(written["items"])})
 
 
 def sum_counts(counts: Iterable[Mapping[str, int]]) -> Counter[str]:

@@ -32,10 +32,9 @@ from pipelines.ledger.entries import (
     apply,
     decode,
     encode,
-    read_ranges,
     sum_counts,
 )
-from pipelines.ledger.item_set import ItemSet, Range, overlap
+from pipelines.ledger.item_set import ItemSet, Range, Ranges, concat, overlap
 from pipelines.messages import InputError, JobFailed
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import AlreadyExists
@@ -140,7 +139,7 @@ class Ledger:
         """
         self._write_pending()
         new = [part for part in parts if part.path not in self._paths]
-        claimed = [span for part in new for span in part.items]
+        claimed = concat(part.items for part in new)
         if self.done.present(claimed) or overlap(claimed):
             raise ValueError(
                 f"{new[0].path} and the parts after it repeat recorded items; remove those before recording"
@@ -232,11 +231,11 @@ class Ledger:
     def _take(self, entry: Mapping[str, Any], digest: str) -> None:
         """Bits first: setting them twice is harmless, and the state says whether the entry was taken."""
         state = apply(self.state, entry, digest)
-        self.done.remove(read_ranges(entry.get("reopened", ())))
+        self.done.remove(Ranges(entry.get("reopened", ())))
         removed = set(entry.get("removed", ()))
-        self.done.remove([span for part in self.state.parts if part.path in removed for span in part.items])
+        self.done.remove(concat(part.items for part in self.state.parts if part.path in removed))
         for part in entry.get("parts", ()):
-            self.done.add(read_ranges(part["items"]))
+            self.done.add(part["items"])
             self._paths.add(part["path"])
         self.state = state
 

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from pipelines import metrics, schema
 from pipelines.inventory.plan import Plan, open_plan
-from pipelines.ledger.entries import Part, read_part_entry, read_ranges
-from pipelines.ledger.item_set import ItemSet, Range, count, ids_of, ranges_of
+from pipelines.ledger.entries import Part, read_part_entry
+from pipelines.ledger.item_set import ItemSet, Range, Ranges, count, ids_of, ranges_of
 from pipelines.ledger.ledger import Ledger
 from pipelines.messages import JobFailed
 from pipelines.schema import ITEM_ID
@@ -61,7 +61,7 @@ class WriteResult:
     """The outcome of one batch: the part, if any row was written, and the items left for a later pass."""
 
     part: Part | None
-    deferred: tuple[Range, ...]
+    deferred: Sequence[Range]
     reasons: Mapping[str, int] = field(default_factory=dict)
     """Deferred items by status."""
     retry_after_s: float = 0.0
@@ -74,8 +74,8 @@ def write_batch(scored: pa.Table, context: PartContext) -> pa.Table:
         state, plan = _open_state(context.state_uri)
         pieces = split_by_rows(drop_repeats(scored), plan)
         written = [write_part(piece, plan, state, context) for piece in pieces]
-    parts = [json.dumps(asdict(one.part)) if one.part else None for one in written]
-    deferred = [json.dumps([one.deferred, one.reasons, one.retry_after_s]) for one in written]
+    parts = [json.dumps(asdict(one.part), default=list) if one.part else None for one in written]
+    deferred = [json.dumps([one.deferred, one.reasons, one.retry_after_s], default=list) for one in written]
     return pa.table({"part": pa.array(parts, pa.string()), "deferred": deferred})
 
 
@@ -97,7 +97,7 @@ def read_result(row: Mapping[str, str | None]) -> WriteResult:
     """The inverse of `write_batch`'s row."""
     part = read_part_entry(json.loads(row["part"])) if row["part"] else None
     deferred, reasons, retry_after_s = json.loads(row["deferred"] or "[[], {}, 0]")
-    return WriteResult(part, read_ranges(deferred), reasons, retry_after_s)
+    return WriteResult(part, Ranges(deferred), reasons, retry_after_s)
 
 
 @lru_cache(maxsize=2)
@@ -128,7 +128,7 @@ def _defer(failed: pa.Table) -> WriteResult:
     """The result of items that are left for a later pass."""
     return WriteResult(
         None,
-        tuple(ranges_of(failed["item_id"].to_numpy())),
+        ranges_of(failed["item_id"].to_numpy()),
         count_values(failed["status"]),
         pc.max(failed["retry_after_s"]).as_py() or 0.0,
     )
@@ -198,7 +198,7 @@ def store_part(table: pa.Table, state: Storage, generation: int) -> Part:
         path=path,
         sha256=hashlib.sha256(payload).hexdigest(),
         bytes=len(payload),
-        items=tuple(ranges_of(np.unique(table[ITEM_ID].to_numpy()))),
+        items=ranges_of(np.unique(table[ITEM_ID].to_numpy())),
         rows=table.num_rows,
         statuses=_count_statuses(table["status"]),
         hosts=_count_failing_hosts(table),

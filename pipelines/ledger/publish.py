@@ -27,7 +27,7 @@ import hashlib
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 
 from pipelines.inventory.plan import Plan
 from pipelines.ledger.entries import LedgerState, Part, Phase, TableFile
-from pipelines.ledger.item_set import ItemSet, Range, ids_of, join_adjacent, ranges_of
+from pipelines.ledger.item_set import ItemSet, Range, concat, ids_of, join_adjacent, ranges_of
 from pipelines.ledger.layout import (
     PLAIN,
     SUCCESS,
@@ -63,7 +63,7 @@ class FileContent:
     """A table file before it is written."""
 
     name: str
-    items: tuple[Range, ...]
+    items: Sequence[Range]
     tables: Iterable[pa.Table]
     replaces: TableFile | None = None
 
@@ -138,7 +138,7 @@ def _read_marker(table: Storage) -> bytes | None:
         return None
 
 
-def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> list[Range]:
+def find_failed_items(ledger: Ledger, plan: Plan, table: Storage) -> Sequence[Range]:
     """The items of a published table whose rows failed for passing reasons."""
     failed = ItemSet(plan.n_items)
     for file in ledger.state.files.values():
@@ -194,7 +194,7 @@ def files_to_write(
     for number, parts in enumerate(assign_parts(ledger.state)):
         name = layout.name_file(number, generation)
         if name not in ledger.state.files:
-            items = tuple(join_adjacent(span for part in parts for span in part.items))
+            items = join_adjacent(concat(part.items for part in parts))
             rows = (layout.complete(read_part(part, state)) for part in parts)
             yield FileContent(name, items, rows)
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pipelines import schema
 from pipelines.inventory.plan import PLAN_JSON, NoPlan, Plan, hash_of, open_plan
 from pipelines.ledger.entries import LedgerDamaged, Phase, TableFile, sum_counts
-from pipelines.ledger.item_set import ItemSet, overlap
+from pipelines.ledger.item_set import ItemSet, concat, overlap
 from pipelines.ledger.layout import SUCCESS, detect_layout, sort_files
 from pipelines.ledger.ledger import RUN_JSON, Ledger
 from pipelines.ledger.parts import count_values
@@ -179,7 +179,7 @@ def _find_other_plan(plan: Plan, state: Storage) -> Iterator[str]:
 
 def _find_repeats(found: Predictions) -> Iterator[str]:
     """Items are recorded twice. That the entries follow each other, reading them has shown."""
-    if overlap([span for part in found.ledger.state.parts for span in part.items]):
+    if overlap(concat(part.items for part in found.ledger.state.parts)):
         yield "parts in the ledger repeat each other's items"
 
 

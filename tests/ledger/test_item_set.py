@@ -1,5 +1,8 @@
 """Bits against Python's own sets."""
 
+import pickle
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -60,3 +63,27 @@ def test_repeated_finds_overlap_and_not_adjacency() -> None:
 
 def test_a_billion_rows_are_125_megabytes() -> None:
     assert ItemSet(10**9)._bits.nbytes == 125_000_000
+
+
+def test_scattered_items_cost_sixteen_bytes_each() -> None:
+    """A pass that defers one image in ten leaves a range for each: of ten million, a million."""
+    items = ItemSet(2_000_000)
+    scattered = ranges_of(np.arange(0, 2_000_000, 10))
+    tracemalloc.start()
+    try:
+        items.add(scattered)
+        missing = items.missing()
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(missing) == 200_000
+    assert used <= 20 * len(missing)
+    assert missing[:2] == [(1, 10), (11, 20)]
+    assert list(missing)[-1] == missing[-1] == (1_999_991, 2_000_000)
+
+
+def test_ranges_survive_pickling_and_compare_by_value() -> None:
+    ranges = ranges_of(np.array([3, 4, 9]))
+    assert pickle.loads(pickle.dumps(ranges)) == ranges == [(3, 5), (9, 10)]
+    assert ranges != [(3, 5)]
+    assert repr(ranges) == "Ranges([(3, 5), (9, 10)])"

@@ -2,11 +2,15 @@
 
 import json
 import threading
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.ledger.entries import LedgerDamaged, Part, Phase
+from pipelines.ledger.item_set import ranges_of
 from pipelines.ledger.ledger import Ledger, LedgerLost
 from pipelines.messages import InputError
 from pipelines.storage.storage import open_storage
@@ -189,3 +193,21 @@ def test_a_storage_without_conditional_put_still_keeps_a_ledger(tmp_path: Path) 
     ledger = Ledger.open(state, IDENTITY, n_items=4)
     ledger.record([part(0, 4)])
     assert Ledger.open(state, IDENTITY, n_items=4).done.full
+
+
+def test_scattered_items_of_a_resumed_run_cost_sixteen_bytes_each(tmp_path: Path) -> None:
+    """A pass that defers one image in ten leaves a range for each: of ten million images, a million."""
+    n_items, identity = 200_000, {"top_k": 2}
+    first = Ledger.open(open_storage(str(tmp_path)), identity, n_items=n_items)
+    for start in range(0, n_items, 5_000):
+        kept = np.delete(np.arange(start, start + 5_000), np.s_[::10])
+        first.record([replace(part(start, start + 5_000), items=ranges_of(kept))])
+    tracemalloc.start()
+    try:
+        second = Ledger.open(open_storage(str(tmp_path)), identity, n_items=n_items)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert second.state.parts == first.state.parts
+    assert sum(len(each.items) for each in second.state.parts) == n_items // 10
+    assert used <= 30 * n_items // 10
