@@ -154,6 +154,7 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
     }
     paths = {one: job.data.taxonomy.path(one) for one in job.data.classes}
     described = {
+        model_files.CONFIG: model_files.with_paths(files[model_files.CONFIG], paths),
         model_files.SIDECAR: model_files.sidecar_json(model_spec).encode(),
         "README.md": model_card(content, paths).encode(),
     }

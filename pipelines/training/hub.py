@@ -76,9 +76,9 @@ def model_card(content: Mapping[str, Any], paths: Mapping[str, str]) -> str:
 
 # {recipe["model"]} for {len(content["classes"])} classes of {content["taxonomy"]}
 
-An image classifier ({kind}) trained by iab-vision. `id2label` gives ids of the taxonomy
-`{content["taxonomy"]}`; `iab_vision.json` holds the calibration (temperature {content["temperature"]:.3f})
-and each category's threshold.
+An image classifier ({kind}) trained by iab-vision. `config.json` has the ids of its classes in the taxonomy
+`{content["taxonomy"]}` (`id2label`) and their paths (`label_paths`); `iab_vision.json` holds the calibration
+(temperature {content["temperature"]:.3f}) and each category's threshold.
 
 ## Data
 

@@ -48,6 +48,11 @@ def sidecar_json(spec: ModelSpec) -> str:
     return json.dumps({**asdict(spec), "labels_are_ids": True}, indent=2) + "\n"
 
 
+def with_paths(config: bytes, paths: Mapping[str, str]) -> bytes:
+    """config.json that also says what its ids mean, for readers that have no taxonomy."""
+    return (json.dumps({**json.loads(config), "label_paths": dict(paths)}, indent=2) + "\n").encode()
+
+
 def preprocessor_config(spec: ImageSpec) -> dict[str, Any] | None:
     """The spec for users of plain transformers; None where none of its processors does the same."""
     cropped = spec.fit == "crop"

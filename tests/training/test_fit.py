@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.torch import load
+from transformers import AutoConfig
 
 from pipelines.datasets import dataset, splits
 from pipelines.datasets.settings import DataSettings, ImageCache, Splits
@@ -72,6 +73,17 @@ def test_run_takes_back_what_sampling_did_and_keeps_its_logits(job, tmp_path):
     assert {name: len(one.targets) for name, one in kept.items()} == {
         name: len(job.data.indices(name)) for name in evaluate.MEASURED
     }
+
+
+def test_best_model_names_its_classes_by_their_paths(job, tmp_path):
+    fit.fit(job, HOW)
+    best = tmp_path / "run" / "best"
+    config = AutoConfig.from_pretrained(best)
+    expected = {one: job.data.taxonomy.path(one) for one in job.data.classes}
+    assert [config.label_paths[one] for one in config.id2label.values()] == list(expected.values())
+    card = (best / "README.md").read_text()
+    assert all(f"| {path} | `{one}` |" in card for one, path in expected.items())
+    assert model_files.read_model_spec(best, "here").class_ids == job.data.classes
 
 
 def test_run_names_the_categories_that_are_never_published(job, caplog):
