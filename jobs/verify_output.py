@@ -83,8 +83,11 @@ def print_checks(checks: "list[Check]") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from pipelines.ledger.verify import UNCHECKED
+
     table = Table("check", "", "what was found")
     for check in checks:
         verdict = "[green]ok[/green]" if check.ok else "[red]FAILED[/red]"
+        verdict = "not checked" if check.detail == UNCHECKED else verdict
         table.add_row(check.name, verdict, Text(check.detail))
     Console().print(table)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.verify_output import print_checks
 from pipelines.ledger.publish import find_failed_items
 from pipelines.ledger.verify import Check, verify
 from pipelines.messages import InputError
@@ -210,11 +211,16 @@ def test_rows_are_compared_with_the_plan_even_when_the_checksum_was_forged(run: 
     assert failed(verify(run.uri)) == {"rows"}
 
 
-def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
+def test_an_unfinished_run_says_how_far_it_is_and_what_was_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = small_run(tmp_path)
     run.ledger().record([run.write(range(5))])
     checks = {check.name: check for check in verify(run.uri)}
     assert checks["published"].detail.startswith("generation 1 is still running, 15 images are not recorded")
+    print_checks(list(checks.values()))
+    shown = [line for line in capsys.readouterr().out.splitlines() if "not checked" in line]
+    assert [line.split()[1] for line in shown] == ["checksums", "rows"]
 
 
 def test_a_rerun_that_was_not_finished_is_noticed(run: SmallRun) -> None:
