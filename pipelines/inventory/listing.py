@@ -13,6 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Literal
 from urllib.parse import quote
 
+from obstore.exceptions import InvalidPathError
+
 from pipelines.images.formats import is_image_name
 from pipelines.inventory import tables
 from pipelines.inventory.plan import FoundFile
@@ -61,6 +63,8 @@ def _list(uri: str) -> list[Entry]:
     try:
         return open_storage(uri).list()
     except StorageError as error:
+        if not isinstance(error.__cause__, InvalidPathError):
+            raise
         raise InputError(
             f"{redact(uri)} cannot be listed: {error}. Keys that a listing cannot express (such as a//b) "
             "can still be fetched: name them in a table with a column uri"

@@ -18,6 +18,11 @@ from tests.builders.models import small_bundle
 
 CODES = {"NoSuchBucket": 404, "AccessDenied": 403, "InvalidAccessKeyId": 403, "SignatureDoesNotMatch": 403}
 
+LISTING = (
+    "<ListBucketResult><KeyCount>1</KeyCount><Contents><Key>folder/a//b.jpg</Key><Size>1</Size>"
+    "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents></ListBucketResult>"
+)
+
 
 class Refuses(BaseHTTPRequestHandler):
     """A store that answers every request with the error named in its bucket."""
@@ -25,8 +30,8 @@ class Refuses(BaseHTTPRequestHandler):
     def answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         code = self.path.split("/")[1].split("?")[0]
-        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
-        self.send_response(CODES[code])
+        body = (LISTING if code == "listing" else f"<Error><Code>{code}</Code></Error>").encode()
+        self.send_response(CODES.get(code, 200))
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
@@ -71,6 +76,34 @@ def test_a_store_that_refuses_is_wrong_input(code, place, places, refusing, caps
     assert main(["classify", *command]) == 2
     said = capsys.readouterr().err
     assert f"s3://{code}/folder" in said
+    assert "continues" not in said
+
+
+def test_a_key_that_a_listing_cannot_express_is_named(places, refusing, capsys):
+    command = ["--bundle", places["bundle"], "--output", places["output"]]
+    assert main(["classify", "--inventory", "s3://listing/folder", *command]) == 2
+    said = capsys.readouterr().err
+    assert "a//b.jpg" in said and "name them in a table" in said
+
+
+@pytest.mark.parametrize("listens", [False, True], ids=["refused", "silent"])
+@pytest.mark.parametrize("place", ["inventory", "bundle", "output"])
+def test_an_endpoint_that_is_down_is_named_and_no_wrong_input(
+    place, listens, places, monkeypatch, caplog, capsys
+):
+    patient = objects.store_settings
+    monkeypatch.setattr(objects, "store_settings", lambda uri, *_: patient(uri, 1.0, 1.0))
+    monkeypatch.setattr(objects, "SILENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        point_at(monkeypatch, server.getsockname()[1])
+        if not listens:
+            server.close()
+        places[place] = "s3://bucket/folder"
+        command = [word for name, uri in places.items() for word in (f"--{name}", uri)]
+        assert main(["classify", *command]) == 1
+    assert "no answer from s3://bucket/folder" in caplog.text
+    said = capsys.readouterr().err
+    assert "s3://bucket/folder" in said
     assert "continues" not in said
 
 
