@@ -42,6 +42,8 @@ def run(config: TuneConfig) -> int:
             with checking_input():
                 job = replace(job, resources=job.resources.on_cluster(config.use_gpu))
             done = tune.tune_recipe(job, space, search, config.cache)
+    else:
+        log.info("%s is complete already: no trial is run", config.output)
     tell(done, config.output)
     return 0
 

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from pipelines.datasets.settings import ImageCache
-from pipelines.messages import InputError, JobFailed, redacted, root_cause
+from pipelines.messages import InputError, JobFailed, redacted, root_cause, suggestion
 from pipelines.storage import storage, uris
 from pipelines.training import decoded, fit, runs
 from pipelines.training.decoded import DecodedData
@@ -88,11 +88,9 @@ def parse_distributions(space: Mapping[str, Any], recipe: Recipe) -> dict[str, A
 def _check_setting(recipe: Recipe, setting: str) -> None:
     if setting in FIXED:
         raise InputError(f"{setting} cannot be searched: all trials share the same decoded images")
-    owner: Any = recipe
-    for part in setting.split("."):
-        if not dataclasses.is_dataclass(owner) or part not in {f.name for f in dataclasses.fields(owner)}:
-            raise InputError(f"{setting} is not a setting of the recipe")
-        owner = getattr(owner, part)
+    known = _flatten(dataclasses.asdict(recipe))
+    if setting not in known:
+        raise InputError(f"{setting} is not a setting of the recipe{suggestion(setting, list(known))}")
 
 
 def apply_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -119,6 +117,9 @@ def tune_recipe(
     folder.put(runs.RECIPE, runs.as_json(search_identity(job, space, search)))
     search = replace(
         search, max_concurrent=min(search.max_concurrent or _count_parallel_trials(job), search.trials)
+    )
+    log.info(
+        "%d trials of up to %d epochs, %d at once", search.trials, job.recipe.epochs, search.max_concurrent
     )
     results = _build_tuner(_share_machines(job, search), prepared, space, search).fit()
     trials = list_trials(results, space)
@@ -170,6 +171,7 @@ def _build_tuner(job: TrainingJob, prepared: DecodedData, space: Mapping[str, An
     filesystem, path = runs.ray_storage(job.output)
     folder = f"{path}/{FOLDER}"
     if tune.Tuner.can_restore(folder, storage_filesystem=filesystem):
+        log.info("continuing: finished trials are kept, the others go on from their checkpoints")
         return tune.Tuner.restore(
             folder, trainable, resume_unfinished=True, restart_errored=True, storage_filesystem=filesystem
         )

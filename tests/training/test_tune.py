@@ -42,10 +42,18 @@ def test_the_space_that_comes_with_the_project_fits_the_recipe():
     }
 
 
+def test_the_space_of_the_documentation_fits_the_recipe():
+    text = (Path(tune.__file__).parents[2] / "docs" / "training.md").read_text()
+    shown = text.partition("A space maps")[2].split("\n\n")[1]
+    space = tune._flatten(yaml.safe_load(shown))
+    assert len(tune.parse_distributions(space, RECIPE)) == 2
+
+
 @pytest.mark.parametrize(
     ("space", "words"),
     [
-        ({"optimizer.learnin_rate": {"uniform": [0, 1]}}, "learnin_rate"),
+        ({"optimizer.learnin_rate": {"uniform": [0, 1]}}, r"\(did you mean optimizer.learning_rate\?\)"),
+        ({"optimizer": {"choice": ["adamw"]}}, "optimizer is not a setting"),
         ({"image_size": {"choice": [32, 64]}}, "cannot be searched"),
         ({"batch_size": [32, 64]}, "choice"),
         ({"batch_size": {"any_of": [32]}}, "choice"),
