@@ -8,13 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray.train
 import torch
+import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
@@ -438,28 +441,46 @@ def test_two_workers_learn_what_one_learns_for_the_first_50_steps(tmp_path):
 
 # Whole runs on a real Ray cluster
 
+WHOLE = replace(
+    RECIPE,
+    epochs=3,
+    batch_size=6,
+    augment=Augment(repeats=8, min_crop_scale=0.8),
+    optimizer=Optimizer(learning_rate=1e-3, ema_decay=0.5),
+)
+CACHE = ImageCache(max_unreadable_fraction=0.1)
+
 
 def plan_run(root: Path, output: Path, recipe=RECIPE, **resources) -> fit.TrainingJob:
     data = dataset.load(DataSettings(str(root), splits=Splits(validation=0.25, test=0.25)))
     return fit.plan_job(data, recipe, str(output), Resources(**{"num_workers": 2, **resources}))
 
 
+@dataclass(frozen=True)
+class WholeRun:
+    """A run that nothing interrupted, beside its `images`."""
+
+    folder: Path
+    job: fit.TrainingJob
+    messages: list[dict]
+    content: dict
+
+
+@pytest.fixture(scope="module")
+def whole_run(ray_cluster, tmp_path_factory) -> WholeRun:
+    """`WHOLE` with two workers, one image being broken, in the folder `run`."""
+    folder = tmp_path_factory.mktemp("whole")
+    images = image_folder(folder / "images")
+    (images / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    job, messages = plan_run(images, folder / "run", WHOLE), []
+    return WholeRun(folder, job, messages, fit.fit(job, CACHE, messages.append).content)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path):
-    folder = image_folder(tmp_path / "images")
-    (folder / "1" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
-    recipe = replace(
-        RECIPE,
-        epochs=3,
-        batch_size=6,
-        augment=replace(STILL, repeats=8),
-        optimizer=Optimizer(learning_rate=2e-3, ema_decay=0.5),
-    )
-    job = plan_run(folder, tmp_path / "run", recipe)
-    messages: list = []
-    run = fit.fit(job, ImageCache(max_unreadable_fraction=0.1), messages.append)
-    best = tmp_path / "run" / "best"
+def test_a_run_leaves_everything_that_the_next_stages_need(whole_run):
+    output, job, content = whole_run.folder / "run", whole_run.job, whole_run.content
+    best = output / "best"
     model = AutoModelForImageClassification.from_pretrained(best)
     assert model.config.id2label == dict(enumerate(job.data.classes))
     assert {file.name for file in best.iterdir()} >= {
@@ -467,28 +488,72 @@ def test_a_run_leaves_everything_that_the_next_stages_need(ray_cluster, tmp_path
         "iab_vision.json",
         "preprocessor_config.json",
     }
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
-    assert run.content["test"]["accuracy"] > 0.6
-    assert [one["status"] for one in run.content["data"]["unreadable"]]
-    assert sum(run.content["data"]["images"].values()) == 36
-    assert run.content["dataset"]["splits"]["validation"] == 0.25
-    assert run.content["cache"] == {**vars(ImageCache(max_unreadable_fraction=0.1)), "mode": "memory"}
-    assert run.content["resources"]["num_workers"] == 2
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
-    assert "<html" in (tmp_path / "run" / "report" / "report.html").read_text()
-    assert messages[-1]["done"] == messages[-1]["total"]
-    assert runs.finished(job.output, job.recipe, job.data).content["test"] == run.content["test"]
+    assert content["test"]["accuracy"] > 0.6
+    assert [one["status"] for one in content["data"]["unreadable"]]
+    assert sum(content["data"]["images"].values()) == 36
+    assert content["dataset"]["splits"]["validation"] == 0.25
+    assert content["cache"] == {**vars(CACHE), "mode": "memory"}
+    assert content["resources"]["num_workers"] == 2
+    assert list((output / "tensorboard").iterdir())
+    assert "<html" in (output / "report" / "report.html").read_text()
+    assert whole_run.messages[-1]["done"] == whole_run.messages[-1]["total"]
+    assert runs.finished(job.output, job.recipe, job.data).content["test"] == content["test"]
     with pytest.raises(InputError, match="learning_rate"):
         runs.finished(job.output, replace(job.recipe, optimizer=Optimizer(learning_rate=1e-4)), job.data)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["disk", "stream"])
-def test_workers_measure_every_validation_image_once_without_keeping_them_all(ray_cluster, tmp_path, mode):
-    job = plan_run(image_folder(tmp_path / "images"), tmp_path / "run")
-    prepared = decoded.prepare(job.data, job.spec, ImageCache(mode=mode), seed=0)
+def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbroken_one_does(whole_run):
+    """With one worker where the unbroken run had two, and as a command with settings from a file."""
+    folder, output = whole_run.folder, whole_run.folder / "killed"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(asdict(WHOLE)))
+
+    def start() -> subprocess.Popen[bytes]:
+        """From another working directory than the workers', with paths relative to it."""
+        command = [
+            sys.executable, "-m", "jobs", "train", "--config", "recipe.yaml", "--dataset", "images",
+            "--output", "killed", "--splits.validation", "0.25", "--splits.test", "0.25",
+            "--cache.max-unreadable-fraction", "0.1",
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
+
+    first = start()
+    while len(runs.history(str(output))) < 2:
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = runs.history(str(output))
+    assert not (output / "run.json").exists()
+    # as a kill in the middle of Ray's writing leaves it
+    (output / "checkpoints" / checkpoints.INDEX).write_text("")
+    assert start().wait(300) == 0
+    after, unbroken = runs.history(str(output)), runs.history(whole_run.job.output)
+    assert [line["epoch"] for line in after] == [1, 2, 3]
+    assert after[0] == before[0], "the first epoch was trained again"
+    for name in ("loss", "log_loss", "accuracy"):
+        assert [line[name] for line in after] == pytest.approx([line[name] for line in unbroken], abs=1e-3)
+    continued = json.loads((output / "run.json").read_text())
+    assert continued["test"]["log_loss"] == pytest.approx(whole_run.content["test"]["log_loss"], abs=1e-3)
+    assert continued["best"]["epoch"] == whole_run.content["best"]["epoch"]
+
+
+@pytest.fixture(scope="module", params=["disk", "stream"])
+def streams(request, ray_cluster, tmp_path_factory) -> tuple[fit.TrainingJob, decoded.DecodedData]:
+    """Images that are not all kept in memory."""
+    folder = tmp_path_factory.mktemp("streams")
+    job = plan_run(image_folder(folder / "images"), folder / "run")
+    return job, decoded.prepare(job.data, job.spec, ImageCache(mode=request.param, images_per_task=2), seed=0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_measure_every_validation_image_once_without_keeping_them_all(streams):
+    job, prepared = streams
     rows, tally = prepared.rows["validation"], ingest.Tally()
     assert len(rows) % 2, "an even division hides what is cut off"
     counts = np.zeros(3)
@@ -503,10 +568,8 @@ def test_workers_measure_every_validation_image_once_without_keeping_them_all(ra
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["disk", "stream"])
-def test_each_pass_over_a_stream_has_its_blocks_in_another_order(ray_cluster, tmp_path, mode):
-    job = plan_run(image_folder(tmp_path / "images"), tmp_path / "run")
-    prepared = decoded.prepare(job.data, job.spec, ImageCache(mode=mode, images_per_task=2), seed=0)
+def test_each_pass_over_a_stream_has_its_blocks_in_another_order(streams):
+    job, prepared = streams
     [shard] = decoded.training_shards(prepared, job.recipe.class_balance, seed=0).streaming_split(1)
     passes = [
         [batch["item_id"].to_pylist() for batch in shard.iter_batches(batch_size=2, batch_format="pyarrow")]
@@ -568,63 +631,10 @@ def test_a_diverged_run_is_not_tried_again(ray_cluster, tmp_path):
 
 
 def training_processes() -> list[int]:
-    """Process ids of Ray Train's workers on this machine."""
+    """Process ids of the Ray Train workers of this process's cluster."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                title = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if title.startswith(b"ray::") and b"RayTrainWorker" in title:
-                found.append(int(folder.name))
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
     return found
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_driver_continues_with_the_same_command_and_ends_where_an_unbroken_one_does(
-    ray_cluster, tmp_path
-):
-    """12 training images, two steps an epoch; the unbroken run is on the tests' own cluster."""
-    folder = image_folder(tmp_path / "images", per_class=8)
-
-    def start() -> subprocess.Popen[bytes]:
-        """From another working directory than the workers', with paths relative to it."""
-        command = [
-            sys.executable, "-m", "jobs", "train", "--dataset", "images", "--output", "run",
-            "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1",
-            "--batch-size", "6", "--epochs", "3", "--precision", "fp32",
-            "--splits.validation", "0.25", "--splits.test", "0.25",
-        ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True)
-
-    output = tmp_path / "run"
-    first = start()
-    while len(runs.history(str(output))) < 2:
-        assert first.poll() is None
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    before = runs.history(str(output))
-    assert not (output / "run.json").exists()
-    (output / "checkpoints" / checkpoints.INDEX).write_text(
-        ""
-    )  # as a kill in the middle of Ray's writing does
-    assert start().wait(300) == 0
-    after = runs.history(str(output))
-    assert [line["epoch"] for line in after] == [1, 2, 3]
-    assert after[0] == before[0], "the first epoch was trained again"
-
-    recipe = Recipe(
-        model="scratch:tiny", image_size=16, patch_size=8, layers=1, batch_size=6, epochs=3, precision="fp32"
-    )
-    job = plan_run(folder, tmp_path / "unbroken", recipe, num_workers=1)
-    end = fit.fit(job, ImageCache()).content
-    unbroken = runs.history(job.output)
-    for name in ("loss", "log_loss", "accuracy"):
-        assert [line[name] for line in after] == pytest.approx([line[name] for line in unbroken], abs=1e-3)
-    continued = json.loads((output / "run.json").read_text())
-    assert continued["test"]["log_loss"] == pytest.approx(end["test"]["log_loss"], abs=1e-3)
-    assert continued["best"]["epoch"] == end["best"]["epoch"]
