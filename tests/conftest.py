@@ -14,8 +14,12 @@ hypothesis.settings.load_profile("untimed")
 MOTO_SECRET = "testing-secret"
 """Secret key for moto's server, by which tests know that nothing checks signatures."""
 
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-"""Ray would start a worker process for each logical CPU at once: a second of CPU each, most for nothing."""
+for name, value in {
+    "RAY_prestart_worker_first_driver": "0",  # else a process for each logical CPU at once, most for nothing
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, which watches for what never comes
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of a run, or of a worker, is noticed: 2 s
+}.items():
+    os.environ.setdefault(name, value)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -29,10 +33,18 @@ def shared_folder(name: str) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several test processes one runs all tests that start Ray: two cores bear one cluster at a time."""
+    """Say which tests stay in one process, and begin with what takes longest.
+
+    Tests that start Ray are two groups, each with a cluster of its own: two cores bear no more. A slow test
+    runs wherever there is time for it; the others stay with their file, which makes its fixtures once.
+    """
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            room = "training" if "training" in item.path.parts else "classification"
+            item.add_marker(pytest.mark.xdist_group(f"ray-{room}"))
+        elif not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("ray", "slow")])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
