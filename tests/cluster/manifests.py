@@ -32,6 +32,11 @@ Manifest = dict[str, Any]
 
 def manifests() -> dict[str, Manifest]:
     """Every manifest by its path, the cluster's spec copied where the kustomizations copy it."""
+    return json.loads(_read())  # nothing shared, so that a test may change one
+
+
+@cache
+def _read() -> str:
     found = {
         str(path.relative_to(FOLDER)): yaml.safe_load(path.read_text())
         for path in sorted(FOLDER.rglob("*.yaml"))
@@ -43,7 +48,7 @@ def manifests() -> dict[str, Manifest]:
             manifest["spec"]["rayClusterSpec"] = spec
         elif manifest["kind"] == "RayCronJob":
             manifest["spec"]["jobTemplate"]["rayClusterSpec"] = spec
-    return json.loads(json.dumps(found))  # nothing shared, so that a test may change one
+    return json.dumps(found)
 
 
 @cache
@@ -70,10 +75,17 @@ def _against_schema(manifest: Manifest) -> Iterator[str]:
 
 
 def _against_kubernetes(manifest: Manifest) -> Iterator[str]:
+    if message := _against_kubernetes_schema(json.dumps(manifest)):
+        yield message
+
+
+@cache  # many manifests hold the same pods, and each validation reads the schemas again
+def _against_kubernetes_schema(manifest: str) -> str | None:
     try:
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        kubernetes_validate.validate(json.loads(manifest), KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield error.message
+        return str(error.message)
+    return None
 
 
 def _against_rules(manifest: Manifest) -> Iterator[str]:
