@@ -32,9 +32,6 @@ ACTIONS = ("status", "logs", "stop")
 NOT_IDENTITY = {"debug", "config", "log_format", "ray_address", "num_cpus"}
 """Settings that do not decide what a command makes."""
 
-SWITCHES = {"--detach", "--again", "--insecure", "--debug", "--help", "-h"}
-"""Flags of submit that take no value."""
-
 log = logging.getLogger(__name__)
 
 
@@ -118,9 +115,11 @@ def run(config: SubmitConfig) -> int:
 
 def leading_flags(argv: Sequence[str]) -> int:
     """How many arguments come before the first that is neither a flag of submit nor a flag's value."""
+    fields = SubmitConfig.model_fields.items()
+    switches = {"-h", "--help", *(f"--{name}" for name, field in fields if field.annotation is bool)}
     at = 0
     while at < len(argv) and argv[at].startswith("-") and argv[at] != "--":
-        at += 1 if "=" in argv[at] or argv[at].replace("--no-", "--") in SWITCHES else 2
+        at += 1 if "=" in argv[at] or argv[at].replace("--no-", "--") in switches else 2
     return min(at, len(argv))
 
 
@@ -216,7 +215,7 @@ def report_end(details: Any) -> int:
 
 
 def stop(jobs: RayJobs, name: str) -> int:
-    """Stop a job and wait until it has put its work away."""
+    """Stop a job and wait until it has recorded its work and ended."""
     details = jobs.stop(name)
     print(f"{name}: {details.status}")
     return 0
