@@ -1,4 +1,4 @@
-"""A request to stop becomes an exception in the main thread, so that a job can put its work away."""
+"""A request to stop becomes an exception in the main thread, so that a job can record its work."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     finally:
-        if not asked:  # else the handler stays: what follows is putting work away
+        if not asked:  # else the handler stays: what follows records work
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
