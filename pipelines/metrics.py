@@ -39,9 +39,9 @@ _made = threading.Lock()
 
 
 def count(name: str, amount: float = 1, **tags: str) -> None:
-    """Add to a counter."""
-    if amount and _on_ray():
-        _metric("Counter", name, COUNTERS[name]).inc(amount, tags)
+    """Add to a counter; adding 0 exports it, so that a rate also counts the first event."""
+    if _on_ray():
+        _metric("Counter", name, COUNTERS[name])._record(amount, tags)  # `inc` refuses 0
 
 
 def put(name: str, value: float) -> None:

@@ -104,6 +104,7 @@ def run_passes(
         committer.flush()
         return tally
 
+    metrics.count("rows", 0, status=Status.OK.value)
     number = 0
     with progress, _keeping_work(ledger, committer):
         while not ledger.done.full:

@@ -106,6 +106,8 @@ class Loader:
         self._decoder = DecoderProcess(source.image_spec, source.decode)
         self._decoding = threading.Lock()
         self._closed = False
+        for counter in ("bytes_fetched", "retries", "hosts_given_up"):
+            metrics.count(counter, 0)
 
     def __call__(self, batches: pa.Table) -> Iterator[pa.Table]:
         """For each batch its rows of `schema.LOADED` with pixels, in plan order.

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import cli
 from pipelines import metrics
+from tests.builders.prometheus import ALERTS, DASHBOARD, panels
 
-ROOT = Path(cli.__file__).parents[1]
-FOLDER = ROOT / "jobs" / "cluster" / "monitoring"
-ALERTS, DASHBOARD = FOLDER / "alerts.yaml", FOLDER / "dashboard.json"
+ROOT = Path(metrics.__file__).parents[1]
 EXPORTED = {
     *(f"{name}_total" for name in metrics.COUNTERS),
     *metrics.GAUGES,
@@ -25,8 +23,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="pr
 
 
 def queries() -> list[str]:
-    panels = json.loads(DASHBOARD.read_text())["panels"]
-    return [target["expr"] for panel in panels for target in panel["targets"]]
+    return [query for asked in panels().values() for query in asked]
 
 
 def test_every_figure_that_is_asked_for_is_exported_and_every_exported_one_is_shown() -> None:

@@ -1,6 +1,7 @@
-"""`submit` against a real head that asks for a token: exit codes, races, stops, outages."""
+"""`submit` against a real head that asks for a token: exit codes, races, stops, outages, metrics."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import requests
 
 from tests.builders import models
 from tests.builders.flaky_proxy import FlakyProxy
+from tests.builders.prometheus import panels, prometheus
 from tests.builders.ray_head import Head, start_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -169,6 +171,37 @@ def test_a_real_classification_runs_on_the_cluster_and_prometheus_sees_it(head, 
     refused = head.submit(*classify, str(tmp_path / "strict"), "--bundle", str(tmp_path / "nowhere"))
     out, _ = finish(refused)
     assert refused.returncode == 2
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
+def test_every_panel_of_the_dashboard_has_data_during_a_healthy_run(head, tmp_path: Path) -> None:
+    images = models.dataset(tmp_path / "images", 1500)
+    models.small_bundle(tmp_path / "bundle")
+    files = [
+        "--inventory",
+        str(images),
+        "--bundle",
+        str(tmp_path / "bundle"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    missing = {title: set(asked) for title, asked in panels().items()}
+    missing["CPU and GPU by node"] = {query for query in missing["CPU and GPU by node"] if "cpu" in query}
+    with prometheus(head, tmp_path / "prometheus") as server:
+        process = head.submit(
+            "classify", *files, "--inventory-type", "images", "--commit-interval-s", "1",
+            "--workers.items-per-part", "50",
+        )  # fmt: skip
+        while process.poll() is None and any(missing.values()):
+            missing = {
+                title: {one for one in asked if not server.values(one)} for title, asked in missing.items()
+            }
+            time.sleep(0.2)
+        _, err = finish(process)
+        rules = server.rules()
+    assert process.returncode == 0, err
+    assert not any(missing.values()), missing
+    assert {rule["health"] for rule in rules} == {"ok"}
 
 
 def test_without_the_token_the_cluster_refuses_and_the_message_says_where_it_goes(
