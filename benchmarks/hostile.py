@@ -189,7 +189,8 @@ async def trickle(server: Server, writer: asyncio.StreamWriter, path: str) -> No
 
 def classify(folder: Path, uris: list[str], bundle: Path, *settings: str) -> int:
     folder.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"uri": uris}), folder / "in.parquet")
+    if not (folder / "in.parquet").exists():  # written again it would be another inventory
+        pq.write_table(pa.table({"uri": uris}), folder / "in.parquet")
     command = [
         sys.executable, "-m", "jobs", "classify", "--inventory", str(folder / "in.parquet"),
         "--bundle", str(bundle), "--output", str(folder / "out"), "--engine", "local",

@@ -50,7 +50,7 @@ class Fetcher:
         self._limits = limits or FetchLimits()
         self._load_actors = load_actors
         self._memory = Memory(self._limits)
-        self._tables = EmbeddedReader()
+        self._tables = EmbeddedReader(self._limits.max_buffered_bytes)
         self._file_threads = ThreadPoolExecutor(FILE_THREADS, thread_name_prefix="fetch-files")
         self._lookup_threads = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="fetch-lookup")
         self._tasks: set[asyncio.Task[None]] = set()

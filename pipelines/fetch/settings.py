@@ -35,7 +35,8 @@ class FetchLimits:
     max_bytes: PositiveInt = 64_000_000
     """Largest object, bytes, enforced while streaming."""
     max_buffered_bytes: int = 512_000_000
-    """Bytes of payloads in memory per load actor, until they are decoded; further ones wait their turn."""
+    """Bytes of payloads in memory per load actor, until they are decoded; further ones wait their turn.
+    A row group of a Parquet table that holds the images may come on top."""
     max_redirects: NonNegativeInt = 5
     """http(s) redirects followed."""
     user_agent: str = "iab-vision/0.1 (+image categorisation; contact your publisher account manager)"

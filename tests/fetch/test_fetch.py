@@ -10,7 +10,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -746,28 +746,62 @@ class CountingFile(io.FileIO):
         return found
 
 
-@pytest.mark.parametrize("row_group_size", [100, 1_000, 4_000])
-def test_table_of_images_is_read_about_once_by_sixteen_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group_size: int
-) -> None:
-    """Each call takes a contiguous block, 50 rows at a time, in turn with the others."""
-    payloads = [Random(n).randbytes(2_000) for n in range(16_000)]
-    path = tmp_path / "train.parquet"
-    pq.write_table(pa.table({"image": payloads}), path, row_group_size=row_group_size, compression="none")
+@pytest.fixture
+def images_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], tuple[str, list[bytes]]]:
+    """Writes 16,000 images of 2 kB in row groups of so many, and counts what is read of them."""
     monkeypatch.setattr("pipelines.fetch.parquet.open_input", lambda uri: pa.PythonFile(CountingFile(uri)))
     monkeypatch.setattr(CountingFile, "n_bytes", 0)
+
+    def write(row_group_size: int) -> tuple[str, list[bytes]]:
+        payloads = [Random(n).randbytes(2_000) for n in range(16_000)]
+        path = tmp_path / "train.parquet"
+        pq.write_table(pa.table({"image": payloads}), path, row_group_size=row_group_size, compression="none")
+        return str(path), payloads
+
+    return write
+
+
+@pytest.mark.parametrize("block", [50, 1_000], ids=["in turn", "each a sixteenth"])
+@pytest.mark.parametrize("row_group_size", [100, 1_000, 4_000, 16_000])
+def test_table_of_images_is_read_once_by_sixteen_calls(
+    images_table: Callable[[int], tuple[str, list[bytes]]], row_group_size: int, block: int
+) -> None:
+    """Each call takes its block 50 rows at a time, in turn with the others, which may be far ahead."""
+    path, payloads = images_table(row_group_size)
+    planned = ContainerVersion(Path(path).stat().st_size, "")
     reader = EmbeddedReader()
-    for start in range(0, 1_000, 50):
-        for call in range(16):
-            rows = range(1_000 * call + start, 1_000 * call + start + 50)
-            found = [payload.as_py() for payload in reader.read(str(path), "image", rows)]
-            assert found == payloads[rows.start : rows.stop]
-    shared = max(1, row_group_size // 1_000)  # calls that begin in the middle of a group read its start too
-    assert CountingFile.n_bytes <= (1 + shared) * path.stat().st_size
-    CountingFile.n_bytes = 0
-    scattered = list(EmbeddedReader().read(str(path), "image", range(0, 16_000, 300)))
-    assert [payload.as_py() for payload in scattered] == payloads[::300]
-    assert CountingFile.n_bytes <= 1.1 * path.stat().st_size
+    for first in range(0, 16_000, 16 * block):
+        for start in range(0, block, 50):
+            for call in reversed(range(16)):
+                rows = range(first + call * block + start, min(first + call * block + start + 50, 16_000))
+                found = [payload.as_py() for payload in reader.read(path, "image", rows, planned)]
+                assert found == payloads[rows.start : rows.stop]
+    assert CountingFile.n_bytes <= 1.1 * planned.size_bytes
+    assert not any(cursor.kept_bytes or cursor.users for cursor in reader._open)
+
+
+def test_scattered_images_of_a_table_are_read_once_and_again_where_they_are_asked_for_again(
+    images_table: Callable[[int], tuple[str, list[bytes]]],
+) -> None:
+    path, payloads = images_table(4_000)
+    reader = EmbeddedReader()
+    for times in (1, 2):
+        scattered = [payload.as_py() for payload in reader.read(path, "image", range(0, 16_000, 300))]
+        assert scattered == payloads[::300]
+        assert CountingFile.n_bytes <= 1.1 * times * Path(path).stat().st_size
+
+
+def test_what_calls_leave_unread_is_dropped_beyond_the_memory(
+    images_table: Callable[[int], tuple[str, list[bytes]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, payloads = images_table(1_000)
+    planned = ContainerVersion(Path(path).stat().st_size, "")
+    reader = EmbeddedReader(max_bytes=1_000_000)
+    for row in range(999, 16_000, 1_000):
+        assert [one.as_py() for one in reader.read(path, "image", [row], planned)] == [payloads[row]]
+        assert sum(cursor.kept_bytes for cursor in reader._open) <= 1_000_000 + 1.1 * 1_000 * 2_000
+    assert [one.as_py() for one in reader.read(path, "image", range(1_500))] == payloads[:1_500]
+    assert caplog.text.count("--fetch.max-buffered-bytes") == 1
 
 
 FORMS = [(form, listed, moved) for form in ("tar", "parquet") for listed in (0, 1) for moved in (0, 1)]
