@@ -24,7 +24,7 @@ def read_samples(uri: str, label_names: Sequence[str]) -> tuple[dict[str, list[A
     Raises:
         InputError: the shard is damaged or has no image, or a label cannot be read.
     """
-    [members] = shards.list_members([uri], all_files=True)
+    members = shards.members_of(uri, all_files=True)
     rows = members.to_pylist()
     images = [row for row in rows if is_image_name(row["uri"])]
     if not images:

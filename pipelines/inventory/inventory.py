@@ -67,11 +67,13 @@ def plan(
     *,
     options: InventoryOptions | None = None,
     allowed: Sequence[str] = (),
+    spread: shards.Spread | None = None,
 ) -> Plan:
     """Freeze what there is to do under `state`, or find it frozen there.
 
     Args:
         allowed: places where rows may name images, besides the web and the inventory's own.
+        spread: reads tars on several machines, in place of threads of this process.
 
     Raises:
         InputError: there is no such inventory, it cannot be read, its columns do not serve, or many of its
@@ -86,10 +88,15 @@ def plan(
         return _unchanged(open_plan(state), fingerprint, inventory_uri, len(found.files))
     with tempfile.TemporaryDirectory(prefix="iab-vision-plan-") as folder:
         strays = Strays(found.base, allowed)
-        carried, items, containers = READERS[found.form](found, options, Path(folder), strays)
+        if found.form == "tars":
+            carried, items, containers = _read_tars(found, options, state, spread)
+        else:
+            carried, items, containers = READERS[found.form](found, options, Path(folder), strays)
         base = redact(found.base) if scheme_of(found.base) in ("http", "https") else found.base
         origin = Origin(redact(listing.absolute(inventory_uri)), base, fingerprint)
-        return write_plan(items, state, carried=carried, origin=origin, containers=containers)
+        frozen = write_plan(items, state, carried=carried, origin=origin, containers=containers)
+    shards.forget_members(state)
+    return frozen
 
 
 def _kept(state: Storage, inventory_uri: str, options: InventoryOptions) -> Plan:
@@ -142,11 +149,13 @@ def _read_images(found: Found, _options: InventoryOptions, _folder: Path, _stray
     return pa.schema([]), items(), ()
 
 
-def _read_tars(found: Found, options: InventoryOptions, _folder: Path, _strays: Strays) -> Items:
+def _read_tars(
+    found: Found, options: InventoryOptions, state: Storage, spread: shards.Spread | None
+) -> Items:
     carried = pa.schema([shards.MEMBERS.field("key")])
 
     def items() -> Iterator[pa.Table]:
-        for rows in shards.list_members([file.uri for file in found.files], all_files=options.all_files):
+        for rows in shards.list_members(found.files, state, all_files=options.all_files, spread=spread):
             offsets = np.arange(rows.num_rows + 1)
             yield to_items(rows.select(["uri", "key"]), offsets, carried, rows.drop_columns(["uri", "key"]))
 
@@ -345,5 +354,4 @@ def _check_key(key: str, field: pa.Field) -> None:
 READERS: dict[str, Callable[[Found, InventoryOptions, Path, Strays], Items]] = {
     "images": _read_images,
     "table": _read_table,
-    "tars": _read_tars,
 }

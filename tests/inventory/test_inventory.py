@@ -19,7 +19,7 @@ import pytest
 
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.source import sources_of
-from pipelines.inventory import dedupe, tables
+from pipelines.inventory import dedupe, shards, tables
 from pipelines.inventory import plan as frozen_plan
 from pipelines.inventory.inventory import plan
 from pipelines.inventory.plan import open_plan
@@ -584,6 +584,33 @@ def test_bodies_of_a_shard_are_not_read_where_ranges_are(
     pieces.clear()
     assert plan(str(tmp_path / "small.tar"), open_storage(str(tmp_path / "other"))).n_items == 1_000
     assert len(pieces) < 10
+
+
+def test_planning_of_shards_goes_on_where_it_was_interrupted(
+    tmp_path: Path, state: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for number in range(6):
+        shard(tars / f"{number}.tar", [f"{number}.jpg"])
+    whole = (tars / "5.tar").read_bytes()
+    (tars / "5.tar").write_bytes(whole[:1_000])
+    read: list[str] = []
+    members_of = shards.members_of
+
+    def counted(uri: str, all_files: bool) -> pa.Table:
+        read.append(uri[-5:])
+        return members_of(uri, all_files)
+
+    monkeypatch.setattr(shards, "members_of", counted)
+    with pytest.raises(InputError, match=r"5\.tar"):
+        plan(str(tars), state)
+    (tars / "5.tar").write_bytes(whole)
+    shard(tars / "3.tar", ["changed.jpg", "3.jpg"])
+    read.clear()
+    assert plan(str(tars), state).n_items == 7
+    assert sorted(read) == ["3.tar", "5.tar"]
+    assert not list(state.list("plan/tars"))
 
 
 def test_shard_on_a_server_without_ranges_is_refused(tmp_path: Path, state: Storage) -> None:
