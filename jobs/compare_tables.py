@@ -80,8 +80,10 @@ def open_both(config: CompareConfig, places: list[Place]) -> Iterator[tuple[Side
     with tempfile.TemporaryDirectory(prefix="iab-vision-compare-") as folder:
         with checking_input():
             bundles = [open_if_bundle(uri) for uri in (config.a, config.b)]
+            both = zip((config.a, config.b), bundles, strict=True)
             if any(bundles) and not all(bundles):
-                raise InputError("compare two bundles, or two predictions, not one of each")
+                kinds = [f"{redact(uri)} is {'a' if found else 'no'} bundle" for uri, found in both]
+                raise InputError(f"{' and '.join(kinds)}: compare two bundles, or two predictions")
             if any(bundles) and not places:
                 raise InputError("two bundles are compared over images; give --images")
         if bundles[0] and bundles[1]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_settings import CliPositionalArg
 
-from jobs.settings import JobConfig, Location, field_of, flags_of, locate
+from jobs.settings import Folder, JobConfig, Location, field_of, flags_of, locate, refuse_file
 from pipelines.classify.settings import ErrorBudget, Passes, Workers
 from pipelines.datasets.settings import DataSettings, ImageCache
 from pipelines.fetch.settings import FetchLimits
@@ -70,7 +70,7 @@ class TrainConfig(
 ):
     """Fine-tune a Vision Transformer on labelled images; the same command continues an unfinished run."""
 
-    output: Location
+    output: Annotated[Location, AfterValidator(refuse_file)]
     """Folder of the run."""
     max_failures: int = field_of(Resources, "max_failures")
     trackers: list[Literal["mlflow", "wandb"]] = field_of(Resources, "trackers")
@@ -84,7 +84,7 @@ class TuneConfig(
 ):
     """Search for a better recipe with short trainings; the same command continues an unfinished search."""
 
-    output: Location
+    output: Annotated[Location, AfterValidator(refuse_file)]
     """Folder for the trials, their table and plot, and `best.yaml`."""
     space: Location = str(Path(__file__).parent / "configs" / "tune_space.yaml")
     """YAML file that maps settings of the recipe to how they are drawn."""
@@ -142,14 +142,14 @@ class ClassificationConfig(
 class ClassifyConfig(ClassificationConfig):
     """Label every image of an inventory with a bundle, exactly once, into a Parquet table."""
 
-    output: str
+    output: Folder
     """Folder for `table/` and `state/`; the same command on it again continues or does nothing."""
 
 
 class NightlyConfig(ClassificationConfig):
     """Publish a date of a table: the whole inventory, of which only what changed is classified."""
 
-    table: str
+    table: Folder
     """Folder for `images/run_date=DATE/` and `state/run_date=DATE/`."""
     date: datetime.date
     """The night, `YYYY-MM-DD`; a published one is not made again."""
@@ -171,7 +171,7 @@ class CompareConfig(JobConfig):
     """Night (`TABLE/images/run_date=DATE`), folder of `classify`, or bundle: the one in use."""
     b: CliPositionalArg[str]
     """Another of the same kind: the candidate."""
-    output: str = "comparison"
+    output: Folder = "comparison"
     """Folder for `report.html` and `comparison.json`."""
     images: str | None = None
     """Images that bundles are compared on: table, folder or labelled dataset (its labels are the truth)."""

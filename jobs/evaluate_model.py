@@ -18,7 +18,7 @@ from pydantic import Field
 
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
-from jobs.settings import JobConfig, flags_of
+from jobs.settings import Folder, JobConfig, flags_of
 from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.machine import cores
 from pipelines.messages import InputError, redact
@@ -44,7 +44,7 @@ class EvaluateConfig(flags_of(DataSettings, "label_map", "tier", "columns"), Job
     dataset: str | None = None
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet; unset:
     those that the model's run had."""
-    output: str
+    output: Folder
     """Folder for `report.html`, `evaluation.json` and `evaluation.parquet`."""
     run: str | None = None
     """Run that made the bundle: its recorded splits hold for the images it knows; unset: `checkpoint`."""

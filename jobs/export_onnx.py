@@ -11,7 +11,7 @@ from pydantic import Field
 
 from export.settings import ParitySettings
 from jobs.errors import checking_input
-from jobs.settings import JobConfig
+from jobs.settings import Folder, JobConfig
 from pipelines.messages import redact
 from pipelines.specs import Precision
 
@@ -23,7 +23,7 @@ class ExportConfig(JobConfig):
     """Run folder of `train`, its `best/`, or any Hugging Face image classifier in safetensors."""
     images: str
     """Images to measure on: a labelled dataset (its held-out rows are used), a table of URIs, or a folder."""
-    output: str
+    output: Folder
     """Folder for the bundle; must not exist."""
     precisions: list[Precision] = Field(default=["fp32"])
     """`fp32`, `fp16` (for GPU) and `int8` (for CPU); fp32 is always made."""

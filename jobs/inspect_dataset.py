@@ -14,7 +14,7 @@ from pydantic_settings import CliPositionalArg
 
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
-from jobs.settings import JobConfig, flags_of, part_of
+from jobs.settings import Folder, JobConfig, flags_of, part_of
 from pipelines.datasets.settings import DataSettings
 from pipelines.machine import cores
 
@@ -29,7 +29,7 @@ class InspectConfig(
 
     dataset: CliPositionalArg[str]
     """Labelled images: folder `<label>/image.jpg`, table of files and labels, or Hugging Face Parquet."""
-    output: str = "inspection"
+    output: Folder = "inspection"
     """Folder for `inspection.html` and `inspection.json`."""
     max_distance: int = Field(default=4, ge=0, le=16)
     """Bits of 64 in which the perceptual hashes of two copies of a picture may differ."""
@@ -47,9 +47,9 @@ def run(config: InspectConfig) -> int:
         data = load_dataset(
             settings, config.output, otherwise=", or --taxonomy labels to see the labels as they are"
         )
+    log.info("decoding %d images of %d classes", data.rows.num_rows, len(data.classes))
     found, images = inspect_dataset(data, threads=config.threads or cores(), max_distance=config.max_distance)
     page.write_inspection(found, data, images, config.output)
-    log.info("%d images, %d classes", data.rows.num_rows, len(data.classes))
     for warning in found.warnings:
         log.warning("%s", warning)
     log.info("page: %s/%s", config.output.rstrip("/"), page.PAGE_FILE)

@@ -50,7 +50,7 @@ class RayJobs:
         use_token()
         if address:  # Ray takes this variable before the address that it is given
             os.environ["RAY_API_SERVER_ADDRESS"] = address
-        from ray.exceptions import AuthenticationError
+        from ray.exceptions import AuthenticationError, RpcError
         from ray.job_submission import JobSubmissionClient
 
         # not earlier: Ray sets its levels at import
@@ -63,7 +63,7 @@ class RayJobs:
                 "the cluster asks for a token and refused ours; put the cluster's token into RAY_AUTH_TOKEN "
                 "or into the file ~/.ray/auth_token (`ray get-auth-token` on the head shows it)"
             ) from error
-        except (ConnectionError, RuntimeError, ValueError, FileNotFoundError) as error:
+        except (ConnectionError, RpcError, RuntimeError, ValueError, FileNotFoundError) as error:
             raise InputError(
                 f"no Ray job server answers: {first_line(error)}; give its address as --address http://HOST:8265"
             ) from error

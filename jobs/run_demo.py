@@ -23,7 +23,7 @@ from rich.table import Table
 from jobs import demo_images
 from jobs.cluster import ray_cluster
 from jobs.config import ClassifyConfig, NightlyConfig, TrainConfig
-from jobs.settings import JobConfig
+from jobs.settings import Folder, JobConfig
 from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError, JobFailed
 from pipelines.training.recipe import Augment
@@ -44,7 +44,7 @@ console = Console()
 class DemoConfig(JobConfig):
     """Draw pictures, train, export, classify, verify and publish three nights, all on this machine."""
 
-    output: str = "demo-output"
+    output: Folder = "demo-output"
     """Folder for the demo's dataset, run, bundle and predictions; a second run starts afresh."""
 
 

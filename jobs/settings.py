@@ -50,6 +50,16 @@ def locate(uri: str) -> str:
 Location = Annotated[str, pydantic.AfterValidator(locate)]
 
 
+def refuse_file(uri: str) -> str:
+    """A folder to write to, before anything costly: raises ValueError for a file that is there."""
+    if is_local(uri) and local_path(uri).is_file():
+        raise ValueError(f"{uri} is a file; name a folder")
+    return uri
+
+
+Folder = Annotated[str, pydantic.AfterValidator(refuse_file)]
+
+
 def field_of(spec: type, name: str) -> Any:
     """A field of validated settings, to be a setting of a command under its own name."""
     fields: dict[str, FieldInfo] = spec.__pydantic_fields__  # type: ignore[attr-defined]
@@ -225,7 +235,7 @@ def settings_of(cls: type[BaseSettings]) -> dict[str, bool]:
 
 def explain(detail: Mapping[str, Any], cls: type[BaseSettings], argv: Sequence[str]) -> str:
     """One wrong value: where it was set, what it is, what it must be."""
-    loc = [str(part) for part in detail["loc"]]
+    loc = [part for part in detail["loc"] if isinstance(part, str)]  # without the places in lists
     written = ".".join(loc)
     if detail["type"] == "missing":
         flagged = settings_of(cls).get(written, True)

@@ -19,7 +19,7 @@ from pipelines.inventory import tables
 from pipelines.inventory.listing import absolute
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import open_input, open_storage
-from pipelines.storage.uris import StorageError, join, split
+from pipelines.storage.uris import join, split
 
 IMAGE_COLUMNS = ("image", "img")
 """Names of a Parquet column of images; one of another name is found by its type."""
@@ -98,10 +98,10 @@ def list_files(uri: str) -> list[str]:
         raise DatasetError(
             f"{redact(uri)} is no folder, no tar and no table; tables end in {endings}"
         ) from error
-    except StorageError as error:
-        raise DatasetError(f"{redact(uri)} cannot be listed: {error}") from error
     if not entries:
-        raise DatasetError(f"{redact(uri)} does not exist; give a folder or a table of labelled images")
+        raise DatasetError(
+            f"{redact(uri)} does not exist or is empty; give a folder or a table of labelled images"
+        )
     return sorted(join(uri, one.path) for one in entries if not _is_hidden(one.path))
 
 

@@ -47,6 +47,7 @@ def evaluate_model(
     )
     leakage = find_leakage(data, split, recorded)
     _warn(eval_set, leakage)
+    log.info("classifying %d images, split %s", eval_set.images.num_rows, split)
     predictions = predict_on_threads(eval_set.images, model.predict, model.spec.image_spec, threads=threads)
     result = score(eval_set, model.spec.class_ids, predictions)
     for image in result.unreadable[:LISTED]:
@@ -58,6 +59,7 @@ def evaluate_model(
         about=_about(model, data, split, leakage, result),
         slices=result.slices,
     )
+    log.info("drawing the report")
     shown = make_gallery(
         result.scored, model.taxonomy, result.images, model.spec.image_spec, network=model.network
     )

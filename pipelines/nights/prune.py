@@ -13,6 +13,7 @@ from datetime import date, timedelta
 from pipelines.inventory.plan import PLAN_JSON, open_plan
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.layout import SUCCESS
+from pipelines.messages import InputError, redact
 from pipelines.nights.folders import DateFolders, find_nights, list_dates
 from pipelines.nights.night import read_ledger
 from pipelines.storage.storage import Storage
@@ -44,12 +45,18 @@ class Removal:
 
 
 def find_removals(table_uri: str, *, keep_days: int) -> list[Removal]:
-    """The published dates that are more than so many days older than the newest one, in order."""
-    nights = find_nights(table_uri)
+    """The published dates that are more than so many days older than the newest one, in order.
+
+    Raises:
+        InputError: there is no table of nights.
+    """
+    nights, begun = find_nights(table_uri), list_dates(table_uri)
+    if not begun:
+        raise InputError(f"{redact(table_uri)} holds no night; give the folder that was --table of `nightly`")
     if not nights:
         return []
     oldest = nights[-1].date - timedelta(days=keep_days)
-    found = (_describe(table_uri, day) for day in list_dates(table_uri) if day < oldest)
+    found = (_describe(table_uri, day) for day in begun if day < oldest)
     return [removal for removal in found if removal]
 
 

@@ -41,7 +41,10 @@ class FsspecStorage:
         try:
             filesystem, folder = fsspec.core.url_to_fs(self.uri)
         except (ValueError, ImportError) as error:  # an unknown scheme, or one whose package is missing
-            raise InputError(f"{redact(self.uri)} cannot be opened: {error}") from error
+            raise InputError(
+                f"{redact(self.uri)} cannot be opened: {error}. Local paths, s3://, gs://, az://, hf:// and "
+                "https:// can"
+            ) from error
         return filesystem, folder.rstrip("/")
 
     def read(self, path: str) -> bytes:

@@ -313,6 +313,45 @@ def test_a_path_that_is_not_there_is_wrong_input() -> None:
         Path("/nowhere/labels.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("train --dataset d", "--output"), ("tune --dataset d", "--output"), ("inspect d", "--output"),
+        ("export --checkpoint r --images d", "--output"), ("evaluate --bundle b", "--output"),
+        ("classify --inventory i --bundle b", "--output"), ("compare a b", "--output"),
+        ("nightly --inventory i --bundle b --date 2026-11-20", "--table"), ("demo", "--output"),
+    ],
+)  # fmt: skip
+def test_a_file_in_the_place_of_an_output_folder_is_refused_first(
+    command: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main([*command.split(), place, str(tmp_path / "file")]) == 2
+    assert f"{place}: {tmp_path}/file is a file; name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("prune {}", "holds no night; give the folder that was --table"),
+        ("compare {} {}/nowhere", "has neither manifest.json nor _SUCCESS"),
+        ("classify --inventory {} --bundle {} --output s4://x/y", "is not a bundle"),
+        (
+            "export --checkpoint r --images d --output o --precisions fp33",
+            "--precisions is 'fp33'; it must be",
+        ),
+        ("inspect {}", "does not exist or is empty; give a folder or a table"),
+        ("verify {}", "not written by classify, or not there"),
+    ],
+)
+def test_a_wrong_place_is_named_with_what_to_give(
+    command: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ["--keep-days", "3"] if command.startswith("prune") else []
+    assert cli.main([*command.format(tmp_path, tmp_path).split(), *keep]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_mistyped_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["clasify"]) == 2
     assert "did you mean classify?" in capsys.readouterr().err
