@@ -18,8 +18,11 @@ COUNTERS = {
     "bytes_fetched": (),
     "retries": (),
     "hosts_given_up": (),
+    "images_run": (),
+    "batch_places": (),
 }
-"""Name -> tags: rows recorded in the ledger; payload bytes; attempts after the first; circuits opened."""
+"""Name -> tags: rows recorded in the ledger; payload bytes; attempts after the first; circuits opened; images
+through the model, and how many would have filled the same batches."""
 
 GAUGES = (
     "run_images",

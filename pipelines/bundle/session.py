@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from pipelines import metrics
 from pipelines.bundle import providers
 from pipelines.bundle.bundle import Bundle
 from pipelines.bundle.manifest import BundleDamaged
@@ -63,6 +64,8 @@ class OnnxModel:
             stop = start + self.spec.next_batch(n - start)
             batch_nhwc = pixels_nhwc[start:stop]
             logits_nc[start:stop], probabilities_nc[start:stop] = self._session(len(batch_nhwc))(batch_nhwc)
+            metrics.count("images_run", len(batch_nhwc))
+            metrics.count("batch_places", self.batch_size)
             start = stop
         return logits_nc, probabilities_nc
 
