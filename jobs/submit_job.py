@@ -67,6 +67,8 @@ class SubmitConfig(JobConfig):
     """Job server, as http://HOST:8265; unset: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine's."""
     working_dir: str | None = None
     """Folder sent along with the job (or a zip's URI); unset: what is installed on the cluster runs."""
+    requirements: str | None = None
+    """File of requirements that pip installs for the job beside what the cluster has."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment of the job and its workers."""
     entrypoint: Entrypoint = Entrypoint()
@@ -149,6 +151,8 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
     runtime_env: dict[str, Any] = {"env_vars": job | variables | config.env}
     if config.working_dir:
         runtime_env |= {"working_dir": config.working_dir, "excludes": [".git", ".venv"]}
+    if config.requirements:
+        runtime_env["pip"] = config.requirements
     return Submission(
         base_id=name,
         entrypoint=shlex.join(["exec", "python", "-m", "jobs", command, *split_config(argv)[1]]),

@@ -62,10 +62,10 @@ def test_a_job_started_with_these_variables_gets_the_same_settings(
 
 def test_working_folder_environment_and_resources_are_passed_on() -> None:
     sent = job(
-        "--working-dir", ".", "--env", "AWS_REGION=eu-west-1", "--entrypoint.num-cpus", "2",
-        "--entrypoint.resources", "head=1", "classify", *REQUIRED,
+        "--working-dir", ".", "--requirements", "more.txt", "--env", "AWS_REGION=eu-west-1",
+        "--entrypoint.num-cpus", "2", "--entrypoint.resources", "head=1", "classify", *REQUIRED,
     )  # fmt: skip
-    assert sent.runtime_env["working_dir"] == "."
+    assert (sent.runtime_env["working_dir"], sent.runtime_env["pip"]) == (".", "more.txt")
     assert sent.runtime_env["env_vars"]["AWS_REGION"] == "eu-west-1"
     assert (sent.resources["entrypoint_num_cpus"], sent.resources["entrypoint_num_gpus"]) == (2, None)
     assert sent.resources["entrypoint_resources"] == {"head": 1.0}
