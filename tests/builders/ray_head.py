@@ -1,4 +1,4 @@
-"""A real Ray head with its job server on this machine, as a process tree of its own."""
+"""A real Ray head with its job server on this machine, and nodes that join it: each a process tree."""
 
 import os
 import signal
@@ -6,13 +6,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
 
 READY_S = 240
+Process = subprocess.Popen[bytes]
 
 
 def free_port() -> int:
@@ -29,8 +31,10 @@ class Head:
     address: str
     metrics: str
     agent: str
+    gcs: str
     environment: Mapping[str, str]
-    process: subprocess.Popen[bytes]
+    process: Process
+    nodes: list[Process] = field(default_factory=list)
 
     def submit(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `iab-vision submit ARGUMENTS` against this head."""
@@ -42,10 +46,25 @@ class Head:
             text=True,
         )
 
+    def add_node(self, num_cpus: int) -> Process:
+        """Start a node and wait until it has joined."""
+        agent = free_port()
+        flags = [f"--address={self.gcs}", f"--num-cpus={num_cpus}", f"--dashboard-agent-listen-port={agent}"]
+        health = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
+        self.nodes.append(_start(flags, self.environment, lambda: requests.get(health, timeout=5).ok))
+        return self.nodes[-1]
+
     def kill(self) -> None:
-        """End the head; what it started ends with it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        """End the nodes and the head; what each started ends with it."""
+        for process in (*self.nodes, self.process):
+            kill(process)
+
+
+def kill(process: Process) -> None:
+    """End a node."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
 
 
 def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
@@ -54,7 +73,7 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
     token.parent.mkdir(parents=True, exist_ok=True)
     token.write_text("ab" * 32)
     port = port or free_port()
-    metrics, agent = free_port(), free_port()
+    metrics, agent, gcs = free_port(), free_port(), free_port()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "IAB_VISION_"))}
     environment = kept | {
         "HOME": str(home),
@@ -62,33 +81,40 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "500",
+        "RAY_agent_register_timeout_ms": str(1000 * READY_S),
     }
-    options = {
-        "--port": free_port(),
-        "--dashboard-port": port,
-        "--dashboard-agent-listen-port": agent,
-        "--dashboard-agent-grpc-port": free_port(),
-        "--metrics-export-port": metrics,
-        "--num-cpus": num_cpus,
-        "--object-store-memory": 200_000_000,
-    }
-    process = subprocess.Popen(
-        ["ray", "start", "--head", "--block", *(f"{name}={value}" for name, value in options.items())],
-        env=environment,
-        stdout=(home / "head.log").open("wb"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    flags = [
+        "--head",
+        f"--port={gcs}",
+        f"--dashboard-port={port}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}",
+        f"--num-cpus={num_cpus}",
+    ]
     urls = [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{agent}"]
-    head = Head(*urls, environment, process)
-    deadline = time.monotonic() + READY_S
     headers = {"Authorization": f"Bearer {token.read_text()}"}
+    jobs = f"{urls[0]}/api/jobs/"
+    process = _start(flags, environment, lambda: requests.get(jobs, headers=headers, timeout=5).ok)
+    return Head(*urls, f"127.0.0.1:{gcs}", environment, process)
+
+
+def _start(flags: Sequence[str], environment: Mapping[str, str], ready: Callable[[], bool]) -> Process:
+    """`ray start` with these flags, once ready. Raises RuntimeError if it ends, or after `READY_S`."""
+    common = ["--block", f"--dashboard-agent-grpc-port={free_port()}", "--object-store-memory=200000000"]
+    log = Path(environment["HOME"], "ray-start.log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["ray", "start", *common, *flags],
+            env=dict(environment),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if requests.get(f"{head.address}/api/jobs/", headers=headers, timeout=5).ok:
-                return head
-        except requests.RequestException:
-            pass
+        with suppress(requests.RequestException):
+            if ready():
+                return process
         time.sleep(0.5)
-    head.kill()
-    raise RuntimeError(f"no job server within {READY_S} s:\n{(home / 'head.log').read_text()[-3000:]}")
+    kill(process)
+    raise RuntimeError(f"not ready within {READY_S} s:\n{log.read_text()[-3000:]}")
