@@ -1,14 +1,12 @@
-"""Turn an evaluation and what is to be shown beside it into `evaluation.json` and one self-contained page.
+"""Turn an evaluation and its pictures into `evaluation.json` and one self-contained page.
 
-The page holds its plots and pictures as `data:` URIs and needs no network. Labels and URIs come from other
-people's tables, so everything is escaped by the template engine.
+The page holds its plots and pictures as `data:` URIs and needs no network.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from PIL import Image
@@ -16,6 +14,7 @@ from PIL import Image
 from pipelines.evaluation import plots
 from pipelines.evaluation.evaluation import Evaluation, Scored
 from pipelines.evaluation.metrics import Array
+from pipelines.evaluation.page import open_environment
 from pipelines.images.pixels import jpeg_uri
 from pipelines.storage import storage
 from pipelines.taxonomy.taxonomy import SEPARATOR, Taxonomy
@@ -23,7 +22,6 @@ from pipelines.taxonomy.taxonomy import SEPARATOR, Taxonomy
 EVALUATION_FILE, REPORT_FILE = "evaluation.json", "report.html"
 
 CONFUSIONS_LISTED = 25
-UNKNOWN = "–"
 PICTURE_SIDE = 192
 """Pixels of a picture on the page: 24 + 12 + 8 of them stay below 1 MB."""
 
@@ -68,7 +66,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class ReportExtras:
-    """What a report shows beside the numbers; whatever is empty is left out."""
+    """What a report shows in addition to the numbers; whatever is empty is left out."""
 
     sample: Sequence[CaptionedImage] = ()
     """Images of every class."""
@@ -118,16 +116,8 @@ def _answers(scored: Scored, taxonomy: Taxonomy, row: int) -> tuple[tuple[str, f
 
 def render_page(document: Mapping[str, Any], material: ReportExtras) -> str:
     """The report as one HTML text, from the content of `evaluation.json`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipelines.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {
-        "percent": percent,
-        "number": number,
-        "interval": interval,
-        "words": words,
-        "leaf": leaf,
-    }
+    environment = open_environment("pipelines.evaluation")
+    environment.filters["interval"] = interval
     return environment.get_template("evaluation.html").render(
         e=document,
         m=material,
@@ -217,28 +207,8 @@ def _small(pixels_hwc: Array) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def percent(value: float | None) -> str:
-    """0.8123 -> "81.2 %"; a dash where it is unknown."""
-    return UNKNOWN if value is None else f"{100 * value:.1f} %"
-
-
-def number(value: float | None) -> str:
-    """0.81234 -> "0.8123"; a dash where it is unknown."""
-    return UNKNOWN if value is None else f"{value:.4f}"
-
-
 def interval(bounds: Sequence[float | None] | None) -> str:
     """[0.75, 0.87] -> "75–87 %"; empty where it is unknown."""
     if bounds is None or bounds[0] is None or bounds[1] is None:
         return ""
     return f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f} %"
-
-
-def leaf(path: str) -> str:
-    """ "Sports > Tennis" -> "Tennis"."""
-    return path.rsplit(SEPARATOR, maxsplit=1)[-1]
-
-
-def words(name: str) -> str:
-    """ "f1_macro" -> "f1 macro"."""
-    return name.replace("_", " ")

@@ -1,19 +1,16 @@
-"""An `Inspection` -> `inspection.html`, one page that needs no network, and `inspection.json`.
-
-Labels and URIs come from other people's tables, so everything is escaped by the template engine.
-"""
+"""An `Inspection` -> `inspection.html`, one page that needs no network, and `inspection.json`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 
 from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation import plots
 from pipelines.evaluation.gallery import fetch_images
+from pipelines.evaluation.page import open_environment
 from pipelines.images.pixels import jpeg_uri
 from pipelines.inspection.inspect import Inspection, label_texts
 from pipelines.messages import redacted
@@ -54,10 +51,7 @@ def render(found: Inspection, data: LabelledData, images: pa.Table) -> str:
     groups = found.duplicates[:GROUPS_SHOWN]
     wanted = {row for rows in of_class.values() for row in rows}
     wanted |= {row for one in groups for row in one.rows[:PER_GROUP]}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipelines.inspection"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("inspection.html").render(
+    return open_environment("pipelines.inspection").get_template("inspection.html").render(
         i=found,
         total=data.rows.num_rows,
         balance=plots.plot_balance({name: _counts(found, name) for name in found.images}, found.classes),

@@ -1,4 +1,4 @@
-"""Documents and pictures -> self-contained pages. The template engine escapes whatever comes from tables."""
+"""Documents and pictures of nights and comparisons -> their pages."""
 
 import itertools
 from collections import Counter
@@ -9,23 +9,22 @@ from typing import Any
 
 import jinja2
 
+from pipelines.evaluation.page import open_environment
 from pipelines.fetch.settings import FetchLimits
 from pipelines.nights.compare import Flip
 from pipelines.nights.pictures import Gallery, Picture, make_thumbnails
 from pipelines.nights.report import name_of
 from pipelines.storage.storage import Storage
-from pipelines.taxonomy.taxonomy import SEPARATOR, Taxonomy
+from pipelines.taxonomy.taxonomy import Taxonomy
 
 REPORT_HTML = "report.html"
-UNKNOWN = "–"
 MATRIX_SIDE = 20
 """Categories on a side of the matrix of flips: what fits a page."""
 
 
 def render_night(document: Mapping[str, Any], gallery: Gallery, taxonomy: Taxonomy) -> str:
     """The page of one night, from `report.describe` and its pictures."""
-    names = partial(name_of, taxonomy)
-    return _environment().get_template("night.html").render(d=document, g=gallery, name_of=names)
+    return _template("night.html").render(d=document, g=gallery, name_of=partial(name_of, taxonomy))
 
 
 def write_comparison(
@@ -38,15 +37,11 @@ def write_comparison(
 ) -> None:
     """Write `report.html` of a comparison, with a thumbnail of each flip that can be fetched."""
     small = make_thumbnails([flip.uri for flip in flips], {}, limits) if flips else {}
-    page = (
-        _environment()
-        .get_template("compare.html")
-        .render(
-            d=document,
-            flips=[replace(flip, thumbnail=small.get(flip.uri)) for flip in flips],
-            matrix=flip_matrix(document["pairs"]),
-            name_of=partial(name_of, taxonomy),
-        )
+    page = _template("compare.html").render(
+        d=document,
+        flips=[replace(flip, thumbnail=small.get(flip.uri)) for flip in flips],
+        matrix=flip_matrix(document["pairs"]),
+        name_of=partial(name_of, taxonomy),
     )
     output.put(REPORT_HTML, page.encode())
 
@@ -63,47 +58,21 @@ def flip_matrix(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"names": names, "cells": cells, "most": max((max(row) for row in cells), default=0)}
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("pipelines.nights"), jinja2.PackageLoader("pipelines.evaluation")]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
+def _template(name: str) -> jinja2.Template:
+    environment = open_environment("pipelines.nights", "pipelines.evaluation")
     environment.filters |= {
-        "count": count,
-        "decimal": decimal,
         "duration": duration,
         "groupby_in_order": group_by_category,
-        "leaf": lambda path: path.rsplit(SEPARATOR, maxsplit=1)[-1],
         "p_value": p_value,
-        "percent": percent,
         "points": points,
-        "words": lambda name: name.replace("_", " "),
     }
-    return environment
+    return environment.get_template(name)
 
 
 def group_by_category(pictures: Iterable[Picture]) -> list[tuple[str, list[Picture]]]:
     """Pictures by Tier 1 category, in their order."""
     groups = itertools.groupby(pictures, key=lambda picture: picture.tier1_id)
     return [(tier1_id, list(group)) for tier1_id, group in groups]
-
-
-def count(value: float | None) -> str:
-    """12345 -> "12,345"; a dash where it is unknown."""
-    return UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def decimal(value: float | None, places: int) -> str:
-    """0.81234 -> "0.812"; a dash where it is unknown."""
-    return UNKNOWN if value is None else f"{value:,.{places}f}"
-
-
-def percent(value: float | None) -> str:
-    """0.8123 -> "81.2 %"; a dash where it is unknown."""
-    return UNKNOWN if value is None else f"{100 * value:.1f} %"
 
 
 def points(value: float) -> str:
