@@ -107,8 +107,7 @@ class Drift:
     n_past: int
     psi: float
     excess: float
-    js_distance: float
-    """Jensen-Shannon distance, base 2: 0 equal, 1 nothing in common."""
+    """PSI less what chance alone gives."""
     p: float
     """Corrected for the number of signals; 1 where too few images were counted."""
     design_effect: float
@@ -161,7 +160,7 @@ def measure(signal: Signal) -> Drift:
     """The effect and the uncorrected p-value of one signal."""
     if not has_enough(signal):
         n_images = sum(signal.tonight.values())
-        return Drift(signal, n_images, _sum_past(signal), 0.0, 0.0, 0.0, 1.0, 1.0, ())
+        return Drift(signal, n_images, _sum_past(signal), 0.0, 0.0, 1.0, 1.0, ())
     ids = sorted({*signal.tonight, *(one for night in signal.past for one in night)})
     tonight = _as_array(signal.tonight, ids)
     nights = np.array([_as_array(night, ids) for night in signal.past])
@@ -180,7 +179,6 @@ def measure(signal: Signal) -> Drift:
         n_past=int(m),
         psi=psi,
         excess=psi - floor,
-        js_distance=js_distance(tonight / n, past / m),
         p=min(1.0, p_everywhere, p_anywhere),
         design_effect=effect,
         movers=_movers(ids, tonight, past, cells_p),
@@ -277,15 +275,6 @@ def stability_index(cells: Array) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def js_distance(p: Array, q: Array) -> float:
-    """The Jensen-Shannon distance of two distributions, base 2 (Endres and Schindelin, 2003)."""
-    from scipy import special
-
-    mean = (p + q) / 2
-    divergence = (special.rel_entr(p, mean) + special.rel_entr(q, mean)).sum() / 2 / np.log(2)
-    return float(np.sqrt(max(0.0, divergence)))
-
-
 def describe(drift: Drift) -> dict[str, Any]:
     """One signal as the report keeps it."""
     return {
@@ -298,7 +287,6 @@ def describe(drift: Drift) -> dict[str, Any]:
         "past_nights": len(drift.signal.past),
         "psi": round(drift.psi, 5),
         "excess_psi": round(drift.excess, 5),
-        "js_distance": round(drift.js_distance, 5),
         "p": drift.p,
         "design_effect": round(drift.design_effect, 3),
         "movers": [vars(mover) for mover in drift.movers],
