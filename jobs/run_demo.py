@@ -8,6 +8,7 @@ nights of which the last has a drift alarm, exit code 0. The last lines name the
 """
 
 import json
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -21,12 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs import demo_images
-from jobs.cluster import ray_cluster
-from jobs.config import ClassifyConfig, NightlyConfig, TrainConfig
+from jobs.cli import main
 from jobs.settings import Folder, JobConfig
-from pipelines.fetch.settings import FetchLimits
 from pipelines.messages import InputError, JobFailed
-from pipelines.training.recipe import Augment
 
 PICTURES_PER_CLASS = 100
 NEW_PICTURES = 120
@@ -45,22 +43,32 @@ class DemoConfig(JobConfig):
     """Draw pictures, train, export, classify, verify and publish three nights, all on this machine."""
 
     output: Folder = "demo-output"
-    """Folder for the demo's dataset, run, bundle and predictions; a second run starts afresh."""
+    """Folder for the demo's dataset, run, bundle and predictions; a second run replaces them."""
 
 
 def run(config: DemoConfig) -> int:
     """Draw, train, export, classify, verify, show; then three nights of a site that changes."""
     started = time.monotonic()
     root = Path(config.output).absolute()
-    start_afresh(root)
-    with ray_cluster():
-        tell("draw", f"{PICTURES_PER_CLASS} pictures of each of {len(demo_images.SUBJECTS)} IAB categories")
-        demo_images.draw_dataset(root / "dataset", per_class=PICTURES_PER_CLASS, seed=SEED)
-        train(root)
-        export(root)
-        truth = write_inventory(root)
-        classify(root)
-    finished(verify(root), "verify")
+    here = shlex.quote(str(root))
+    empty_folder(root)
+    tell("draw", f"{PICTURES_PER_CLASS} pictures of each of {len(demo_images.SUBJECTS)} IAB categories")
+    demo_images.draw_dataset(root / "dataset", per_class=PICTURES_PER_CLASS, seed=SEED)
+    tell("train", "a small Vision Transformer from random weights, two Ray Train workers")
+    run_command(
+        f"train --dataset {here}/dataset --output {here}/run --model scratch:tiny --image-size 48 "
+        f"--patch-size 8 --layers 4 --epochs {EPOCHS} --num-workers 2 --augment.min-crop-scale 0.5"
+    )
+    tell("export", "the best checkpoint to ONNX, compared with it on the pictures")
+    run_command(f"export --checkpoint {here}/run --images {here}/dataset --output {here}/bundle")
+    truth = write_inventory(root)
+    tell("classify", "new pictures and some broken files, as a publisher's inventory")
+    run_command(
+        f"classify --inventory {here}/inventory.parquet --bundle {here}/bundle --output {here}/predictions "
+        "--retry-pause-s 0 --fetch.max-attempts 2"
+    )
+    tell("verify", "that every row is there once, unaltered")
+    run_command(f"verify {here}/predictions")
     show(root, truth)
     make_nights(root)
     show_nights(root)
@@ -70,7 +78,15 @@ def run(config: DemoConfig) -> int:
     return 0
 
 
-def start_afresh(root: Path) -> None:
+def run_command(line: str) -> None:
+    """Run a command as it would be typed after `iab-vision`. Raises JobFailed."""
+    say(f"iab-vision {line}")
+    command, *settings = shlex.split(line)
+    if code := main([command, *settings]):
+        raise JobFailed(f"{command} ended with exit code {code}; see its messages above")
+
+
+def empty_folder(root: Path) -> None:
     """Empty a folder that an earlier demo made; refuse any other that holds something."""
     if root.exists() and any(root.iterdir()):
         if not (root / MARKER).exists():
@@ -87,35 +103,6 @@ def start_afresh(root: Path) -> None:
 
 def tell(stage: str, what: str) -> None:
     console.print(f"\n[bold]{stage}[/bold]  {what}")
-
-
-def train(root: Path) -> None:
-    from jobs import train_vit
-
-    tell("train", "a small Vision Transformer from random weights, two Ray Train workers")
-    config = TrainConfig(
-        dataset=str(root / "dataset"),
-        output=str(root / "run"),
-        model="scratch:tiny",
-        image_size=48,
-        patch_size=8,
-        layers=4,
-        epochs=EPOCHS,
-        num_workers=2,
-        cpus_per_worker=1,
-        augment=Augment(min_crop_scale=0.5),
-    )
-    finished(train_vit.run(config), "train")
-
-
-def export(root: Path) -> None:
-    from jobs import export_onnx
-
-    tell("export", "the best checkpoint to ONNX, compared with it on the pictures")
-    bundle = export_onnx.ExportConfig(
-        checkpoint=str(root / "run"), images=str(root / "dataset"), output=str(root / "bundle")
-    )
-    finished(export_onnx.run(bundle), "export")
 
 
 def write_inventory(root: Path) -> dict[str, str]:
@@ -147,32 +134,9 @@ def write_inventory(root: Path) -> dict[str, str]:
     return truth
 
 
-def classify(root: Path) -> None:
-    from jobs import classify_images
-
-    tell("classify", "new pictures and some broken files, as a publisher's inventory")
-    config = ClassifyConfig(
-        inventory=str(root / "inventory.parquet"),
-        bundle=str(root / "bundle"),
-        output=str(root / "predictions"),
-        retry_pause_s=0,
-        fetch=FetchLimits(max_attempts=2),
-    )
-    finished(classify_images.run(config), "classify")
-
-
-def verify(root: Path) -> int:
-    from jobs import verify_output
-
-    tell("verify", "that every row is there once, unaltered")
-    return verify_output.run(verify_output.VerifyConfig(path=str(root / "predictions")))
-
-
 def make_nights(root: Path) -> None:
     """Publish three nights of a site: as it is, after an ordinary day, and after a day of sailing."""
-    from jobs import run_nightly
-
-    site, rng = root / "site", np.random.default_rng(SEED + 2)
+    site, here, rng = root / "site", shlex.quote(str(root)), np.random.default_rng(SEED + 2)
     shutil.copytree(root / "new", site)
     for number in range(3):
         day = date.today() - timedelta(days=2 - number)
@@ -181,14 +145,10 @@ def make_nights(root: Path) -> None:
         elif number == 2:
             change_site(site, rng, new=[SAILING] * 60, moved=0)
         tell("nightly", f"the site on {day}: {len(list(site.iterdir()))} files")
-        night = NightlyConfig(
-            inventory=str(site),
-            bundle=str(root / "bundle"),
-            table=str(root / "nights"),
-            date=day,
-            retry_pause_s=0,
+        run_command(
+            f"nightly --inventory {here}/site --bundle {here}/bundle --table {here}/nights --date {day} "
+            "--retry-pause-s 0"
         )
-        finished(run_nightly.run(night), "nightly")
 
 
 def change_site(site: Path, rng: np.random.Generator, *, new: Sequence[str], moved: int) -> None:
@@ -228,11 +188,6 @@ def pages(root: Path) -> list[Path]:
         root / "predictions" / "state" / "report.html",
         nights[-1],
     ]
-
-
-def finished(code: int, stage: str) -> None:
-    if code != 0:
-        raise JobFailed(f"{stage} ended with exit code {code}; see its messages above")
 
 
 def show(root: Path, truth: dict[str, str]) -> None:

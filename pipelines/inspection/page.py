@@ -51,19 +51,23 @@ def render(found: Inspection, data: LabelledData, images: pa.Table) -> str:
     groups = found.duplicates[:GROUPS_SHOWN]
     wanted = {row for rows in of_class.values() for row in rows}
     wanted |= {row for one in groups for row in one.rows[:PER_GROUP]}
-    return open_environment("pipelines.inspection").get_template("inspection.html").render(
-        i=found,
-        total=data.rows.num_rows,
-        balance=plots.plot_balance({name: _counts(found, name) for name in found.images}, found.classes),
-        pictures=fetch_pictures(images, sorted(wanted)),
-        of_class=of_class,
-        groups=groups,
-        per_group=PER_GROUP,
-        listed=LISTED,
-        uris=data.recorded_uris(),
-        splits=data.splits.tolist(),
-        labels=label_texts(data),
-        json_file=DATA_FILE,
+    return (
+        open_environment("pipelines.inspection")
+        .get_template("inspection.html")
+        .render(
+            i=found,
+            total=data.rows.num_rows,
+            balance=plots.plot_balance({name: _counts(found, name) for name in found.images}, found.classes),
+            pictures=fetch_pictures(images, sorted(wanted)),
+            of_class=of_class,
+            groups=groups,
+            per_group=PER_GROUP,
+            listed=LISTED,
+            uris=data.recorded_uris(),
+            splits=data.splits.tolist(),
+            labels=label_texts(data),
+            json_file=DATA_FILE,
+        )
     )
 
 
