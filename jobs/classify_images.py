@@ -7,6 +7,7 @@ On two CPU cores about 100 images/s with a ViT-tiny at 224 pixels (BENCHMARKS.md
 interrupted run and does nothing to a finished one.
 """
 
+import datetime
 import logging
 import time
 from collections.abc import Iterator
@@ -32,9 +33,11 @@ from pipelines.classify.run import Engine, Run, RunSettings
 from pipelines.classify.settings import ErrorBudget, Passes
 from pipelines.classify.sizing import size_pools
 from pipelines.inventory import inventory
+from pipelines.inventory.plan import Plan, open_plan
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.ledger import publish
 from pipelines.ledger.entries import Phase
+from pipelines.ledger.layout import GENERATIONS, PLAIN
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
 from pipelines.machine import git_revision, package_versions
@@ -72,25 +75,56 @@ def explain_failures(kept: str = KEPT) -> Iterator[None]:
 
 def prepare(config: ClassifyConfig) -> Run:
     """Everything that can be checked before an engine starts."""
+    output_uri = open_storage(config.output).uri
+    return open_run(config, open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table")))
+
+
+def open_run(
+    config: ClassificationConfig,
+    state: Storage,
+    table: Storage,
+    *,
+    date: datetime.date | None = None,
+    first_generation: int = 1,
+    is_planned: bool = False,
+) -> Run:
+    """The run of a state folder and its table, to begin or to continue.
+
+    Args:
+        date: of a night.
+        first_generation: above 1 for a run that replaces the table of another.
+        is_planned: keep the plan that is there, whatever became of the inventory.
+    """
     started = time.monotonic()
     with checking_input():
         bundle = open_bundle(open_storage(config.bundle).uri)
         settings = run_settings(config, bundle)
         allowed = config.allow_uncertified
         certified = require_certificate(bundle, settings.runtime, allow_uncertified=allowed)
-        output_uri = open_storage(config.output).uri
-        state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
-        publish.refuse_table_without_ledger(state, table)
-        options = part_of(config, InventoryOptions)
-        plan = inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
-    details = describe_run(config, certified=certified)
-    identity = runs.identity(bundle, plan, settings)
+        if first_generation == 1:
+            publish.refuse_table_without_ledger(state, table)
+        plan = open_plan(state) if is_planned else plan_images(config, state)
+    identity = runs.identity(bundle, plan, settings) | ({"run_date": str(date)} if date else {})
+    layout = GENERATIONS if date else PLAIN
     with checking_input():
-        ledger = Ledger.open(state, identity, n_items=plan.n_items, details=details, lease_s=config.lease_s)
-        publish.refuse_foreign_files(ledger, table)
+        ledger = Ledger.open(
+            state,
+            identity,
+            n_items=plan.n_items,
+            details=describe_run(config, certified=certified),
+            lease_s=config.lease_s,
+            first_generation=first_generation,
+        )
+        publish.refuse_foreign_files(ledger, table, layout)
     warn_if_unfenced(state)
-    seconds = {"plan": time.monotonic() - started}
-    return Run(settings, bundle, state, table, plan, ledger, certified, seconds=seconds)
+    seconds = {"inventory" if date else "plan": time.monotonic() - started}
+    return Run(settings, bundle, state, table, plan, ledger, certified, layout, seconds=seconds)
+
+
+def plan_images(config: ClassificationConfig, state: Storage) -> Plan:
+    """The plan of the inventory, made now or found in the state folder."""
+    options = part_of(config, InventoryOptions)
+    return inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
 
 
 def carry_out(run: Run, config: ClassifyConfig) -> int:

@@ -7,30 +7,12 @@ A night in which nothing changed fetches no image and starts no engine (BENCHMAR
 continues an interrupted night, and repeats the verdict and the exit code of a published one.
 """
 
-import time
-
-from jobs import lineage
-from jobs.certificate_gate import require_certificate
-from jobs.classify_images import (
-    classify_missing,
-    describe_run,
-    explain_failures,
-    run_settings,
-    warn_if_unfenced,
-)
+from jobs import classify_images, lineage
+from jobs.classify_images import classify_missing, explain_failures
 from jobs.config import NightlyConfig
-from jobs.errors import checking_input
 from jobs.settings import part_of
-from pipelines.bundle.bundle import open_bundle
 from pipelines.classify import run as runs
-from pipelines.classify.run import Run
-from pipelines.inventory import inventory
-from pipelines.inventory.plan import open_plan
-from pipelines.inventory.settings import InventoryOptions
-from pipelines.ledger import publish
 from pipelines.ledger.entries import Phase
-from pipelines.ledger.layout import GENERATIONS
-from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run, wait_for_previous
 from pipelines.messages import InputError, Refused
 from pipelines.nights import night as nights
@@ -77,35 +59,17 @@ def prepare(config: NightlyConfig, folders: DateFolders) -> NightRun:
 
 def open_run(config: NightlyConfig, folders: DateFolders, first_generation: int) -> NightRun:
     """The run of the date that begins with this generation."""
-    started = time.monotonic()
-    state, table = folders.run(first_generation), folders.images
-    with checking_input():
-        bundle = open_bundle(open_storage(config.bundle).uri)
-        settings = run_settings(config, bundle)
-        allowed = config.allow_uncertified
-        certified = require_certificate(bundle, settings.runtime, allow_uncertified=allowed)
-        if first_generation == 1:
-            publish.refuse_table_without_ledger(state, table)
-        if (last := nights.read_ledger(state)) and last.state.phase is Phase.PUBLISHED:
-            plan = open_plan(state)
-        else:
-            options = part_of(config, InventoryOptions)
-            plan = inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
-    identity = runs.identity(bundle, plan, settings) | {"run_date": str(folders.date)}
-    ledger = Ledger.open(
+    state = folders.run(first_generation)
+    last = nights.read_ledger(state)
+    run = classify_images.open_run(
+        config,
         state,
-        identity,
-        n_items=plan.n_items,
-        details=describe_run(config, certified=certified),
-        lease_s=config.lease_s,
+        folders.images,
+        date=folders.date,
         first_generation=first_generation,
+        is_planned=last is not None and last.state.phase is Phase.PUBLISHED,
     )
-    with checking_input():
-        publish.refuse_foreign_files(ledger, table, GENERATIONS)
-    warn_if_unfenced(state)
-    seconds = {"inventory": time.monotonic() - started}
-    made = Run(settings, bundle, state, table, plan, ledger, certified, GENERATIONS, seconds=seconds)
-    return NightRun(folders, made, config.keep_failures)
+    return NightRun(folders, run, config.keep_failures)
 
 
 def carry_out(night: NightRun, config: NightlyConfig) -> int:
