@@ -18,11 +18,11 @@ from pydantic import Field
 
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
-from jobs.settings import Folder, JobConfig, flags_of
+from jobs.settings import Folder, JobConfig, flags_of, part_of
+from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.machine import cores
 from pipelines.messages import InputError, redact
-from pipelines.specs import Precision, Provider
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
@@ -34,7 +34,11 @@ OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 """Settings without a meaning for a checkpoint."""
 
 
-class EvaluateConfig(flags_of(DataSettings, "label_map", "tier", "columns"), JobConfig):  # type: ignore[misc]
+class EvaluateConfig(
+    flags_of(DataSettings, "label_map", "tier", "columns"),  # type: ignore[misc]
+    flags_of(RuntimeSpec, "provider", "precision", "batch_size"),  # type: ignore[misc]
+    JobConfig,
+):
     """Measure a bundle or a trained run on labelled images, in this process."""
 
     bundle: str | None = None
@@ -54,12 +58,6 @@ class EvaluateConfig(flags_of(DataSettings, "label_map", "tier", "columns"), Job
     """Columns, such as the publisher, by whose values the accuracy is given too."""
     splits: Splits = Splits()
     """How images are divided when neither the run nor the dataset says."""
-    precision: Precision = "fp32"
-    """Which file of the bundle runs."""
-    provider: Provider = "cpu"
-    """Execution provider of the bundle."""
-    batch_size: int = Field(default=0, ge=0)
-    """Most images per session run of the bundle; 0 is 16 on CPU and 256 on GPU."""
     threads: int = Field(default=0, ge=0)
     """Decoding threads and CPU threads of the model; 0 is one per core."""
     allow_uncertified: bool = False
@@ -165,16 +163,10 @@ def bundle_model(config: EvaluateConfig, uri: str) -> "EvaluatedModel":
     """The bundle's model, refused unless a certificate covers the session or the user allows it."""
     from jobs.certificate_gate import require_certificate
     from pipelines.bundle.bundle import open_bundle
-    from pipelines.bundle.settings import RuntimeSpec
     from pipelines.evaluation.models import load_bundle_model
 
     bundle = open_bundle(uri)
-    spec = RuntimeSpec(
-        provider=config.provider,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        threads=config.threads or cores(),
-    )
+    spec = part_of(config, RuntimeSpec, threads=config.threads or cores())
     certified = require_certificate(bundle, spec, allow_uncertified=config.allow_uncertified)
     certificate = "covers it" if certified else "NONE (--allow-uncertified)"
     return load_bundle_model(uri, bundle, spec, certificate=certificate)
