@@ -153,25 +153,18 @@ def use_attention(network: Any, attention: Callable[..., Any]) -> Iterator[None]
 
 
 def onnx_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
+    _module: nn.Module, *query_key_value_mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """One ONNX `Attention` in its three-dimensional form; the reshapes cancel against the caller's own."""
+    query, key, value, mask = query_key_value_mask
     heads, sequence, size = query.shape[1:]
 
     def joined(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.transpose(1, 2).reshape(tensor.shape[0], tensor.shape[2], heads * size)
 
     output = torch.onnx.ops.attention(
-        joined(query),
-        joined(key),
-        joined(value),
-        attention_mask,
+        *map(joined, (query, key, value)),
+        mask,
         q_num_heads=heads,
         kv_num_heads=heads,
         scale=scaling,
@@ -180,18 +173,10 @@ def onnx_attention(
 
 
 def torch_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
+    _module: nn.Module, *query_key_value_mask: Any, scaling: float | None = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's own, in the form that the fusions of transformers know."""
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling
-    )
+    output = nn.functional.scaled_dot_product_attention(*query_key_value_mask, scale=scaling)
     return output.transpose(1, 2), None
 
 

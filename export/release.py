@@ -20,8 +20,9 @@ from export import card, certificate, checkpoint, convert, images, published, qu
 from export.certificate import Certificates, Reference
 from export.checkpoint import Checkpoint
 from export.images import Sample
+from export.published import Contract
 from export.quantize import Graph
-from export.reference import torch_reference
+from export.reference import Network, torch_reference
 from export.settings import ParitySettings
 from pipelines.bundle import bundle, categories, providers
 from pipelines.bundle.bundle import Bundle
@@ -30,14 +31,14 @@ from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.splits import TRAIN
 from pipelines.machine import package_versions
 from pipelines.messages import InputError, Refused, redact
-from pipelines.specs import ImageSpec, Precision, Provider
+from pipelines.specs import Precision, Provider
 from pipelines.storage import storage
 from pipelines.training import runs
 
 REFUSED_SUFFIX = "-refused"
 """The report of a refusal is written to a folder of the output's name with this appended."""
 RECOMMENDED_CALIBRATION_IMAGES = 500
-"""Fewer leave int8 ranges to chance: what NVIDIA's Model Optimizer asks for with vision transformers."""
+"""Fewer give unreliable int8 ranges: what NVIDIA's Model Optimizer asks for with vision transformers."""
 _WITHOUT_EFFECT = {"ray", "numpy", "pyarrow", "obstore"}
 """Libraries that no byte of a model depends on: another version must not change the bundle's `model_id`."""
 
@@ -187,13 +188,7 @@ def contents(trained: Checkpoint, graphs: Mapping[Precision, Graph]) -> tuple[di
 
 def runtime_spec(settings: ParitySettings, provider: Provider, precision: Precision) -> RuntimeSpec:
     """Classify's own session options."""
-    return RuntimeSpec(
-        provider,
-        precision,
-        batch_size=settings.batch_size,
-        threads=settings.threads,
-        device_id=settings.device_id,
-    )
+    return RuntimeSpec(provider, precision, settings.batch_size, settings.threads, settings.device_id)
 
 
 def measure_all(reference: Reference, opened: Bundle, runtimes: Iterable[RuntimeSpec]) -> Certificates:
@@ -208,11 +203,10 @@ def measure_all(reference: Reference, opened: Bundle, runtimes: Iterable[Runtime
         )
     if trained_on := sum(one.split == TRAIN for one in reference.sample):
         logger.warning(
-            "%d of the %d images compared were trained on: accuracy and ECE flatter the model; give --images "
+            "%d of the %d images compared were trained on: accuracy and ECE are biased upward; give --images "
             "that were held out",
-            trained_on,
-            reference.own,
-        )
+            trained_on, reference.own,
+        )  # fmt: skip
     _warn_of_calibration(found)
     return found
 
@@ -221,26 +215,27 @@ def reference_of_checkpoint(
     trained: Checkpoint, network: Any, own: Sequence[Sample], settings: ParitySettings
 ) -> Reference:
     """The user's images and the edge cases as the checkpoint sees them in PyTorch."""
+    contract = published.contract_of(trained.spec, trained.taxonomy)
+    description = f"{trained.architecture} of {trained.source} in PyTorch, float32, eager, CPU"
+    return _run_reference(own, settings, contract, torch_reference(network), description)
+
+
+def _run_reference(
+    own: Sequence[Sample], settings: ParitySettings, contract: Contract, network: Network, description: str
+) -> Reference:
+    """Raises InputError where too few of the user's images can be compared."""
     sample = [*own, *images.edge_cases(settings.seed)]
+    targets_nc = images.targets(sample, contract.spec.class_ids, contract.taxonomy)
     reference = certificate.run_reference(
-        sample,
-        images.targets(sample, trained.spec.class_ids, trained.taxonomy),
-        network=torch_reference(network),
-        contract=published.contract_of(trained.spec, trained.taxonomy),
-        description=f"{trained.architecture} of {trained.source} in PyTorch, float32, eager, CPU",
+        sample, targets_nc, network=network, contract=contract, description=description
     )
-    return refuse_few(reference, settings.min_images)
-
-
-def refuse_few(reference: Reference, least: int) -> Reference:
-    """The same reference; raises InputError where it has too few of the user's images."""
-    if reference.own >= least:
-        return reference
-    lost = len(reference.undecodable)
-    raise InputError(
-        f"{reference.own} of your images can be compared ({lost} more cannot be decoded); a certificate "
-        f"needs {least}: give more with --images, or ask for fewer with --parity.min-images"
-    )
+    if reference.own < settings.min_images:
+        raise InputError(
+            f"{reference.own} of your images can be compared ({len(reference.undecodable)} more cannot be "
+            f"decoded); a certificate needs {settings.min_images}: give more with --images, or ask for fewer "
+            "with --parity.min-images"
+        )
+    return reference
 
 
 def _reference_of_run(
@@ -268,20 +263,11 @@ def _reference_of_bundle(
     opened.certificate_for("cpu", "fp32")
     candidate = certificate.load_candidate(opened, RuntimeSpec(threads=settings.threads))
     own, _ = draw_images(images_uri, settings, calibrating=False)
-    sample = [*own, *images.edge_cases(settings.seed)]
-
-    def network(pixels_nhwc: np.ndarray, spec: ImageSpec) -> np.ndarray:
-        return candidate.model.run(np.ascontiguousarray(pixels_nhwc))[0]
-
-    taxonomy = opened.taxonomy()
-    reference = certificate.run_reference(
-        sample,
-        images.targets(sample, opened.spec.class_ids, taxonomy),
-        network=network,
-        contract=published.contract_of(candidate.spec, taxonomy),
-        description=f"model.onnx of {opened.model_id} on cpu, certified against PyTorch",
+    contract = published.contract_of(candidate.spec, opened.taxonomy())
+    description = f"model.onnx of {opened.model_id} on cpu, certified against PyTorch"
+    return _run_reference(
+        own, settings, contract, lambda pixels_nhwc, _: candidate.model.run(pixels_nhwc)[0], description
     )
-    return refuse_few(reference, settings.min_images)
 
 
 def has_gpu(device_id: int) -> bool:
@@ -347,24 +333,17 @@ def _removed_on_failure(output_uri: str) -> Iterator[None]:
 
 
 def _warn_of_calibration(certificates: Certificates) -> None:
-    """Warn where int8 rests on few images, or is measured on the images that it was calibrated on."""
+    """Warn where int8 was calibrated on few images, or is measured on some of them."""
     for (provider, name), document in certificates.items():
-        calibration = document["calibration"]
-        if calibration is None:
-            continue
+        calibration = document["calibration"] or {"images": RECOMMENDED_CALIBRATION_IMAGES, "compared_too": 0}
         if calibration["images"] < RECOMMENDED_CALIBRATION_IMAGES:
             logger.warning(
                 "%s was calibrated on %d images; use %d or more: export with more --images",
-                name,
-                calibration["images"],
-                RECOMMENDED_CALIBRATION_IMAGES,
-            )
+                name, calibration["images"], RECOMMENDED_CALIBRATION_IMAGES,
+            )  # fmt: skip
         if calibration["compared_too"]:
             logger.warning(
                 "%s on %s is measured on %d images that it was calibrated on, of %d: its figures are biased "
                 "upward; give more --images, or others",
-                name,
-                provider,
-                calibration["compared_too"],
-                document["images"]["compared"],
-            )
+                name, provider, calibration["compared_too"], document["images"]["compared"],
+            )  # fmt: skip

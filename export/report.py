@@ -1,23 +1,22 @@
 """The certificate as one self-contained HTML page: verdict, numbers, histograms, worst images, speed."""
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 
 from export.parity import TOP_K
 from pipelines.bundle.manifest import MODEL_FILES
+from pipelines.evaluation.page import open_environment
 from pipelines.specs import Precision, Provider
 
 
 def render(documents: Mapping[tuple[Provider, Precision], Mapping[str, Any]], labels: pa.Table) -> bytes:
     """The page over certificates; `labels` has the names of the ids."""
-    template = (resources.files("export") / "templates" / "certificate.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = open_environment("export")
+    environment.trim_blocks = True
     environment.filters["g"] = number
-    page = environment.from_string(template).render(
+    page = environment.get_template("certificate.html").render(
         documents=[
             (provider, name, documents[provider, name])
             for provider, name in sorted(documents, key=lambda key: (key[0], list(MODEL_FILES).index(key[1])))

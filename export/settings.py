@@ -10,7 +10,7 @@ class ParitySettings:
     """On what, and in which session options, the parity of a bundle is measured."""
 
     sample_images: PositiveInt = 256
-    """Images of the user that are compared; awkward ones made by the project come on top."""
+    """Images of the user that are compared; edge cases drawn by the project are added."""
     min_images: PositiveInt = 32
     """Least images of the user that must be compared; with fewer nothing is certified."""
     calibration_images: PositiveInt = 512
