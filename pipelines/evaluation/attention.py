@@ -79,5 +79,4 @@ def _scale(flow: torch.Tensor, rows: int, columns: int) -> Array:
     reached = flow[:, 0] if extra else flow.mean(dim=1)
     maps: Array = reached[:, extra:].reshape(-1, rows, columns).cpu().numpy().astype(np.float32)
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-    scaled: Array = (maps - low) / np.maximum(high - low, 1e-12)
-    return scaled
+    return np.asarray((maps - low) / np.maximum(high - low, 1e-12))

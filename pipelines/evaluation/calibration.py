@@ -1,20 +1,20 @@
 """Turn validation logits into a temperature and into per-category thresholds; never fitted on the test split.
 
 The temperature makes a probability of 0.8 right four times in five; a threshold says from which probability
-on a category may be published at a target precision. Both are data beside the model: the exported graph
-divides by the temperature, the bundle carries the thresholds.
+on a category may be published at a target precision. Neither changes the weights: the exported graph divides
+by the temperature, the bundle carries the thresholds.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from scipy import optimize, special, stats
 from sklearn import metrics as sk
 
 from pipelines.evaluation.metrics import Array, check_aligned, indicator
+from pipelines.taxonomy.taxonomy import Rollup
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 """Where the temperature is looked for; a fit at the edge means that the logits carry no information."""
@@ -26,7 +26,7 @@ NEVER = 2.0
 MIN_IMAGES = 5
 """Fewer images above a threshold say nothing of its precision."""
 PRIOR_IMAGES = 20
-"""Images that the calibrated probabilities count for beside the counted ones. Without them 20 validation
+"""Images that the calibrated probabilities count for, added to the counted ones. Without them 20 validation
 images per class let no category through at a confidence of 0.9; with them the precision on new images is
 kept too, also where the probabilities of classes are off by a factor of 1.35 (simulated)."""
 MOST_TIMES_THE_IMAGES = 50
@@ -43,15 +43,6 @@ class ThresholdRule:
     target_recall: float = 0.9
     confidence: float = 0.9
     """How sure it must be that the precision is reached."""
-
-
-class RollsUp(Protocol):
-    """What is needed of `taxonomy.Rollup`: class scores in, scores of every class and ancestor out."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-
-    def apply(self, probabilities_nc: Array, *, multi_label: bool = False) -> Array: ...
 
 
 def fit_temperature(logits_nc: Array, targets: Array) -> float:
@@ -81,7 +72,7 @@ def _multi_label_nll(logits_nc: Array, targets_nc: Array) -> float:
 
 
 def fit_thresholds(
-    probabilities_nc: Array, targets: Array, rollup: RollsUp, rule: ThresholdRule = ThresholdRule()
+    probabilities_nc: Array, targets: Array, rollup: Rollup, rule: ThresholdRule = ThresholdRule()
 ) -> dict[str, float]:
     """The threshold of every class and ancestor id that the rule asks for.
 
@@ -95,7 +86,7 @@ def fit_thresholds(
 
 
 def images_needed(
-    probabilities_nc: Array, targets: Array, rollup: RollsUp, rule: ThresholdRule = ThresholdRule()
+    probabilities_nc: Array, targets: Array, rollup: Rollup, rule: ThresholdRule = ThresholdRule()
 ) -> dict[str, int | None]:
     """For each category that gets `NEVER`: how many more validation images of it would let it pass.
 
@@ -108,7 +99,7 @@ def images_needed(
     }
 
 
-def _by_category(probabilities_nc: Array, targets: Array, rollup: RollsUp) -> list[tuple[str, Array, Array]]:
+def _by_category(probabilities_nc: Array, targets: Array, rollup: Rollup) -> list[tuple[str, Array, Array]]:
     """Id, scores and truth of every class and ancestor."""
     check_aligned(probabilities_nc, targets)
     targets_nc = indicator(targets, probabilities_nc.shape[1]).astype(np.float32)

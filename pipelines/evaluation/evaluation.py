@@ -15,11 +15,13 @@ import numpy as np
 from sklearn import metrics as sk
 
 from pipelines.bundle.categories import count_published, list_categories
+from pipelines.bundle.labelling import DEFAULT_THRESHOLD
 from pipelines.evaluation import hierarchy, metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
 
 CURVE_POINTS = 150
+MEASURES = ("precision", "recall", "f1")
 CLASS_BINS = 8
 """Bins of one class's probability: fewer images of it than of all."""
 SLICES_SHOWN = 50
@@ -66,8 +68,7 @@ class Scored:
     @cached_property
     def predicted(self) -> Array:
         """Index of the best class of each image."""
-        best: Array = self.probabilities_nc.argmax(axis=1)
-        return best
+        return np.asarray(self.probabilities_nc.argmax(axis=1))
 
     @cached_property
     def given_nc(self) -> Array:
@@ -86,8 +87,7 @@ class Scored:
         """Cross entropy of each image: how wrong the model was about it."""
         likelihood_nc = np.where(self.targets_nc > 0, self.probabilities_nc, 1 - self.probabilities_nc)
         log_nc = np.log(np.maximum(likelihood_nc.astype(np.float64), 1e-12))
-        losses: Array = -(log_nc if self.multi_label else log_nc * self.targets_nc).sum(axis=1)
-        return losses
+        return np.asarray(-(log_nc if self.multi_label else log_nc * self.targets_nc).sum(axis=1))
 
     @cached_property
     def likely_nc(self) -> Array:
@@ -97,14 +97,12 @@ class Scored:
     @cached_property
     def doubtful(self) -> Array:
         """Whether an image's labels are probably others, `bool[N]`."""
-        different: Array = (self.likely_nc != self.targets_nc).any(axis=1)
-        return different
+        return np.asarray((self.likely_nc != self.targets_nc).any(axis=1))
 
     @cached_property
     def wrong(self) -> Array:
         """Whether the given labels are not exactly the true ones, `bool[N]`."""
-        different: Array = (self.given_nc != self.targets_nc).any(axis=1)
-        return different
+        return np.asarray((self.given_nc != self.targets_nc).any(axis=1))
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def evaluate(
     """Measure everything that a report shows.
 
     Args:
-        thresholds: category id -> probability from which it is published; 0.5 for an id that is missing.
+        thresholds: category id -> probability from which it is published; `DEFAULT_THRESHOLD` without one.
         about: lines for the report's head, such as the model and the dataset.
         slices: column -> value of each image.
     """
@@ -204,7 +202,7 @@ def _intervals(scored: Scored) -> dict[str, list[float]]:
 def _classes(scored: Scored, taxonomy: Taxonomy, thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
     counts = metrics.per_class(scored.given_nc, scored.targets_nc, len(scored.class_ids))
     roc_auc, average_precision = scored.ranking
-    limits = np.array([thresholds.get(one, metrics.LABEL_GIVEN) for one in scored.class_ids], np.float32)
+    limits = np.array([thresholds.get(one, DEFAULT_THRESHOLD) for one in scored.class_ids], np.float32)
     passing_nc = (scored.probabilities_nc >= limits).astype(np.uint8)
     published = metrics.per_class(passing_nc, scored.targets_nc, len(scored.class_ids))
     columns = {
@@ -216,18 +214,12 @@ def _classes(scored: Scored, taxonomy: Taxonomy, thresholds: Mapping[str, float]
         "images": counts.support.tolist(),
         "given": counts.given.tolist(),
         "correct": counts.correct.tolist(),
-        "precision": counts.precision.tolist(),
-        "precision_interval": counts.precision_interval.tolist(),
-        "recall": counts.recall.tolist(),
-        "recall_interval": counts.recall_interval.tolist(),
-        "f1": counts.f1.tolist(),
-        "f1_interval": counts.f1_interval.tolist(),
+        **{name: getattr(counts, name).tolist() for name in MEASURES},
+        **{f"{name}_interval": getattr(counts, f"{name}_interval").tolist() for name in MEASURES},
         "average_precision": average_precision.tolist(),
         "roc_auc": roc_auc.tolist(),
         "published": published.given.tolist(),
-        "published_precision": published.precision.tolist(),
-        "published_recall": published.recall.tolist(),
-        "published_f1": published.f1.tolist(),
+        **{f"published_{name}": getattr(published, name).tolist() for name in MEASURES},
         "ece": metrics.class_errors(scored.probabilities_nc, scored.targets).tolist(),
         "mean_probability": scored.probabilities_nc.mean(axis=0, dtype=np.float64).tolist(),
         "share": scored.targets_nc.mean(axis=0, dtype=np.float64).tolist(),
@@ -261,16 +253,15 @@ def _hierarchy(scored: Scored, rollup: Rollup) -> dict[str, float]:
 
 def _calibration(scored: Scored) -> dict[str, Any]:
     raw_nc = metrics.probabilities(scored.logits_nc, multi_label=scored.multi_label)
-    found = {}
-    for moment, scores_nc in (("before", raw_nc), ("after", scored.probabilities_nc)):
-        bins = metrics.reliability(scores_nc, scored.targets)
-        found[moment] = {
-            "ece": bins.error,
-            "confidence": bins.confidence.tolist(),
-            "frequency": bins.frequency.tolist(),
-            "count": bins.count.tolist(),
-        }
-    return {**found, "classes": _least_reliable(scored)}
+    return {
+        "before": _describe_bins(metrics.reliability(raw_nc, scored.targets)),
+        "after": _describe_bins(metrics.reliability(scored.probabilities_nc, scored.targets)),
+        "classes": _least_reliable(scored),
+    }
+
+
+def _describe_bins(bins: metrics.Reliability) -> dict[str, Any]:
+    return {"ece": bins.error} | {name: values.tolist() for name, values in vars(bins).items()}
 
 
 def _least_reliable(scored: Scored) -> list[dict[str, Any]]:
@@ -278,19 +269,9 @@ def _least_reliable(scored: Scored) -> list[dict[str, Any]]:
     errors = metrics.class_errors(scored.probabilities_nc, scored.targets)
     known = np.flatnonzero(np.isfinite(errors))
     shown = known[np.argsort(-errors[known], kind="stable")][:CURVES_SHOWN]
-    found = []
-    for c in shown.tolist():
-        bins = metrics.binned(scored.probabilities_nc[:, c], scored.targets_nc[:, c], bins=CLASS_BINS)
-        found.append(
-            {
-                "class": c,
-                "ece": float(errors[c]),
-                "confidence": bins.confidence.tolist(),
-                "frequency": bins.frequency.tolist(),
-                "count": bins.count.tolist(),
-            }
-        )
-    return found
+    bins = (metrics.binned(scored.probabilities_nc[:, c], scored.targets_nc[:, c], CLASS_BINS) for c in shown)
+    described = zip(shown.tolist(), map(_describe_bins, bins), strict=True)
+    return [{"class": c, **one, "ece": float(errors[c])} for c, one in described]
 
 
 def _coverage(scored: Scored) -> dict[str, list[float]]:
@@ -304,17 +285,17 @@ def _coverage(scored: Scored) -> dict[str, list[float]]:
 def _categories(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
     """The rows of `list_categories`, with the images given each id and those of them that have it."""
     listed = list_categories(rollup.taxonomy, scored.class_ids, thresholds)
-    passing_nr, truth_nr = _passing(scored, rollup, thresholds)
-    given, right, true = (pairs.sum(axis=0) for pairs in (passing_nr, passing_nr & truth_nr, truth_nr))
+    counts = metrics.per_class(*_passing(scored, rollup, thresholds), len(listed))
+    columns = zip(counts.support.tolist(), counts.given.tolist(), counts.correct.tolist(), strict=True)
     return [
-        {**asdict(one), "images": int(true[i]), "given": int(given[i]), "correct": int(right[i])}
-        for i, one in enumerate(listed)
+        {**asdict(one), "images": images, "given": given, "correct": correct}
+        for one, (images, given, correct) in zip(listed, columns, strict=True)
     ]
 
 
 def _passing(scored: Scored, rollup: Rollup, thresholds: Mapping[str, float]) -> tuple[Array, Array]:
     """Which categories each image is given at the thresholds, and which it has: bool [images, categories]."""
-    limits = np.array([thresholds.get(one, metrics.LABEL_GIVEN) for one in rollup.ids], np.float32)
+    limits = np.array([thresholds.get(one, DEFAULT_THRESHOLD) for one in rollup.ids], np.float32)
     passing_nr = rollup.apply(scored.probabilities_nc, multi_label=scored.multi_label) >= limits
     return passing_nr, hierarchy.widened(scored.targets_nc, rollup)
 

@@ -22,8 +22,7 @@ def distances(rollup: Rollup) -> Array:
     """`int[classes, classes]`: edges between two classes, Tier 1 categories hanging from one root."""
     lines = ancestry(rollup).astype(np.int64)
     shared, depth = lines @ lines.T, lines.sum(axis=1)
-    edges: Array = depth[:, None] + depth[None, :] - 2 * shared
-    return edges
+    return np.asarray(depth[:, None] + depth[None, :] - 2 * shared)
 
 
 def overall(given_nc: Array, targets_nc: Array, rollup: Rollup) -> dict[str, float]:
@@ -40,8 +39,7 @@ def overall(given_nc: Array, targets_nc: Array, rollup: Rollup) -> dict[str, flo
 
 def widened(labels_nc: Array, rollup: Rollup) -> Array:
     """0/1 labels of classes -> `bool[N, categories]`, true for each label's ancestors too."""
-    lines: Array = rollup.apply(labels_nc.astype(np.float32), multi_label=True) > 0
-    return lines
+    return np.asarray(rollup.apply(labels_nc.astype(np.float32), multi_label=True) > 0)
 
 
 def mistakes(predicted: Array, targets: Array, rollup: Rollup) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Turn scores and true labels into the numbers that a classifier is judged by.
 
-Arrays in, numbers out; nothing here knows a taxonomy, a file or a clock. Wherever a number has a name in
-scikit-learn, scikit-learn computes it. `targets` are class indices `int[N]` for a model with one label per
-image, or a 0/1 matrix `[N, C]` for a multi-label one: that is how every function here tells the two apart.
-A number which the data does not define (the ROC-AUC of a class that never occurs) is left out, or NaN in
-per-class arrays; it is never quietly zero.
+Arrays in, numbers out; nothing here knows a taxonomy, a file or a clock. scikit-learn computes what it has a
+name for, but for ranks of many classes (`_rank`). `targets` are class indices `int[N]` for a model with one
+label per image, or a 0/1 matrix `[N, C]` for a multi-label one: that is how every function here tells the two
+apart. A number which the data does not define (the ROC-AUC of a class that never occurs) is left out, or NaN
+in per-class arrays; it is never quietly zero.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ECE_BINS = 15
 """Equal-width confidence bins of the calibration error, as in Guo et al. 2017, section 2."""
 ACCURACY_AT = (3, 5)
 LABEL_GIVEN = 0.5
-"""Probability from which a multi-label model gives a label, where no threshold was fitted."""
+"""Probability from which a label of a multi-label model counts as given, whatever its threshold."""
 CONFIDENCE = 0.95
 DRAWS = 200
 """Bootstrap resamples: a standard error from 200 is itself within 5 %."""
@@ -32,8 +32,7 @@ def probabilities(logits_nc: Array, *, temperature: float = 1.0, multi_label: bo
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     scaled_nc = logits_nc / np.asarray(temperature, logits_nc.dtype)
-    scores_nc: Array = special.expit(scaled_nc) if multi_label else special.softmax(scaled_nc, axis=1)
-    return scores_nc
+    return np.asarray(special.expit(scaled_nc) if multi_label else special.softmax(scaled_nc, axis=1))
 
 
 def classification(logits_nc: Array, targets: Array) -> dict[str, float]:
@@ -133,8 +132,7 @@ def _ranking(scores_nc: Array, targets_nc: Array) -> dict[str, float]:
 def rankable(targets_nc: Array) -> Array:
     """Indices of the classes that some rows have and some have not."""
     positives = targets_nc.sum(axis=0, dtype=np.int64)
-    found: Array = np.flatnonzero((positives > 0) & (positives < len(targets_nc)))
-    return found
+    return np.flatnonzero((positives > 0) & (positives < len(targets_nc)))
 
 
 def ranking_per_class(scores_nc: Array, targets_nc: Array) -> tuple[Array, Array]:
@@ -179,17 +177,17 @@ class Reliability:
         return float(np.average(np.abs(self.frequency - self.confidence), weights=self.count))
 
 
-def reliability(probabilities_nc: Array, targets: Array, *, bins: int = ECE_BINS) -> Reliability:
+def reliability(probabilities_nc: Array, targets: Array) -> Reliability:
     """Bin the confidence of the best class (multi-label: of every class) and count how often it is right.
 
     Not `sklearn.calibration.calibration_curve`: it does not return the counts that the error needs.
     """
     if targets.ndim == 2:
-        return binned(probabilities_nc.ravel(), targets.ravel(), bins=bins)
-    return binned(probabilities_nc.max(axis=1), probabilities_nc.argmax(axis=1) == targets, bins=bins)
+        return binned(probabilities_nc.ravel(), targets.ravel())
+    return binned(probabilities_nc.max(axis=1), probabilities_nc.argmax(axis=1) == targets)
 
 
-def binned(confidence: Array, right: Array, *, bins: int = ECE_BINS) -> Reliability:
+def binned(confidence: Array, right: Array, bins: int = ECE_BINS) -> Reliability:
     """Confidence in equal-width bins, and how often it is right in each."""
     confidence = confidence.astype(np.float64)
     which = np.minimum((confidence * bins).astype(np.int64), bins - 1)
@@ -263,8 +261,7 @@ class PerClass:
         The "Wilson indirect" interval of Lam, Gopal and Qian 2023 (arXiv 2309.14621).
         """
         jaccard = wilson(self.correct, self.given + self.support - self.correct)
-        interval: Array = 2 * jaccard / (1 + jaccard)
-        return interval
+        return np.asarray(2 * jaccard / (1 + jaccard))
 
 
 def per_class(given: Array, targets: Array, n_classes: int) -> PerClass:
@@ -274,7 +271,7 @@ def per_class(given: Array, targets: Array, n_classes: int) -> PerClass:
     return PerClass(support, chosen, correct)
 
 
-def coverage_curve(scores: Array, right: Array, *, points: int = 200) -> dict[str, list[float]]:
+def coverage_curve(scores: Array, right: Array, *, points: int) -> dict[str, list[float]]:
     """What a threshold costs: per falling threshold, the share of rows answered and of those right.
 
     One answer per row: its score and whether it is right. At most `points` thresholds, evenly by coverage.
@@ -325,7 +322,7 @@ def macro_intervals(given_nc: Array, targets_nc: Array) -> dict[str, list[float]
 
     Both arrays are 0/1 `[N, C]`. An image counts as often as it was drawn, so one matrix product per
     count serves all resamples. Recall of a class that a resample misses is left out of its average. Not
-    quantiles of the resamples: those lack images of rare classes, so they lie below what was measured.
+    quantiles of the resamples: those lack images of rare classes, so they are below what was measured.
     """
     occurring = targets_nc.any(axis=0)
     given = given_nc[:, occurring].astype(np.float32)

@@ -97,8 +97,7 @@ def plot_tier1_confusion(classes: Classes, cells: Sequence[Sequence[int]]) -> st
 
 def _share_rows(counts_cc: Array) -> Array:
     """Each row as shares of its sum; a class without images keeps an empty row."""
-    shares: Array = counts_cc / np.maximum(counts_cc.sum(axis=1, keepdims=True), 1)
-    return shares
+    return np.asarray(counts_cc / np.maximum(counts_cc.sum(axis=1, keepdims=True), 1))
 
 
 def _plot_named_matrix(counts_cc: Array, names: list[str], groups: list[str], title: str) -> str:
@@ -151,7 +150,7 @@ def _find_starts(groups: Sequence[str]) -> list[int]:
 def _plot_dense_matrix(counts_cc: Array, groups: Sequence[str]) -> str:
     """Some hundred classes: a picture of the blocks, named by Tier 1 where there is room."""
     with draw_figure(10, 8.8) as (figure, uris):
-        # The square root makes confusions of a few per cent visible beside the diagonal.
+        # The square root makes confusions of a few per cent visible off the diagonal.
         axes = _matrix(figure, counts_cc, mpl.colors.PowerNorm(0.5, 0, 1))
         _separate(axes, groups, GRID)
         axes.set_title(f"Confusion matrix of {len(groups)} classes")
@@ -255,18 +254,12 @@ def plot_coverage(curve: Mapping[str, Sequence[float]]) -> str:
 
 def plot_learning(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Losses, scores and learning rate of each evaluation of a training run; None without two of them."""
+    numbers = _list_numbers(history)
+    losses = [name for name in numbers if name.endswith("loss") and name != "log_loss"]
     panels = [
-        (
-            "Loss",
-            "cross entropy (nats)",
-            [name for name in _list_numbers(history) if name.endswith("loss") and name != "log_loss"],
-        ),
-        ("Validation scores", "score (0 to 1)", [name for name in _list_numbers(history) if _is_score(name)]),
-        (
-            "Learning rate",
-            "per step",
-            [name for name in _list_numbers(history) if name.endswith("learning_rate")],
-        ),
+        ("Loss", "cross entropy (nats)", losses),
+        ("Validation scores", "score (0 to 1)", [name for name in numbers if _is_score(name)]),
+        ("Learning rate", "per step", [name for name in numbers if name.endswith("learning_rate")]),
     ]
     panels = [panel for panel in panels if panel[2]]
     if len(history) < 2 or not panels:

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines.evaluation import plots
 from pipelines.evaluation.evaluation import Evaluation, Scored
@@ -135,18 +135,17 @@ def draw_plots(document: Mapping[str, Any], material: ReportExtras) -> dict[str,
     """Every plot of the page by name; None where there is nothing to draw."""
     classes, cells, curves = document["classes"], document["confusions"], document["curves"]
     roc, precision_recall = plots.plot_curves(curves, classes) if curves else (None, None)
+    calibration = document["calibration"]
     return {
         "confusion": plots.plot_confusion(classes, cells) if cells else None,
         "tier1_confusion": plots.plot_tier1_confusion(classes, cells) if cells else None,
         "per_class": plots.plot_classes(classes),
         "roc": roc,
         "precision_recall": precision_recall,
-        "reliability": plots.plot_reliability(document["calibration"]),
-        "class_reliability": (
-            plots.plot_class_reliability(document["calibration"], classes)
-            if document["calibration"]["classes"]
-            else None
-        ),
+        "reliability": plots.plot_reliability(calibration),
+        "class_reliability": plots.plot_class_reliability(calibration, classes)
+        if calibration["classes"]
+        else None,
         "coverage": plots.plot_coverage(document["coverage"]),
         "learning": plots.plot_learning(material.history),
         "balance": plots.plot_balance(material.class_counts, classes) if material.class_counts else None,
@@ -190,10 +189,8 @@ def thumbnail(image: ReportImage) -> str:
 def overlay(image: ReportImage) -> str:
     """The image with its attention laid over it, as a JPEG `data:` URI."""
     small = _small(image.pixels_hwc)
-    strength = Image.fromarray(np.asarray(image.attention, np.float32)).resize(
-        small.size, Image.Resampling.BICUBIC
-    )
-    heat = np.clip(np.asarray(strength), 0, 1)
+    attention = Image.fromarray(np.asarray(image.attention, np.float32))
+    heat = np.clip(np.asarray(attention.resize(small.size, Image.Resampling.BICUBIC)), 0, 1)
     colour_hwc = mpl.colormaps["inferno"](heat)[..., :3] * 255
     share = 0.25 + 0.5 * heat[..., None]
     mixed_hwc = np.asarray(small) * (1 - share) + colour_hwc * share
@@ -202,9 +199,7 @@ def overlay(image: ReportImage) -> str:
 
 def _small(pixels_hwc: Array) -> Image.Image:
     image = Image.fromarray(np.asarray(pixels_hwc, np.uint8))
-    scale = PICTURE_SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return ImageOps.contain(image, (PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
 
 
 def interval(bounds: Sequence[float | None] | None) -> str:

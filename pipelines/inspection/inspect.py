@@ -53,7 +53,7 @@ class Inspection:
     about: Mapping[str, str]
     """Dataset, taxonomy, who divided it."""
     warnings: Sequence[str]
-    """What should be mended before training, in sentences."""
+    """What should be fixed before training, in sentences."""
     images: Mapping[str, int]
     """Split -> images."""
     left_out: Mapping[str, int]
@@ -72,11 +72,10 @@ class Inspection:
 
     def document(self, uris: Sequence[str]) -> dict[str, Any]:
         """All of it as plain data; duplicates by their URIs."""
-        groups = [{**asdict(one), "uris": [uris[row] for row in one.rows]} for one in self.duplicates]
-        return {
-            **asdict(self),
-            "duplicates": [{k: v for k, v in one.items() if k != "rows"} for one in groups],
-        }
+        duplicates = [{**asdict(one), "uris": [uris[row] for row in one.rows]} for one in self.duplicates]
+        for one in duplicates:
+            del one["rows"]
+        return {**asdict(self), "duplicates": duplicates}
 
 
 def inspect_dataset(

@@ -123,7 +123,9 @@ def test_every_interval_holds_its_number_and_is_unknown_where_nothing_was_counte
 
 
 def test_coverage_falls_and_equal_scores_are_answered_together() -> None:
-    curve = metrics.coverage_curve(np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False]))
+    curve = metrics.coverage_curve(
+        np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False]), points=10
+    )
     assert curve["coverage"] == [0.25, 0.75, 1.0]
     assert curve["precision"] == pytest.approx([1.0, 2 / 3, 0.5])
     assert curve["threshold"] == [0.9, 0.5, 0.1]
