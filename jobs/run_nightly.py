@@ -14,7 +14,7 @@ from jobs.settings import part_of
 from pipelines.classify import run as runs
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.takeover import hold_run, wait_for_previous
-from pipelines.messages import InputError, Refused
+from pipelines.messages import InputError, JobFailed, Refused
 from pipelines.nights import night as nights
 from pipelines.nights import reporting
 from pipelines.nights.folders import DateFolders
@@ -103,8 +103,10 @@ def leave_report(night: NightRun, config: NightlyConfig) -> int:
     """Leave the page and the verdict of a published night; returns the exit code."""
     nights.ensure_report(night)
     found = reporting.report_night(night, part_of(config, ReportSettings))
-    code = 3 if reporting.reaches(found, config.fail_on_drift) else 0
+    if not found and config.fail_on_drift:
+        raise JobFailed("the night is published, but not its drift (see above); the same command counts it")
+    code = 3 if found and reporting.reaches(found, config.fail_on_drift) else 0
     read = [config.inventory, config.bundle]
     lineage.write_event(night.run, "nightly", inputs=read, run_date=night.folders.date)
-    print(nights.finish_night(night, code, f"drift {found['summary']}"))
+    print(nights.finish_night(night, code, f"drift {found['summary'] if found else 'not counted'}"))
     return code

@@ -270,14 +270,16 @@ def _encode_file(content: FileContent, fields: pa.Schema, generation: int, spool
     )
 
 
-def row_groups(tables: Iterable[pa.Table], fields: pa.Schema) -> Iterator[pa.Table]:
+def row_groups(
+    tables: Iterable[pa.Table], fields: pa.Schema, size: int = ROWS_PER_GROUP
+) -> Iterator[pa.Table]:
     """The same rows in full groups, however they were cut before: equal rows give equal bytes."""
     waiting = fields.empty_table()
     for table in tables:
         waiting = pa.concat_tables([waiting, table.select(fields.names).cast(fields)])
-        while waiting.num_rows >= ROWS_PER_GROUP:
-            yield waiting.slice(0, ROWS_PER_GROUP).combine_chunks()
-            waiting = waiting.slice(ROWS_PER_GROUP)
+        while waiting.num_rows >= size:
+            yield waiting.slice(0, size).combine_chunks()
+            waiting = waiting.slice(size)
     if waiting.num_rows:
         yield waiting.combine_chunks()
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipelines import schema
 from pipelines.inventory.plan import Plan
 from pipelines.ledger.parts import Committer, PartContext, join_plan_rows, split_by_rows, store_part
+from pipelines.ledger.publish import row_groups
 from pipelines.nights.database import create_view
 from pipelines.nights.decide import CARRIED, CARRIED_FAILURE
 from pipelines.nights.folders import Night
@@ -67,27 +68,18 @@ def carry_rows(database: duckdb.DuckDBPyConnection, previous: Night, target: Tar
     nights = {"night": previous.date, "tonight": target.tonight}
     results = database.sql(_ROWS, params=nights).to_arrow_reader(ITEMS_PER_PART)
     plan, generation = target.plan, target.context.generation
-    for items in _in_parts(results):
+    for items in row_groups(_drop_repeats(results), _CARRIED, ITEMS_PER_PART):
         for piece in split_by_rows(items, plan) if plan.n_rows > plan.n_items else [items]:
             rows = join_plan_rows(piece, plan, target.context)
             target.committer.add(store_part(rows, target.state, generation))
     target.committer.flush()
 
 
-def _in_parts(results: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """One row per item, ascending, in tables of `ITEMS_PER_PART`: an earlier URI may have had many rows."""
-    waiting = _CARRIED.empty_table()
+def _drop_repeats(results: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """One row per item, in the ascending order that they come in: an earlier URI may have had many rows."""
     last = -1
     for batch in results:
         item_ids = batch.column("item_id").to_numpy()
         first = np.flatnonzero(np.diff(item_ids, prepend=last))
-        if not len(first):
-            continue
-        last = item_ids[-1]
-        rows = pa.Table.from_batches([batch]).take(pa.array(first))
-        waiting = pa.concat_tables([waiting, rows.select(_CARRIED.names).cast(_CARRIED)])
-        while waiting.num_rows >= ITEMS_PER_PART:
-            yield waiting.slice(0, ITEMS_PER_PART).combine_chunks()
-            waiting = waiting.slice(ITEMS_PER_PART)
-    if waiting.num_rows:
-        yield waiting.combine_chunks()
+        last = item_ids[-1] if len(item_ids) else last
+        yield pa.Table.from_batches([batch]).take(pa.array(first))

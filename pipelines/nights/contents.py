@@ -75,7 +75,7 @@ def write_contents(
 def write_earlier(
     database: duckdb.DuckDBPyConnection, unreliable: Sequence[str], state: Storage, folder: Path
 ) -> None:
-    """Write what servers said of the items that are asked about again; not of unreliable hosts."""
+    """Write what servers said of the items that are requested again; not of unreliable hosts."""
     found = database.sql(_EARLIER, params={"hosts": list(unreliable)}).to_arrow_table()
     _store(found, state, EARLIER, folder)
 

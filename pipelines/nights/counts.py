@@ -5,17 +5,15 @@ image (sha256) classified that night: one picture on a thousand pages is one obs
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from pipelines.nights.database import create_view, open_database
+from pipelines.nights.database import create_view, open_workspace
 from pipelines.nights.drift import SeriesCounts, find_series_effect
 from pipelines.schema import CARRIED_FROM
 from pipelines.storage.storage import Storage
@@ -125,10 +123,7 @@ def read_counts(payload: bytes) -> NightCounts:
 @contextmanager
 def open_files(views: Mapping[str, tuple[Storage, Sequence[str]]]) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database with views over Parquet files: name -> folder and paths below it."""
-    with (
-        tempfile.TemporaryDirectory(prefix="iab-vision-counts-") as spill,
-        open_database(Path(spill)) as database,
-    ):
+    with open_workspace() as (database, _):
         for name, (folder, paths) in views.items():
             create_view(database, name, folder, paths)
         yield database

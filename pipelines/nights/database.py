@@ -1,5 +1,6 @@
 """DuckDB over the Parquet files of a night, in bounded memory: what does not fit goes to a local folder."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +17,19 @@ MOST_THREADS = 4
 
 
 @contextmanager
-def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """An empty database that spills to a local folder."""
+def open_workspace() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
+    """An empty database, and the temporary local folder that it spills to."""
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": MEMORY_LIMIT,
         "threads": min(MOST_THREADS, cores()),
         "preserve_insertion_order": False,
-        "temp_directory": str(folder),
     }
-    with duckdb.connect(config=settings) as database:
+    with (
+        tempfile.TemporaryDirectory(prefix="iab-vision-night-") as folder,
+        duckdb.connect(config={**settings, "temp_directory": folder}) as database,
+    ):
         database.execute("SET TimeZone = 'UTC'")
-        yield database
+        yield database, Path(folder)
 
 
 def create_view(

@@ -8,12 +8,9 @@ Decisions are made again by each process that finds images missing: the ledger s
 
 import json
 import logging
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -35,7 +32,7 @@ from pipelines.nights.contents import (
     write_earlier,
     write_reused,
 )
-from pipelines.nights.database import create_view, open_database
+from pipelines.nights.database import create_view, open_workspace
 from pipelines.nights.decide import count_removed, decide
 from pipelines.nights.folders import DateFolders, Night, find_nights, find_reusable
 from pipelines.nights.validators import (
@@ -95,7 +92,7 @@ def carry_over(night: NightRun) -> None:
         return
     started = time.monotonic()
     nights, previous, history = _look_back(night)
-    with _open_workspace() as (database, folder):
+    with open_workspace() as (database, folder):
         if previous and run.plan.n_items:
             found = decide(
                 database, run.plan, previous, tonight=night.folders.date, keep_failures=night.keep_failures
@@ -174,13 +171,6 @@ def _look_back(night: NightRun) -> tuple[list[Night], Night | None, History]:
     return nights, previous, History(reusable, night.folders.date)
 
 
-@contextmanager
-def _open_workspace() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """A database, and a local folder for what does not fit in memory."""
-    with tempfile.TemporaryDirectory(prefix="iab-vision-night-") as name, open_database(Path(name)) as found:
-        yield found, Path(name)
-
-
 def _carry_target(night: NightRun) -> Target:
     run = night.run
     context = runs.part_context(run, final=True)
@@ -193,7 +183,7 @@ def _gather(night: NightRun) -> None:
     started, run = time.monotonic(), night.run
     rerun = bool(run.ledger.state.reopened)
     _, previous, history = _look_back(night)
-    with _open_workspace() as (database, folder):
+    with open_workspace() as (database, folder):
         found = gather(run.ledger.state.parts, run.state, folder, tonight=night.folders.date)
         create_view(database, "fetched", open_storage(str(folder)), [found.fetched.name])
         if any(found.counts[status] for status in CARRIED):

@@ -41,24 +41,26 @@ def report_run(run: Run, settings: ReportSettings) -> None:
         _leave_page(run, run.state, report.describe(facts, run.bundle.taxonomy()), counts, gallery)
 
 
-def report_night(night: NightRun, settings: ReportSettings) -> dict[str, Any]:
-    """Leave the drift of a published night in `report.json`, and its page; a page that fails is a warning.
+def report_night(night: NightRun, settings: ReportSettings) -> dict[str, Any] | None:
+    """Leave the drift of a published night in `report.json`, and its page; what fails is a warning.
 
     Returns:
-        The drift of the night, by `report.describe_drift`.
+        The drift of the night, by `report.describe_drift`; None where it could not be counted.
     """
     run, root = night.run, night.folders.root
     written: dict[str, Any] = json.loads(run.state.read(REPORT_JSON))
     if has_page(root, run.ledger.state.generation):
-        return dict(written.get("drift", {"level": "none", "summary": ""}))
-    counts, gallery = _look(run, settings)
-    past, last = read_past(night.folders, counts.model_id, run.bundle.taxonomy(), settings.drift_by)
-    facts = NightFacts(written, counts, settings, str(night.folders.date), past, last)
-    document = report.describe(facts, run.bundle.taxonomy())
-    run.state.put(REPORT_JSON, json.dumps({**written, "drift": document["drift"]}, indent=1).encode())
+        return dict(written["drift"])
+    found = None
     with _guard_page(run):
+        counts, gallery = _look(run, settings)
+        past, last = read_past(night.folders, counts.model_id, run.bundle.taxonomy(), settings.drift_by)
+        facts = NightFacts(written, counts, settings, str(night.folders.date), past, last)
+        document = report.describe(facts, run.bundle.taxonomy())
+        found = dict(document["drift"])
+        run.state.put(REPORT_JSON, json.dumps({**written, "drift": found}, indent=1).encode())
         _leave_page(run, root, document, counts, gallery)
-    return dict(document["drift"])
+    return found
 
 
 def has_page(root: Storage, generation: int) -> bool:
@@ -71,7 +73,7 @@ def _guard_page(run: Run) -> Iterator[None]:
     """Let no failure of the page change how the command ends: the table is published whole."""
     try:
         yield
-    except Exception as error:  # of fetching, decoding, rendering or the storage
+    except Exception as error:  # of counting, fetching, decoding, rendering or the storage
         log.warning(
             "%s is published whole, but its page could not be made: %s; the same command tries it again",
             redact(run.table.uri), first_line(error),

@@ -4,7 +4,6 @@ from pipelines.ledger.ledger import RUN_JSON
 from pipelines.ledger.verify import Check, verify_table
 from pipelines.messages import InputError
 from pipelines.nights.folders import STATE, DateFolders, find_nights, list_dates
-from pipelines.storage.storage import open_storage
 
 
 def is_table(uri: str) -> bool:
@@ -29,6 +28,6 @@ def verify_nights(table_uri: str) -> list[Check]:
         if not state.exists(RUN_JSON):
             checks.append(Check(f"{day} published", False, "it was planned and not begun"))
             continue
-        found = verify_table(folders.images, open_storage(state.uri))
+        found = verify_table(folders.images, state)
         checks += [Check(f"{day} {check.name}", check.ok, check.detail) for check in found]
     return checks

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 from PIL import Image
@@ -89,6 +90,24 @@ def test_page_that_fails_is_a_warning_and_made_by_the_same_command(
     for _ in range(2):
         assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm") == 3
         assert "Night of 2026-11-21" in page.read_text()
+
+
+def test_night_whose_drift_cannot_be_counted_is_published_with_a_warning(
+    two_nights: Nights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only who asked for an exit code by the drift gets one for its failure."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise duckdb.OutOfMemoryException("no memory left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reporting, "count_night", fail)
+        assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm") == 1
+        assert two_nights.make("2026-11-21") == 0
+    assert "no memory left" in caplog.text
+    assert len(two_nights.rows("2026-11-21")) == PICTURES
+    assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm") == 3
+    assert (state(two_nights, "2026-11-21") / "report.html").exists()
 
 
 def test_classify_makes_a_missing_page_when_it_is_repeated(
