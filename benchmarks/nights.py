@@ -1,78 +1,81 @@
-"""What a night costs, and what readers and schedulers see of it.
+"""What a night costs, by what changed since the last one.
 
     python benchmarks/nights.py --part three-nights      # 20,000 rows from a local HTTP server with ETags
     python benchmarks/nights.py --part unchanged --rows 1000000
     python benchmarks/nights.py --part plan --rows 10000000
     python benchmarks/nights.py --part distinct          # ten times more rows than images, against no cache
-    python benchmarks/nights.py --part readers --rounds 100    # the publisher is killed, three readers look
-    python benchmarks/nights.py --part races --rounds 20       # two schedulers at once; a late date
 
-Each part prints its table and one line per limit; the exit code is 1 where a limit is missed. `unchanged`,
-`plan` and `readers` begin with a night whose results no model gave. Figures: BENCHMARKS.md.
+Each part prints its table and one line per limit; the exit code is 1 where a limit is missed. `unchanged` and
+`plan` begin with a night whose results no model gave. Figures: BENCHMARKS.md.
 """
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+from process_tree import ProcessTree
 
-if TYPE_CHECKING:
-    from tests.builders.etag_server import EtagServer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from changing_site import change, draw_jpeg, lay_out, serve
+
+from pipelines.inventory import inventory
+from pipelines.nights.contents import History, write_contents, write_earlier
+from pipelines.nights.database import open_workspace
+from pipelines.nights.decide import decide
+from pipelines.nights.folders import find_nights
+from pipelines.storage.storage import open_storage
+from tests.builders.etag_server import EtagServer
 
 Limits = dict[str, bool]
 """What must hold -> whether it does."""
 
+CHILD = "--plan-in-this-process"
 ROWS_AT_ONCE = 200_000
 FIRST, SECOND, THIRD = "2026-11-19", "2026-11-20", "2026-11-21"
-DEFAULT_SIZES = {
-    "three-nights": 20_000, "unchanged": 100_000, "plan": 100_000,
-    "distinct": 10_000, "readers": 100, "races": 20,
-}  # fmt: skip
 MOST_SHARE, MOST_SECONDS, MOST_MB, LEAST_SPEEDUP = 0.15, 90.0, 2048.0, 5.0
 """Limits: a later night against the first; an unchanged night and a plan; rows/s against no cache."""
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Part:
+    """A measurement of a folder, rows (or rounds) and a bundle; and how many of these by default."""
+
+    measure: Callable[[Path, int, Path], Limits]
+    size: int
+
+
+def run_part(parts: dict[str, Part], description: str | None) -> None:
+    """Run the part that the command line names, and end the process by its limits."""
+    from tests.builders.models import small_bundle  # torch, which would count as memory of the plan
+
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=list(DEFAULT_SIZES), required=True)
+    parser.add_argument("--part", choices=list(parts), required=True)
     parser.add_argument("--rows", "--rounds", type=int, default=0, help="0: the part's own default")
     parser.add_argument("--bundle", type=Path, help="a bundle of iab-vision; a tiny one is made if not given")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if not given")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        plan_in_this_process(*arguments.child)
-        return
-    size = arguments.rows or DEFAULT_SIZES[arguments.part]
+    part = parts[arguments.part]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
-        bundle = arguments.bundle or make_bundle(folder / "bundle")
-        limits = PARTS[arguments.part](folder, size, bundle)
+        if not (bundle := arguments.bundle):
+            small_bundle(bundle := Path(name) / "bundle")
+        limits = part.measure(Path(name), arguments.rows or part.size, bundle)
     for limit, kept in limits.items():
         print(f"{'pass' if kept else 'FAIL'}: {limit}")
     sys.exit(0 if all(limits.values()) else 1)
-
-
-def make_bundle(folder: Path) -> Path:
-    from tests.builders.models import small_bundle
-
-    small_bundle(folder)
-    return folder
 
 
 def publish_first(folder: Path, bundle: Path) -> None:
@@ -109,7 +112,7 @@ def plan(folder: Path, rows: int, bundle: Path) -> Limits:
     write_inventory(folder / "inventory.parquet", rows, changed=0.0)
     publish_first(folder, bundle)
     write_inventory(folder / "inventory.parquet", rows, changed=0.02, new=0.05)
-    command = [sys.executable, __file__, "--part", "plan", "--child", str(folder), str(bundle)]
+    command = [sys.executable, __file__, CHILD, str(folder)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print("| rows | inventory, s | decide, s | workers' files, s | in all, s | peak MB | decisions |")
     print("|---|---|---|---|---|---|---|")
@@ -124,25 +127,19 @@ def plan(folder: Path, rows: int, bundle: Path) -> Limits:
     }
 
 
-def plan_in_this_process(folder: str, bundle: str) -> None:
-    from pipelines.inventory import inventory
-    from pipelines.nights.contents import History, write_contents, write_earlier
-    from pipelines.nights.database import open_database
-    from pipelines.nights.decide import decide
-    from pipelines.nights.folders import find_nights
-    from pipelines.storage.storage import open_storage
-
+def plan_in_this_process(folder: str) -> None:
+    """Plan in a process of its own, whose peak memory is the planning's alone; prints JSON."""
     state = open_storage(f"{folder}/planned")
     began = time.perf_counter()
     frozen = inventory.plan(f"{folder}/inventory.parquet", state)
     planned = time.perf_counter()
     (night,) = find_nights(f"{folder}/nights")
     tonight = datetime.fromisoformat(SECOND).date()
-    with tempfile.TemporaryDirectory(dir=folder) as spill, open_database(Path(spill)) as database:
+    with open_workspace() as (database, spill):
         decided = decide(database, frozen, night, tonight=tonight, keep_failures=7)
         done = time.perf_counter()
-        write_earlier(database, [], state, Path(spill))
-        write_contents(database, History([night], tonight), state, Path(spill))
+        write_earlier(database, [], state, spill)
+        write_contents(database, History([night], tonight), state, spill)
     known = time.perf_counter()
     found = {
         "inventory": planned - began,
@@ -156,8 +153,6 @@ def plan_in_this_process(folder: str, bundle: str) -> None:
 
 def three_nights(folder: Path, rows: int, bundle: Path) -> Limits:
     """Three nights over HTTP against a run of classify each; every row must be equal."""
-    from tests.builders.etag_server import EtagServer
-
     server = EtagServer()
     print("| night | wall, s | of night 1 | answers | rows | copies classified | rows of a full run |")
     print("|---|---|---|---|---|---|---|")
@@ -203,57 +198,6 @@ def three_nights(folder: Path, rows: int, bundle: Path) -> Limits:
     return limits
 
 
-def serve(server: "EtagServer", uris: list[str]) -> dict[str, bytes]:
-    """URI -> what the server holds."""
-    return {uri: server.images["/" + uri.rpartition("/")[2]] for uri in uris}
-
-
-def lay_out(server: "EtagServer", rows: int) -> list[str]:
-    """Rows of which 30 % are another's image; a tenth each on hosts without and with random validators."""
-    draws = np.random.default_rng(0)
-    for number in range(rows):
-        origin = int(draws.integers(0, number)) if number and draws.random() < 0.3 else None
-        server.images[f"/{number}.jpg"] = (
-            server.images[f"/{origin}.jpg"] if origin is not None else draw(number)
-        )
-    return [server.url(f"/{number}.jpg", kind_of(number)) for number in range(rows)]
-
-
-def change(server: "EtagServer", uris: list[str], night: int, rows: int) -> list[str]:
-    """1 % removed, 2 % other bytes, 5 % new, of which 30 % are known images."""
-    draws = np.random.default_rng(night)
-    paths = list(server.images)
-    kept = [uri for uri in uris if draws.random() >= 0.01]
-    for uri in kept:
-        if draws.random() < 0.02:
-            server.images["/" + uri.rpartition("/")[2]] = draw(int(draws.integers(1 << 40, 1 << 41)))
-    for number in range(rows // 20):
-        path = f"/{night}-{number}.jpg"
-        known = draws.random() < 0.3
-        server.images[path] = (
-            server.images[paths[int(draws.integers(0, len(paths)))]]
-            if known
-            else draw((night << 32) + number)
-        )
-        kept.append(server.url(path, kind_of(number)))
-    return kept
-
-
-def kind_of(number: int) -> str:
-    return {0: "plain", 1: "random"}.get(number % 10, "etag")
-
-
-def draw(number: int) -> bytes:
-    import io
-
-    from PIL import Image
-
-    pixels = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((320, 240)).save(buffer, "jpeg", quality=85)
-    return buffer.getvalue()
-
-
 def compare_with_full_run(folder: Path, bundle: Path, day: str) -> bool:
     """Whether the night has the rows that classify writes for the same inventory."""
     output = folder / f"full-{day}"
@@ -276,7 +220,7 @@ def distinct(folder: Path, rows: int, bundle: Path) -> Limits:
     images = folder / "images"
     images.mkdir()
     for number in range(rows // 10):
-        (images / f"{number}.jpg").write_bytes(draw(number))
+        (images / f"{number}.jpg").write_bytes(draw_jpeg(number))
     uris = [str(images / f"{number % (rows // 10)}.jpg") for number in range(rows)]
     pq.write_table(pa.table({"uri": uris}), folder / "inventory.parquet")
     cached, _ = time_command(nightly(folder, bundle, FIRST))
@@ -299,62 +243,6 @@ def distinct(folder: Path, rows: int, bundle: Path) -> Limits:
         f"{ran:,} images ran through the model, {rows // 10:,} distinct URIs": ran == rows // 10,
         f"{plain / cached:.1f} times the rows/s, at least {LEAST_SPEEDUP}": plain / cached >= LEAST_SPEEDUP,
     }
-
-
-def readers(folder: Path, rounds: int, bundle: Path) -> Limits:
-    """Publications and replacements, each killed once or twice, while three readers look."""
-    from tests.builders.publications import Publisher, publish_under_readers
-
-    publisher = Publisher(folder, bundle, random.Random(0))
-    found = publish_under_readers(publisher, rounds)
-    print(f"{rounds} publications and replacements, {publisher.kills} kills")
-    print("| reader | whole reads | repeated: `_SUCCESS` changed or absent | faults |")
-    print("|---|---|---|---|")
-    for reader in found:
-        print(f"| {reader.name} | {reader.whole:,} | {reader.repeated:,} | {reader.faults or 0} |")
-    limits = {f"{reader.name}: 0 mixed, 0 missing reads": not reader.faults for reader in found}
-    return limits | {"every reader saw whole publications": all(reader.whole for reader in found)}
-
-
-def races(folder: Path, rounds: int, bundle: Path) -> Limits:
-    """Two schedulers on one date, and yesterday's late job during today's."""
-    from tests.builders.drivers import race
-
-    images = folder / "images"
-    images.mkdir()
-    for number in range(20):
-        (images / f"{number}.jpg").write_bytes(draw(number))
-    uris = [str(path) for path in sorted(images.iterdir())]
-    pq.write_table(pa.table({"uri": uris}), folder / "inventory.parquet")
-    both, late = Counter[str](), Counter[str]()
-    for number in range(rounds):
-        table, pause = f"together-{number}", random.Random(number).uniform(0, 3)
-        commands = [nightly(folder, bundle, SECOND, table=table)] * 2
-        both[race(commands, 0.0) + describe_dates(folder / table, {SECOND: {None}})] += 1
-        table = f"late-{number}"
-        commands = [nightly(folder, bundle, day, table=table) for day in (SECOND, FIRST)]
-        either = {FIRST: {None}, SECOND: {None, FIRST}}  # whichever began first
-        late[race(commands, pause) + describe_dates(folder / table, either)] += 1
-    print("| two schedulers on one date | times |\n|---|---|")
-    print("\n".join(f"| {what} | {times} |" for what, times in both.items()))
-    print("| yesterday's job during today's | times |\n|---|---|")
-    print("\n".join(f"| {what} | {times} |" for what, times in late.items()))
-    return {
-        "one of two finishes, the other does too or names it": all("wrong" not in what for what in both),
-        "both dates are right": set(late) == {"both finish"},
-    }
-
-
-def describe_dates(table: Path, carried_from: dict[str, set[str | None]]) -> str:
-    """Nothing if each date has its 20 rows, carried from no other night than these, and verify agrees."""
-    for day, allowed in carried_from.items():
-        rows = pads.dataset(table / "images" / f"run_date={day}", format="parquet").to_table()
-        found = {value and str(value) for value in rows["carried_from"].to_pylist()}
-        if rows.num_rows != 20 or not found <= allowed:
-            return f"; wrong: {day} has {rows.num_rows} rows, carried from {found}"
-    verify = [sys.executable, "-m", "jobs", "verify", str(table)]
-    code = subprocess.run(verify, check=False, capture_output=True).returncode
-    return f"; wrong: verify ends with {code}" if code else ""
 
 
 def write_inventory(path: Path, rows: int, *, changed: float, new: float = 0.0) -> None:
@@ -393,8 +281,6 @@ def nightly(folder: Path, bundle: Path, day: str, *settings: str, table: str = "
 
 def time_command(arguments: list[str]) -> tuple[float, float]:
     """Wall seconds and peak memory in MB of the command and what it starts, taken together."""
-    from benchmarks.process_tree import ProcessTree
-
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "jobs", *arguments], stdout=subprocess.DEVNULL)
     with ProcessTree(process.pid) as tree:
@@ -408,13 +294,14 @@ def read_report(folder: Path, day: str) -> dict:
 
 
 PARTS = {
-    "three-nights": three_nights,
-    "unchanged": unchanged,
-    "plan": plan,
-    "distinct": distinct,
-    "readers": readers,
-    "races": races,
+    "three-nights": Part(three_nights, 20_000),
+    "unchanged": Part(unchanged, 100_000),
+    "plan": Part(plan, 100_000),
+    "distinct": Part(distinct, 10_000),
 }
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [CHILD]:
+        plan_in_this_process(sys.argv[2])
+    else:
+        run_part(PARTS, __doc__)
