@@ -34,11 +34,8 @@ class LocalStorage:
 
     def put(self, path: str, payload: bytes) -> None:
         with self._temporary(path) as temporary:
-            if payload:
-                _write_synced(temporary, payload)
-                temporary.replace(self.root / path)
-            else:  # an empty marker cannot be half written, so it needs no temporary name
-                _write_synced(self.root / path, payload)
+            _write_synced(temporary, payload)
+            temporary.replace(self.root / path)
         _sync_folder((self.root / path).parent)
 
     def put_file(self, path: str, local_file: Path) -> None:
