@@ -1,9 +1,10 @@
 """Draws the demo's and the tests' pictures: labelled scenes of a few IAB categories, and broken files.
 
 Size, place, colour, tilt, background and noise vary, so that a model has something to learn beyond one
-pixel; the same seed draws the same files. They stand in for photographs and claim nothing more.
+pixel; the same seed draws the same files. They take the place of photographs and prove nothing about those.
 """
 
+import cmath
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -27,14 +28,9 @@ class Pen:
     tilt: float
 
     def place(self, points: Points) -> Points:
-        cos, sin = math.cos(self.tilt), math.sin(self.tilt)
-        return [
-            (
-                self.centre[0] + self.scale * (x * cos - y * sin),
-                self.centre[1] + self.scale * (x * sin + y * cos),
-            )
-            for x, y in points
-        ]
+        turn = cmath.rect(self.scale, self.tilt)
+        placed = (complex(*self.centre) + turn * complex(*point) for point in points)
+        return [(one.real, one.imag) for one in placed]
 
     def polygon(self, points: Points, fill: Rgb) -> None:
         self.draw.polygon(self.place(points), fill=fill)
@@ -50,19 +46,8 @@ class Pen:
 
 def draw_car(pen: Pen, paint: Rgb, rng: np.random.Generator) -> None:
     roof = rng.uniform(0.25, 0.4)
-    pen.polygon(
-        [
-            (-0.9, 0.3),
-            (-0.9, 0.0),
-            (-0.5, -0.05),
-            (-0.3, -roof),
-            (0.3, -roof),
-            (0.6, 0.0),
-            (0.9, 0.05),
-            (0.9, 0.3),
-        ],
-        paint,
-    )
+    left = [(-0.9, 0.3), (-0.9, 0.0), (-0.5, -0.05), (-0.3, -roof)]
+    pen.polygon([*left, (0.3, -roof), (0.6, 0.0), (0.9, 0.05), (0.9, 0.3)], paint)
     pen.polygon([(-0.35, -0.03), (-0.22, -roof + 0.06), (0.22, -roof + 0.06), (0.42, -0.01)], (190, 220, 235))
     for x in (-0.5, 0.5):
         pen.disc(x, 0.32, 0.2, (25, 25, 25))
@@ -175,7 +160,7 @@ def draw_dataset(root: Path, *, per_class: int, seed: int) -> None:
 
 
 def broken_files(seed: int) -> Iterator[tuple[str, bytes]]:
-    """Files as the web serves them on a bad day: a name and its bytes."""
+    """Damaged files of the kinds that web servers send: a name and its bytes."""
     rng = np.random.default_rng(seed)
     jpeg = io.BytesIO()
     draw("1", rng).save(jpeg, "JPEG")
