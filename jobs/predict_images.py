@@ -77,20 +77,12 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
         raise InputError("no image was named; give files or URLs after the settings")
     if (config.bundle is None) == (config.checkpoint is None):
         raise InputError("give either --bundle or --checkpoint")
-    predictor, spec, tree, model = (
-        open_bundle_model(config) if config.bundle else open_checkpoint_model(config)
-    )
-    fetcher = Fetcher(config.fetch)
-    try:
-        loaded = load(
-            fetcher,
-            [Source(uri) for uri in config.images],
-            item_ids=range(len(config.images)),
-            spec=spec.image_spec,
-            decode=decode_here(spec.image_spec),
-        )
-    finally:
-        fetcher.close()
+    open_model = open_bundle_model if config.bundle else open_checkpoint_model
+    predictor, spec, tree, model = open_model(config)
+    sources, image_spec = [Source(uri) for uri in config.images], spec.image_spec
+    with Fetcher(config.fetch) as fetcher:
+        item_ids, decode = range(len(sources)), decode_here(image_spec)
+        loaded = load(fetcher, sources, item_ids=item_ids, spec=image_spec, decode=decode)
     scored = predictor.score(loaded).to_pylist()
     model = {"cattax": tree.cattax, "taxonomy": spec.taxonomy, **model}
     return [{**present(uri, row, tree), **model} for uri, row in zip(config.images, scored, strict=True)]

@@ -14,7 +14,7 @@ from pipelines.fetch.source import Source, sources_of
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.pixels import jpeg_uri
 from pipelines.inventory.plan import LOCATION, Plan
-from pipelines.specs import DecodeLimits, ImageSpec
+from pipelines.specs import ImageSpec
 from pipelines.status import Status
 from pipelines.storage.storage import open_storage
 
@@ -99,7 +99,7 @@ def make_thumbnails(
     found = {}
     spec = ImageSpec(height=SIDE_PX, width=SIDE_PX, fit="crop")
     wanted = [sources.get(uri, Source(uri)) for uri in uris]
-    with Fetcher(limits) as fetcher, DecoderProcess(spec, DecodeLimits()) as decoder:
+    with Fetcher(limits) as fetcher, DecoderProcess(spec) as decoder:
         for batch in fetcher.fetch_batches(wanted):
             payloads = {uris[at]: fetched.payload for at, fetched in batch if fetched.payload is not None}
             outcomes, pixels_nhwc = decoder.prepare_batch(list(payloads.values()))
