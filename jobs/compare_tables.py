@@ -79,28 +79,19 @@ def open_both(config: CompareConfig, places: list[Place]) -> Iterator[tuple[Side
     """Both sides as predictions, and the taxonomy of the second; bundles are run first."""
     with tempfile.TemporaryDirectory(prefix="iab-vision-compare-") as folder:
         with checking_input():
-            bundles = [open_if_bundle(uri) for uri in (config.a, config.b)]
-            both = zip((config.a, config.b), bundles, strict=True)
-            if any(bundles) and not all(bundles):
+            uris = (config.a, config.b)
+            has_manifest = [open_storage(uri).exists(MANIFEST_FILE) for uri in uris]
+            if any(has_manifest) and not all(has_manifest):
+                both = zip(uris, has_manifest, strict=True)
                 kinds = [f"{redact(uri)} is {'a' if found else 'no'} bundle" for uri, found in both]
                 raise InputError(f"{' and '.join(kinds)}: compare two bundles, or two predictions")
-            if any(bundles) and not places:
+            bundles = [open_bundle(uri) for uri in uris] if all(has_manifest) else []
+            if bundles and not places:
                 raise InputError("two bundles are compared over images; give --images")
-        if bundles[0] and bundles[1]:
-            sides = [
-                predict_sample(bundle, places[: config.sample], Path(folder) / str(at), config)
-                for at, bundle in enumerate(bundles)
-                if bundle
-            ]
-            yield sides[0], sides[1], bundles[1].taxonomy()
-        else:
-            with checking_input():
-                sides = [open_predictions(uri) for uri in (config.a, config.b)]
-            yield sides[0], sides[1], taxonomy_of(sides[1])
-
-
-def open_if_bundle(uri: str) -> Bundle | None:
-    return open_bundle(uri) if open_storage(uri).exists(MANIFEST_FILE) else None
+            sides = [] if bundles else [open_predictions(uri) for uri in uris]
+        for at, bundle in enumerate(bundles):
+            sides.append(predict_sample(bundle, places[: config.sample], Path(folder) / str(at), config))
+        yield sides[0], sides[1], bundles[1].taxonomy() if bundles else taxonomy_of(sides[1])
 
 
 def open_predictions(uri: str) -> Side:
