@@ -16,10 +16,7 @@ from pipelines.bundle.settings import RuntimeSpec
 from pipelines.messages import JobFailed
 from pipelines.specs import Provider
 
-EP_NAMES: dict[Provider, str] = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-}
+EP_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FLAGS = ("flags", "Features")
 """How lines of /proc/cpuinfo begin that list a CPU's instructions, on x86 and on ARM."""
 _INT8_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")

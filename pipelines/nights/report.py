@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.ledger.entries import sum_counts
 from pipelines.nights import drift
 from pipelines.nights.counts import ALL, NO_CATEGORY, SCORE, TIER1, TIER2, UNCERTAIN, NightCounts
 from pipelines.nights.drift import Drift, Level, Signal
@@ -261,11 +262,7 @@ def _scores(night: NightFacts) -> dict[str, Any]:
 def _shares(night: NightFacts, signal: str) -> tuple[dict[str, float], dict[str, float]]:
     """Share of images by cell, tonight and on the past nights together; empty where there are none."""
     found = _signal(night.counts, night.past, ALL, signal)
-    past: dict[str, int] = {}
-    for cells in found.past:
-        for cell, images in cells.items():
-            past[cell] = past.get(cell, 0) + images
-    return _normalise(found.tonight), _normalise(past)
+    return _normalise(found.tonight), _normalise(sum_counts(found.past))
 
 
 def _normalise(cells: Mapping[str, int]) -> dict[str, float]:
