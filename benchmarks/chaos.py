@@ -75,7 +75,7 @@ class Round:
 
 
 Strike = Callable[[Round, subprocess.Popen[bytes], random.Random], str | None]
-"""Waits for its moment and kills its victim; says what it did, or None when the moment never came."""
+"""Waits for its moment and kills a process; returns what it did, or None when the moment never came."""
 
 
 def ray_workers(words: str) -> Iterator[psutil.Process]:

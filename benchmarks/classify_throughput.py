@@ -232,7 +232,7 @@ def show(timings: Sequence[Timing]) -> None:
     bare_whole = sum(timing.images / timing.whole_s for timing in bare) / len(bare)
     model_ms = sum(timing.model_s for timing in bare) / sum(timing.images for timing in bare) * 1000
     bare_cpu_ms = sum(timing.cpu_ms for timing in bare) / len(bare)
-    table = Table("way", "images", "steady, images/s", "to bare loop", "CPU ms per image", "beside the model")
+    table = Table("way", "images", "steady, images/s", "to bare loop", "CPU ms per image", "less the model")
     for header in ("to bare loop", "whole run, images/s", "to bare loop", "first row after, s", "CPU ms"):
         table.add_column(header)
     for timing in timings:

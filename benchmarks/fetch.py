@@ -1,11 +1,11 @@
-"""Fetching: objects per second and CPU per object, beside the barest loop over the same client.
+"""Fetching: objects per second and CPU per object, compared with the barest loop over the same client.
 
     python benchmarks/fetch.py --objects 5000 --files photos    # local files
     python benchmarks/fetch.py    # the S3 server of AWS_ENDPOINT_URL, by s3:// and by http://
 
 Every way runs three times, alternating; the best of each is shown, CPU is the client process alone. The
 http rows fetch the same objects by presigned URLs. Expected: at most 0.15 ms of CPU per object beyond the
-bare loop, which is nothing beside the 2 ms that decoding takes.
+bare loop, which is nothing compared with the 2 ms that decoding takes.
 """
 
 import argparse

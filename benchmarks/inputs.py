@@ -68,7 +68,7 @@ def checkpoint(folder: Path, vit: Vit) -> Path:
         problem_type="single_label_classification",
     )
     model = ViTForImageClassification(config).eval()
-    # Clear winners: the classes of random weights lie so close that int8 would swap them and be refused.
+    # Clear winners: the classes of random weights are so close that int8 would swap them and be refused.
     model.classifier.bias.data = 2 * torch.arange(len(CLASS_IDS), dtype=torch.float32)
     model.save_pretrained(folder)
     ours = {
@@ -113,7 +113,7 @@ def image_files(folder: Path) -> list[Path]:
 def inventory(folder: Path, sources: Sequence[Path], rows: int) -> Path:
     """A table of `rows` rows, each with a URI of its own, over the sources in turn.
 
-    The files lie in a folder with symbolic links to itself: the way through them is the number.
+    The files are in a folder with symbolic links to itself: the way through them is the number.
     """
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)

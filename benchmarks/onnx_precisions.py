@@ -1,4 +1,4 @@
-"""Raw session throughput of what export writes, beside a naive export of the same network, in one run.
+"""Raw session throughput of what export writes, and of a naive export of the same network, in one run.
 
     python benchmarks/onnx_precisions.py [--models tiny,base] [--rounds 5]
 

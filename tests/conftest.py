@@ -27,7 +27,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared_folder(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
-        pytest.skip(f"../shared/{name} is not beside this checkout")
+        pytest.skip(f"../shared/{name} is missing")
     return folder
 
 
@@ -35,7 +35,7 @@ def shared_folder(name: str) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests stay in one process, and begin with what takes longest.
 
-    Tests that start Ray are two groups, each with a cluster of its own: two cores bear no more. A slow test
+    Tests that start Ray are two groups, each with a cluster of its own: two cores carry no more. A slow test
     runs wherever there is time for it; the others stay with their file, which makes its fixtures once.
     """
     for item in items:

@@ -16,7 +16,7 @@ from pipelines.storage.uris import join
 
 
 def check_sources(predictions_uri: str, n_rows: int, limits: FetchLimits) -> Check:
-    """Fetch the images of random rows again and compare their sha256; what is gone is told, no failure."""
+    """Fetch the images of random rows again and compare their sha256; one that is gone is no failure."""
     root = open_storage(predictions_uri).uri
     digest_of = _draw_rows(root, n_rows)
     item_ids = sorted(digest_of)

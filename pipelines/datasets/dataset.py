@@ -208,14 +208,14 @@ class UnknownLabels(DatasetError):
 
 
 def lift_to_tier(known: Taxonomy, node_id: str, tier: int | None) -> str:
-    """The node itself, or its ancestor of that tier when it lies deeper."""
+    """The node itself, or its ancestor of that tier when it is deeper."""
     if tier is None or known.node(node_id).tier <= tier:
         return node_id
     return next(ancestor for ancestor in known.ancestors(node_id) if known.node(ancestor).tier == tier)
 
 
 def order_classes(known: Taxonomy, ids: set[str]) -> list[str]:
-    """The classes in the taxonomy's own order, so that siblings stand together in every report."""
+    """The classes in the taxonomy's own order, so that siblings are next to each other in every report."""
     return [node.id for node in known.nodes if node.id in ids]
 
 

@@ -25,7 +25,7 @@ IMAGE_COLUMNS = ("image", "img")
 """Names of a Parquet column of images; one of another name is found by its type."""
 FILE_COLUMNS = ("uri", "file", "file_name")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Tables beside the images that they describe, as Hugging Face's ImageFolder has them."""
+"""Tables in the folder of the images that they describe, as Hugging Face's ImageFolder has them."""
 UNLABELLED = -1
 """How Hugging Face datasets mark an image without a label, as in public test splits."""
 TAR = ".tar"

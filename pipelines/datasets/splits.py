@@ -97,7 +97,7 @@ def parse_splits(values: Sequence[str]) -> npt.NDArray[np.str_]:
 def refuse_straddling(
     splits: npt.NDArray[np.str_], groups: npt.NDArray[np.int64], names: Sequence[str]
 ) -> None:
-    """Raise InputError when rows of one group lie in several of the dataset's own splits."""
+    """Raise InputError when rows of one group are in several of the dataset's own splits."""
     pairs = np.unique(np.stack([groups, np.unique(splits, return_inverse=True)[1]]), axis=1)
     straddling = [group for group, n in Counter(pairs[0].tolist()).items() if n > 1]
     if straddling:

@@ -71,7 +71,7 @@ class Downloader:
                     found = await self._web.get(uri, source, reservation, earlier)
             if not isinstance(found, Redirect):
                 return _outcome(found, source, redirected=uri != source.location)
-            uri, earlier = found.target, None  # an ETag speaks of one URL only
+            uri, earlier = found.target, None  # an ETag is valid for one URL only
         raise FetchError(Status.REDIRECT_LOOP, f"more than {self._limits.max_redirects} redirects")
 
     @contextlib.asynccontextmanager

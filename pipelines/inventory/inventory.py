@@ -307,7 +307,7 @@ def choose_columns(schema: pa.Schema, options: InventoryOptions) -> Columns:
     """Apply renames and drops and check what is left.
 
     Raises:
-        InputError: a column is missing, ambiguous, or bears a name of the predictions table.
+        InputError: a column is missing, ambiguous, or has a name of the predictions table.
     """
     unknown = sorted({*options.rename, *options.drop_columns} - set(schema.names))
     if unknown:

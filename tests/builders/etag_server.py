@@ -35,7 +35,7 @@ class EtagServer:
         return f"{scheme}://{ADDRESS}:{self._servers[kind].server_port}{path}"
 
     def forget(self) -> None:
-        """Count anew."""
+        """Start counting from zero."""
         self.answers.clear()
         self.asked.clear()
 

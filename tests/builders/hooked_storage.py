@@ -46,7 +46,7 @@ class Unfenced(HookedStorage):
 
 
 class Bucket(HookedStorage):
-    """A local folder as an object store shows it: no spool beside it, and files put on a condition."""
+    """A local folder as an object store shows it: no spool next to it, and files put on a condition."""
 
     @property
     def uri(self) -> str:

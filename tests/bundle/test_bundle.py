@@ -111,7 +111,7 @@ def test_file_larger_than_any_model_is_refused_before_it_is_read(folder):
 
 
 def outside(**fields) -> onnx.TensorProto:
-    """A tensor whose numbers lie in a file of the machine that opens it."""
+    """A tensor whose numbers are in a file of the machine that opens it."""
     tensor = onnx.TensorProto(name="weight", data_type=onnx.TensorProto.FLOAT, dims=[1], **fields)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../../etc/passwd")

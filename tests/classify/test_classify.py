@@ -83,7 +83,7 @@ def written_at(folder: Path) -> dict[Path, int]:
 def wait_for(condition, seconds: float = 180) -> None:
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "waited too long"
         time.sleep(0.02)
 
 
@@ -182,7 +182,7 @@ def test_passing_failures_are_tried_again_before_they_are_recorded(engine, bundl
         server.close()
 
 
-def test_failed_rows_are_run_again_and_the_rest_stands(images, bundle, tmp_path):
+def test_failed_rows_are_run_again_and_the_rest_is_kept(images, bundle, tmp_path):
     server = FaultServer()
     try:
         uris = [str(images / "00000.jpg"), f"{server.url}/503-twice", f"{server.url}/500"]

@@ -58,7 +58,7 @@ def _validator(kind: str) -> jsonschema.Draft202012Validator:
 
 
 def faults(manifest: Manifest) -> list[str]:
-    """What is wrong with a manifest: by its schema, and by the rules that stand in none."""
+    """What is wrong with a manifest: by its schema, and by the rules that no schema has."""
     return [*_against_schema(manifest), *_against_rules(manifest)]
 
 
@@ -183,7 +183,7 @@ def _worker(group: str, pod: Mapping[str, Any]) -> Iterator[str]:
     if _gib(shared) < OBJECT_STORE_SHARE * memory:
         yield f"{group}: /dev/shm of {shared} cannot hold the object store, 30 % of {memory} GiB"
     if int(limits["cpu"]) * LOAD_ACTOR_GIB > (1 - OBJECT_STORE_SHARE) * memory:
-        yield f"{group}: {memory} GiB are too little for {limits['cpu']} load actors beside the object store"
+        yield f"{group}: {memory} GiB are too little for {limits['cpu']} load actors and the object store"
     tolerated = {each["key"] for each in pod.get("tolerations", [])}
     if "nvidia.com/gpu" in limits and "nvidia.com/gpu" not in tolerated:
         yield f"{group}: GPU nodes are tainted, and the taint is not tolerated"
@@ -198,7 +198,7 @@ def _pod(pod: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: the node may run out of memory, limits and requests differ"
         for variable in container.get("env", []):
             if re.search("KEY|SECRET|TOKEN|PASSWORD", variable["name"]) and "value" in variable:
-                yield f"{name}: {variable['name']} stands in the text"
+                yield f"{name}: {variable['name']} is written in the text"
         probes = [container.get("readinessProbe"), container.get("livenessProbe")]
         if name.startswith("ray-") and not all(probe and "httpGet" in probe for probe in probes):
             yield f"{name}: KubeRay's own probes call wget, which the image does not have"

@@ -51,7 +51,7 @@ PLANTED = [
     ("nightly/cronjob.yaml", set_at(f"{JOB}/podFailurePolicy/rules/0/onExitCodes/values", [2]), "exit code"),
     ("nightly/cronjob.yaml", set_at(f"{POD}/containers/0/name", "other"), "names no container"),
     ("nightly/cronjob.yaml",
-     set_at(f"{POD}/containers/0/env/2", {"name": "RAY_AUTH_TOKEN", "value": "ab"}), "stands in"),
+     set_at(f"{POD}/containers/0/env/2", {"name": "RAY_AUTH_TOKEN", "value": "ab"}), "is written in"),
     ("nightly/cronjob.yaml", set_at("spec/concurrencyPolicy", "Allow"), "overlap"),
     ("cluster/raycluster.yaml", set_at("spec/rayVersion", "2.9.0"), "rayVersion"),
     ("cluster/raycluster.yaml", set_at("spec/headGroupSpec/rayStartParams", {}), "head takes work"),

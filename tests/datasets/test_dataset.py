@@ -252,7 +252,7 @@ def test_a_column_called_image_holds_images_only_when_it_is_binary(tmp_path):
     assert load(tmp_path / "t.parquet", taxonomy="labels").rows["uri"][0].as_py().endswith("/a.jpg")
 
 
-def test_metadata_beside_the_images_names_their_labels(tmp_path):
+def test_metadata_next_to_the_images_names_their_labels(tmp_path):
     for part, n in (("train", 4), ("test", 2)):
         lines = [f"{i}.png,{'cat' if i % 2 else 'dog'}" for i in range(n)]
         csv(tmp_path / part, "\n".join(["file_name,label", *lines]), "metadata.csv")

@@ -290,7 +290,7 @@ def test_a_model_without_patches_has_no_attention_map() -> None:
 
 def test_a_label_below_a_class_counts_as_that_class_and_a_foreign_one_is_left_out(tmp_path: Path) -> None:
     pictures = small_models.dataset(tmp_path / "pictures", 10)
-    labels = ["484", "1", "v9i3On", "150", "552"] * 2  # 484 lies below 483; 150 is no class of the model
+    labels = ["484", "1", "v9i3On", "150", "552"] * 2  # 484 is below 483; 150 is no class of the model
     lines = [f"{i}.jpg,{label},{'test' if i else 'train'}" for i, label in enumerate(labels)]
     (pictures / "labels.csv").write_text("\n".join(["file,label,split", *lines]))
     data = datasets.load(DataSettings(str(pictures / "labels.csv")))

@@ -166,7 +166,7 @@ def test_foreign_checkpoint_keeps_its_own_labels_and_preprocessing(trained, tmp_
 
 
 def test_preprocessing_that_cannot_be_kept_is_refused(trained, tmp_path):
-    """Resizing without a filter is not what `images.prepare` does: accuracy would silently suffer."""
+    """Resizing without a filter is not what `images.prepare` does: accuracy would drop unnoticed."""
     folder = tmp_path / "foreign"
     shutil.copytree(trained, folder)
     (folder / "iab_vision.json").unlink()

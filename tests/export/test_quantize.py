@@ -91,7 +91,7 @@ def test_int8_quantises_the_large_products_alone(int8):
 
 
 def test_int8_of_an_image_does_not_depend_on_its_batch_mates(int8, pixels_nhwc):
-    """Dynamic quantisation changes an image's logits by 3 % with other images beside it."""
+    """Dynamic quantisation changes an image's logits by 3 % with other images in its batch."""
     invariance = parity.batch_invariance(OnnxModel(int8.payload, RuntimeSpec(batch_size=8)), pixels_nhwc)
     assert invariance["max_change"] == 0
     assert set(invariance["cases"]) == {

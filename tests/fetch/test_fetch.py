@@ -894,7 +894,7 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture
 def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Forwarder]:
     """A bucket `fetch-test`, reached through a port that can be cut off."""
-    s3fs.S3FileSystem.clear_instance_cache()  # it would still speak to the endpoint of the test before
+    s3fs.S3FileSystem.clear_instance_cache()  # it would still use the endpoint of the test before
     forwarder = Forwarder(s3_port)
     keys = {"AWS_ACCESS_KEY_ID": "test-access", "AWS_SECRET_ACCESS_KEY": "test-secret-key-0123456789"}
     for name, value in keys.items():

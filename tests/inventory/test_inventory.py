@@ -391,7 +391,7 @@ def test_tars_put_together_into_one_file_are_read_to_the_end(tmp_path: Path, sta
 
 
 def test_carried_columns_may_be_called_what_the_plan_calls_its_own(tmp_path: Path, state: Storage) -> None:
-    """They steer nothing: what is fetched is what lies at the row's URI."""
+    """They have no effect: what is fetched is what is at the row's URI."""
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(name.encode() * 9)
     own: dict[str, object] = {

@@ -234,7 +234,7 @@ def through(operation: str, args: tuple[Any, ...], proceed: Callable[[], Any]) -
 
 
 def test_it_is_the_conditional_put_that_fences(bucket: str) -> None:
-    """The same race over plain puts: more than one driver believes itself alone."""
+    """The same race over plain puts: more than one driver takes itself for the only one."""
     outcomes = [race(small_run_on(bucket, 4), lambda storage: Unfenced(storage, through)) for _ in range(5)]  # type: ignore[arg-type,return-value]
     assert any(outcome != ["finished", "lost", "lost", "lost"] for outcome in outcomes)
 

@@ -1,4 +1,4 @@
-"""The same promises on every back end: local, fsspec's memory, and S3 (in test_s3.py)."""
+"""The same behaviour on every back end: local, fsspec's memory, and S3 (in test_s3.py)."""
 
 import io
 import json
