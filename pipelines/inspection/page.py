@@ -1,7 +1,7 @@
 """An `Inspection` -> `inspection.html`, one page that needs no network, and `inspection.json`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,13 +51,14 @@ def render(found: Inspection, data: LabelledData, images: pa.Table) -> str:
     groups = found.duplicates[:GROUPS_SHOWN]
     wanted = {row for rows in of_class.values() for row in rows}
     wanted |= {row for one in groups for row in one.rows[:PER_GROUP]}
+    counts = {split: {one["id"]: one["images"][split] for one in found.classes} for split in found.images}
     return (
-        open_environment("pipelines.inspection")
+        open_environment("pipelines.inspection", "pipelines.evaluation")
         .get_template("inspection.html")
         .render(
             i=found,
             total=data.rows.num_rows,
-            balance=plots.plot_balance({name: _counts(found, name) for name in found.images}, found.classes),
+            balance=plots.plot_balance(counts, found.classes),
             pictures=fetch_pictures(images, sorted(wanted)),
             of_class=of_class,
             groups=groups,
@@ -69,10 +70,6 @@ def render(found: Inspection, data: LabelledData, images: pa.Table) -> str:
             json_file=DATA_FILE,
         )
     )
-
-
-def _counts(found: Inspection, split: str) -> Mapping[str, int]:
-    return {one["id"]: one["images"][split] for one in found.classes}
 
 
 def sample_classes(data: LabelledData, images: pa.Table, *, seed: int = 0) -> dict[str, list[int]]:
