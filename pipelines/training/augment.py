@@ -2,7 +2,7 @@
 
 First `draw` decides everything for a whole global batch from one generator, then each worker applies its
 slice: so the same seed changes the same images in the same way, however many workers share them. Every
-geometric change is one affine map, sampled once. (No torchvision: it has no build beside some torch ones.)
+geometric change is one affine map, sampled once. (No torchvision: for some builds of torch there is none.)
 """
 
 import math
@@ -270,7 +270,7 @@ def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """[n, 1, height, width]: which pixels' centres lie in each image's box."""
+    """[n, 1, height, width]: which pixels' centres are in each image's box."""
     y = ((torch.arange(height, device=boxes.device) + 0.5) / height)[None, :, None]
     x = ((torch.arange(width, device=boxes.device) + 0.5) / width)[None, None, :]
     top, bottom, left, right = (side[:, None, None] for side in boxes.unbind(1))

@@ -1,4 +1,4 @@
-"""What training keeps on disk beside the model: the state to continue from, and Ray's list of checkpoints.
+"""What training keeps on disk besides the model: the state to continue from, and Ray's list of checkpoints.
 
 The state of a run is one file, read without unpickling code.
 """

@@ -65,7 +65,7 @@ def head(model: Any) -> frozenset[str]:
     if not 0 < len(found) < len(names):
         raise InputError(
             f"{type(model).__name__} keeps body and head in {', '.join(body)}, where they cannot be told "
-            "apart; use a model of transformers' own with a classifier beside its body"
+            "apart; use a model of transformers' own with a classifier outside its body"
         )
     return found
 
@@ -73,7 +73,7 @@ def head(model: Any) -> frozenset[str]:
 def depths(model: Any) -> dict[str, int]:
     """Depth of each parameter: 0 embeddings, 1 to L the blocks, L + 1 what follows (BEiT's numbering).
 
-    What lies between two blocks, as a pyramid's down-sampling does, belongs to the lower one.
+    What is between two blocks, such as a pyramid's down-sampling, belongs to the lower one.
     """
     found, above = blocks(model), head(model)
     owner = {id(parameter): i + 1 for i, block in enumerate(found) for parameter in block.parameters()}
@@ -126,7 +126,7 @@ def freeze(model: Any, finetune: Finetune, epoch: int, *, unused: frozenset[str]
 def find_unused_parameters(model: Any, spec: ImageSpec) -> frozenset[str]:
     """Names of parameters that do not reach the logits, such as DINOv2's mask token or CLIP's last norm.
 
-    DistributedDataParallel would wait for their gradients for ever.
+    DistributedDataParallel would wait for their gradients forever.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -1,6 +1,6 @@
 """Build an image classifier of Hugging Face's with a head for given classes.
 
-Any `AutoModelForImageClassification` works whose head is beside its body; nothing remote is executed and
+Any `AutoModelForImageClassification` works whose head is outside its body; nothing remote is executed and
 only safetensors are read.
 """
 

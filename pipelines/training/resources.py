@@ -25,7 +25,7 @@ class Resources:
     log_every_steps: NonNegativeInt = 50
     """Steps between logs of loss, learning rate, gradient norm and speed; 0: at evaluations only."""
     num_to_keep: PositiveInt = 2
-    """Best checkpoints kept, beside the latest."""
+    """Best checkpoints kept, in addition to the latest."""
     runs_at_once: PositiveInt = 1
     """Trainings that share a machine, and its cores."""
     max_failures: NonNegativeInt = 3

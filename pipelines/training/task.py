@@ -15,7 +15,7 @@ from pipelines.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Task:
-    """All that a worker needs to know beside the pixels; the same on every worker."""
+    """All that a worker needs besides the pixels; the same on every worker."""
 
     recipe: Recipe
     """Resolved."""

@@ -1,4 +1,4 @@
-"""What a training run tells the world while it runs: metrics.jsonl, TensorBoard, trackers, progress.
+"""What a training run reports while it runs: metrics.jsonl, TensorBoard, trackers, progress.
 
 Only the leading worker writes. Storages cannot append, so files are written whole; after a restart the
 history is the checkpoint's, and each evaluation is in it once.

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FOLDER, TRIALS = "search", "trials"
 TABLE, BEST, MARKER = "trials.csv", "best.yaml", "tune.json"
 DRIVER_CPUS = 0.1
-"""What a trial's own process reserves beside its workers: it only waits for them."""
+"""What a trial's own process reserves besides its workers: it only waits for them."""
 FIXED = ("model", "image_size", "patch_size", "fit", "resample", "crop_fraction")
 """Settings that change the pixels or the weights' shapes that trials share."""
 

@@ -65,7 +65,7 @@ def step(model, spec) -> None:
     logits = model(pixel_values=images).logits
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert not without, "DistributedDataParallel would wait for these for ever"
+    assert not without, "DistributedDataParallel would wait for these forever"
     adam.step()
 
 
