@@ -15,6 +15,8 @@ MOTO_SECRET = "testing-secret"
 """Secret key for moto's server, by which tests know that nothing checks signatures."""
 
 for name, value in {
+    "OMP_NUM_THREADS": "1",  # threads that share a tiny tensor wait for each other, and at full speed
+    "OMP_WAIT_POLICY": "PASSIVE",  # where training sets more
     "RAY_prestart_worker_first_driver": "0",  # else a process for each logical CPU at once, most for nothing
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, which watches for what never comes
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of a run, or of a worker, is noticed: 2 s

@@ -77,7 +77,8 @@ def serve() -> None:
     look_at, watchdog.LOOK_S, watchdog.REPLACE_S = watchdog.Watchdog._look_at, 0.2, 2.0
     on_ray.run_dataflow = on_cpu(on_ray.run_dataflow)
     ray._private.services.get_node = patient(ray._private.services.get_node)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    unused = {"include_dashboard": False, "include_log_monitor": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **unused})
     try:
         for line in sys.stdin:
             request = json.loads(line)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import ray
 import yaml
 
 from jobs.config import TrainConfig
@@ -119,13 +120,27 @@ def test_the_table_lists_the_best_trial_first_and_failed_ones_last():
     assert [(row["trial"], row["score"]) for row in rows] == [("c", 0.9), ("a", 0.1), ("b", None)]
 
 
+def test_as_many_trials_run_at_once_as_the_cluster_has_room_for(monkeypatch, tmp_path):
+    data = dataset.load(DataSettings(str(image_folder(tmp_path / "images"))))
+    job = fit.plan_job(data, RECIPE, str(tmp_path / "search"), Resources(num_workers=2))
+    on_gpus = replace(job, resources=replace(job.resources, use_gpu=True))
+    sizes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 2.0}, {}, {"CPU": 4.0}]
+    nodes = [{"Alive": number < 3, "Resources": size} for number, size in enumerate(sizes)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    assert [tune._count_parallel_trials(one) for one in (job, on_gpus)] == [3, 2]
+    assert tune._share_machines(job, tune.Search(max_concurrent=3)).resources.runs_at_once == 2
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    assert tune._count_parallel_trials(job) == 1
+
+
 def started(folder: Path) -> subprocess.Popen[bytes]:
-    """`tune` with two short trials over the pictures in `folder`, from there."""
+    """`tune` with two short trials, one after the other, over the pictures in `folder`, from there."""
     command = [
         sys.executable, "-m", "jobs", "tune", "--dataset", "images", "--output", "search", "--space",
-        "space.yaml", "--trials", "2", "--grace-epochs", "1", "--reduction", "2", "--model", "scratch:tiny",
-        "--image-size", "16", "--patch-size", "8", "--layers", "1", "--batch-size", "6", "--epochs", "3",
-        "--splits.validation", "0.25", "--splits.test", "0.25",
+        "space.yaml", "--trials", "2", "--max-concurrent", "1", "--grace-epochs", "1", "--reduction", "2",
+        "--model", "scratch:tiny", "--image-size", "16", "--patch-size", "8", "--layers", "1",
+        "--batch-size", "6", "--epochs", "3", "--splits.validation", "0.25", "--splits.test", "0.25",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True)
