@@ -14,7 +14,7 @@ import torch
 
 from pipelines.specs import ModelSpec
 from pipelines.storage import storage
-from pipelines.training import model_files
+from pipelines.training import lora, model_files
 
 MODEL_FOLDER = "model"
 STATE_FILE = "state.pt"
@@ -31,7 +31,7 @@ def report(line: Mapping[str, Any], state: Mapping[str, Any], *, model: Any, mod
         folder = Path(name)
         torch.save(dict(state), folder / STATE_FILE)
         if model is not None:
-            model_files.write_model(model, folder / MODEL_FOLDER, model_spec)
+            model_files.write_model(lora.merge_adapters(model), folder / MODEL_FOLDER, model_spec)
         write_report(folder, line)
         ray.train.report(dict(line), checkpoint=ray.train.Checkpoint.from_directory(folder))
 

@@ -124,7 +124,8 @@ def freeze(model: Any, finetune: Finetune, epoch: int, *, unused: frozenset[str]
 
 
 def find_unused_parameters(model: Any, spec: ImageSpec) -> frozenset[str]:
-    """Names of parameters that do not reach the logits, such as DINOv2's mask token or CLIP's last norm.
+    """Names of parameters that get no gradient: those that LoRA leaves as they are, and those that do not
+    reach the logits, such as DINOv2's mask token or CLIP's last norm.
 
     DistributedDataParallel would wait for their gradients forever.
     """

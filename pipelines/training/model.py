@@ -15,7 +15,7 @@ from torch import nn
 from pipelines.messages import InputError
 from pipelines.specs import ImageSpec, wrong_settings
 from pipelines.training import layers as anatomy
-from pipelines.training import model_files
+from pipelines.training import lora, model_files
 from pipelines.training.recipe import SCRATCH, Recipe
 
 
@@ -59,6 +59,8 @@ def build(recipe: Recipe, classes: Classes) -> Any:
     model = scratch(recipe, labels) if recipe.is_scratch else pretrained(recipe, labels)
     anatomy.refuse_freezing(model, recipe.finetune)
     anatomy.add_drop_path(model, recipe.finetune.drop_path)
+    if recipe.finetune.lora_r:
+        lora.add_adapters(model, recipe.finetune)
     if recipe.finetune.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

@@ -29,6 +29,14 @@ class Finetune:
     """First blocks that stay as they are, the embeddings with them; 0 freezes nothing."""
     unfreeze_every_epochs: NonNegativeInt = 0
     """Gradual unfreezing: thaw the next block from the top every so many epochs; 0 never thaws."""
+    lora_r: NonNegativeInt = 0
+    """Rank of LoRA adapters, through peft: they and the head learn, nothing else; 0 trains the weights."""
+    lora_alpha: PositiveInt = 16
+    """Adapters count `lora_alpha / lora_r` times."""
+    lora_dropout: Decay = 0.0
+    """Dropout before the adapters."""
+    lora_target_modules: str = "all-linear"
+    """Which layers get adapters: `all-linear` is all but the head, else a regular expression over names."""
     drop_path: Fraction = 0.0
     """Stochastic depth: chance that the last block is skipped for an image, rising linearly from 0."""
     gradient_checkpointing: bool = False
@@ -39,6 +47,8 @@ class Finetune:
     def __post_init__(self) -> None:
         if self.unfreeze_every_epochs and self.freeze == "none":
             raise ValueError("unfreeze_every_epochs needs a frozen start; set freeze to backbone")
+        if self.lora_r and self.freeze == "backbone":
+            raise ValueError("lora_r adapts the body that freeze backbone leaves as it is; set only one")
 
 
 @validated
@@ -46,7 +56,7 @@ class Optimizer:
     """AdamW and its schedule, per optimizer step over the global batch."""
 
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate; unset: 5e-4 from scratch, 1e-4 for a pretrained model."""
+    """Peak learning rate; unset: 5e-4 from scratch, 1e-4 for a pretrained model, 1e-3 with LoRA."""
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled weight decay of matrices; biases, norms, class token and positions have none."""
     adam_beta2: Decay = 0.999
@@ -248,6 +258,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.is_scratch and (self.patch_size or self.layers):
             raise ValueError("patch_size and layers describe a scratch model; a pretrained one has its own")
+        if self.is_scratch and self.finetune.lora_r:
+            raise ValueError("lora_r adapts a pretrained model; one from scratch learns all its weights")
         if self.is_scratch:
             _check_scratch(self.model, self.image_size or 224, self.patch_size or 16)
 
@@ -269,7 +281,7 @@ class Recipe:
         scratch = self.is_scratch
         optimizer = _with_defaults(
             self.optimizer,
-            learning_rate=5e-4 if scratch else 1e-4,
+            learning_rate=5e-4 if scratch else 1e-3 if self.finetune.lora_r else 1e-4,
             ema_decay=0.998 if scratch else 0.0,
         )
         loss = _with_defaults(self.loss, label_smoothing=0.0 if multi_label else 0.1)

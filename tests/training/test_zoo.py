@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from pipelines.messages import InputError
-from pipelines.training import layers
+from pipelines.training import layers, lora
 from pipelines.training.model import Classes, build, image_spec
 from pipelines.training.recipe import Finetune, Optimizer, Recipe
 
@@ -94,6 +94,25 @@ def test_a_frozen_body_stays_bit_equal_with_its_running_statistics(folder):
     step(model, spec)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == layers.head(model)
+
+
+def test_adapters_and_the_head_learn_on_a_body_that_stays_and_merge_into_the_plain_architecture(folder):
+    if folder.name.startswith("ResNet"):
+        with pytest.raises(InputError, match="lora_target_modules is all-linear"):
+            built(folder, lora_r=2)
+        return
+    model, spec = built(folder, lora_r=2)
+    layers.freeze(model, Finetune(lora_r=2), 0, unused=layers.find_unused_parameters(model, spec))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step(model, spec)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed >= layers.head(model)
+    adapters = changed - layers.head(model)
+    assert adapters and all("lora_" in name for name in adapters)
+    merged, images = lora.merge_adapters(model), torch.randn(2, 3, spec.height, spec.width)
+    assert merged.state_dict().keys() == built(folder)[0].state_dict().keys()
+    expected = model.eval()(pixel_values=images).logits
+    torch.testing.assert_close(merged.eval()(pixel_values=images).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_depths_rise_from_the_embeddings_to_the_head(folder):
