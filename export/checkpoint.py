@@ -47,6 +47,10 @@ class Checkpoint:
     def licence(self) -> str:
         return str(self.config.get("license") or NOT_STATED)
 
+    def files(self) -> dict[str, bytes]:
+        """What `network` is made of, by name, to be sent elsewhere."""
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if _is_needed(path.name)}
+
     def network(self, attention: str = "eager") -> Any:
         """The transformers model in float32 and evaluation mode."""
         import torch
@@ -129,9 +133,13 @@ def _sha256(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def _is_needed(name: str) -> bool:
+    return name in _FILES or name.endswith((".safetensors", ".safetensors.index.json"))
+
+
 def _download(uri: str, folder: Path) -> None:
     """The files that `read_checkpoint` looks at, without other checkpoints in folders below it."""
     remote = storage.open_storage(uri)
     for name in [entry.path for entry in remote.list() if "/" not in entry.path]:
-        if name in _FILES or name.endswith((".safetensors", ".safetensors.index.json")):
+        if _is_needed(name):
             (folder / name).write_bytes(remote.read(name))

@@ -3,30 +3,36 @@
     iab-vision evaluate --bundle bundle --dataset photos/labels.csv --output evaluation
     iab-vision evaluate --checkpoint run --output evaluation      # the test images of the run's own dataset
 
-One process, no cluster: decoding threads around one model. 1,750 photos through a small ViT take less than
-a minute on 2 cores. A bundle is measured as it is served (ONNX Runtime, its own precision); a run as it was
-trained (PyTorch, float32, on the GPU where there is one), with its learning curves and attention maps.
+In one process, decoding threads around one model: 1,750 photos through a small ViT take less than a minute
+on 2 cores. A checkpoint also on the workers and GPUs of a Ray cluster. A bundle is measured as it is served
+(ONNX Runtime, its own precision); a run as it was trained (PyTorch, float32, on GPUs where there are some),
+with its learning curves and attention maps.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from jobs import cluster
+from jobs.config import RayConfig
 from jobs.errors import checking_input
 from jobs.label_map import load_dataset
-from jobs.settings import Folder, JobConfig, flags_of, part_of
+from jobs.settings import Folder, flags_of, part_of
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.machine import cores
 from pipelines.messages import InputError, redact
+from pipelines.training.resources import Resources
 
 if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
     from pipelines.evaluation.models import EvaluatedModel
+    from pipelines.evaluation.score import PredictImages
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +43,10 @@ OF_A_BUNDLE = {"precision", "provider", "batch_size", "allow_uncertified"}
 class EvaluateConfig(
     flags_of(DataSettings, "label_map", "tier", "columns"),  # type: ignore[misc]
     flags_of(RuntimeSpec, "provider", "precision", "batch_size"),  # type: ignore[misc]
-    JobConfig,
+    flags_of(Resources, "num_workers"),  # type: ignore[misc]
+    RayConfig,
 ):
-    """Measure a bundle or a trained run on labelled images, in this process."""
+    """Measure a bundle or a trained run on labelled images."""
 
     bundle: str | None = None
     """Bundle made by `iab-vision export`; or give `checkpoint`."""
@@ -58,6 +65,11 @@ class EvaluateConfig(
     """Columns, such as the publisher, by whose values the accuracy is given too."""
     splits: Splits = Splits()
     """How images are divided when neither the run nor the dataset says."""
+    engine: Literal["auto", "local", "ray"] = "auto"
+    """`local`: in this process; `ray`: a checkpoint on workers of a cluster; `auto`: `ray` where an address
+    names one."""
+    use_gpu: bool | None = None
+    """On a cluster, give each worker a GPU; unset: when there is one for each."""
     threads: int = Field(default=0, ge=0)
     """Decoding threads and CPU threads of the model; 0 is one per core."""
     allow_uncertified: bool = False
@@ -79,7 +91,6 @@ def run(config: EvaluateConfig) -> int:
             data,
             config.split,
             recorded=recorded,
-            threads=config.threads or cores(),
             output=config.output,
         )
     numbers = [f"{name} {found.overall[name]:.4f}" for name in HEADLINES if name in found.overall]
@@ -97,6 +108,8 @@ def refuse_settings(config: EvaluateConfig) -> None:
             f"{', '.join(given)}: a checkpoint is evaluated in PyTorch and float32; these settings are for a "
             "bundle (--bundle)"
         )
+    if config.bundle is not None and config.engine == "ray":
+        raise InputError("--engine ray evaluates a checkpoint; a bundle is evaluated in this process")
 
 
 def data_settings(config: EvaluateConfig, taxonomy: str) -> DataSettings:
@@ -154,8 +167,13 @@ def open_model(config: EvaluateConfig) -> Iterator["EvaluatedModel"]:
             else:
                 from export.checkpoint import open_checkpoint
 
-                uri = config.checkpoint or ""
-                model = checkpoint_model(stack.enter_context(open_checkpoint(uri)), uri)
+                found = stack.enter_context(open_checkpoint(config.checkpoint or ""))
+                model = checkpoint_model(found, config)
+        if config.checkpoint is not None and (
+            config.engine == "ray" or (config.engine == "auto" and cluster.joins_cluster(config.ray_address))
+        ):
+            stack.enter_context(cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus))
+            model = replace(model, predict=on_workers(found, config))
         yield model
 
 
@@ -172,11 +190,12 @@ def bundle_model(config: EvaluateConfig, uri: str) -> "EvaluatedModel":
     return load_bundle_model(uri, bundle, spec, certificate=certificate)
 
 
-def checkpoint_model(found: "Checkpoint", uri: str) -> "EvaluatedModel":
+def checkpoint_model(found: "Checkpoint", config: EvaluateConfig) -> "EvaluatedModel":
     """The checkpoint's PyTorch model, with the history of the run that it came from where there is one."""
     import torch
 
     from pipelines.evaluation.models import EvaluatedModel, TorchModel
+    from pipelines.evaluation.score import predict_on_threads
     from pipelines.training import runs
 
     network = found.network("sdpa").to("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,7 +203,21 @@ def checkpoint_model(found: "Checkpoint", uri: str) -> "EvaluatedModel":
         name=f"{found.source} ({found.architecture})",
         spec=found.spec,
         taxonomy=found.taxonomy,
-        predict=TorchModel(network, found.spec),
+        predict=partial(
+            predict_on_threads,
+            predict=TorchModel(network, found.spec),
+            spec=found.spec.image_spec,
+            threads=config.threads or cores(),
+        ),
         network=network,
-        history=runs.history(runs.run_folder(uri)),
+        history=runs.history(model_run(config) or ""),
     )
+
+
+def on_workers(found: "Checkpoint", config: EvaluateConfig) -> "PredictImages":
+    """The checkpoint on workers of the running cluster, which also fetch and decode, as training ends."""
+    from pipelines.training.evaluate import predict_images
+
+    with checking_input():
+        resources = part_of(config, Resources, use_gpu=False).on_cluster(config.use_gpu)
+    return partial(predict_images, files=found.files(), model_spec=found.spec, resources=resources)

@@ -61,6 +61,10 @@ class LabelledData:
         """Every image's URI as it may be written down: without user names and signatures, which change."""
         return [redact(uri) for uri in self.rows["uri"].to_pylist()]
 
+    def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """These rows, in this order, with their `item_id`."""
+        return self.rows.take(pa.array(rows)).append_column("item_id", pa.array(rows, pa.int64()))
+
     def targets(self) -> npt.NDArray[Any]:
         """Class indices int64[N]; multi-label: uint8[N, C]."""
         classes = self.rows["classes"].combine_chunks()

@@ -43,17 +43,16 @@ def enlarge(spec: ImageSpec, margin: float) -> ImageSpec:
 
 
 def decode_dataset(
-    rows: pa.Table, order: Rows, spec: ImageSpec, cache: ImageCache, *, reorder_seed: int | None = None
+    images: pa.Table, spec: ImageSpec, cache: ImageCache, *, reorder_seed: int | None = None
 ) -> Any:
-    """A lazy Ray Dataset of these row numbers of `rows`: `decode_batch` of them.
+    """A lazy Ray Dataset of these rows of a labelled dataset: `decode_batch` of them.
 
     They come in this order, or with a `reorder_seed` in blocks of it whose order changes with every pass.
     """
     import ray
 
-    table = rows.take(pa.array(order)).append_column("item_id", pa.array(order, pa.int64()))
     step = cache.images_per_task
-    chunks = [table.slice(start, step) for start in range(0, max(len(order), 1), step)]
+    chunks = [images.slice(start, step) for start in range(0, max(images.num_rows, 1), step)]
     listed = ray.data.from_arrow(chunks)
     if reorder_seed is not None:
         listed = reorder_blocks(listed, reorder_seed)

@@ -57,7 +57,7 @@ def build_eval_set(
     if not len(rows):
         counts = ", ".join(f"{n} {name}" for name, n in sorted(Counter(data.splits.tolist()).items()))
         raise InputError(f"{data.settings.uri} has no image in split {split!r} ({counts}); use --split all")
-    images = take_images(data, rows)
+    images = data.take(rows)
     covering = np.array([find_covering_class(one, class_ids, taxonomy) for one in data.classes], np.int64)
     labels = images["classes"].to_pylist()
     uncovered = Counter(data.classes[i] for indices in labels for i in indices if covering[i] < 0)
@@ -69,11 +69,6 @@ def build_eval_set(
     targets_nc = class_matrix(pa.array(covered, pa.list_(pa.int32())), len(class_ids))[kept]
     targets = targets_nc if multi_label else targets_nc.argmax(axis=1)
     return EvalSet(images.filter(pa.array(kept)), targets, uncovered)
-
-
-def take_images(data: LabelledData, rows: Array) -> pa.Table:
-    """These rows of the dataset with their `item_id`."""
-    return data.rows.take(pa.array(rows)).append_column("item_id", pa.array(rows, pa.int64()))
 
 
 def find_covering_class(node_id: str, class_ids: Sequence[str], taxonomy: Taxonomy) -> int:

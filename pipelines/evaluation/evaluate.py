@@ -1,4 +1,4 @@
-"""Evaluate a model on a labelled dataset in one process: score, measure, draw, write."""
+"""Evaluate a model on a labelled dataset: score, measure, draw, write."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.models import EvaluatedModel
 from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import write_report
-from pipelines.evaluation.score import EvalResult, predict_on_threads, score
+from pipelines.evaluation.score import EvalResult, score
 from pipelines.messages import redact
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ def evaluate_model(
     split: str,
     *,
     recorded: Mapping[str, str] | None,
-    threads: int,
     output: str,
 ) -> Evaluation:
     """Measure the model on a split and write `report.html`, `evaluation.json` and `evaluation.parquet`.
@@ -48,8 +47,7 @@ def evaluate_model(
     leakage = find_leakage(data, split, recorded)
     _warn(eval_set, leakage)
     log.info("classifying %d images, split %s", eval_set.images.num_rows, split)
-    predictions = predict_on_threads(eval_set.images, model.predict, model.spec.image_spec, threads=threads)
-    result = score(eval_set, model.spec.class_ids, predictions)
+    result = score(eval_set, model.spec.class_ids, model.predict(eval_set.images))
     for image in result.unreadable[:LISTED]:
         log.warning("left out %s: %s %s", image["uri"], image["status"], image["error"])
     found = evaluate(

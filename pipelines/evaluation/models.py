@@ -4,6 +4,7 @@ A bundle runs as it is served: ONNX Runtime, its own precision. A checkpoint run
 in float32.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.bundle.settings import RuntimeSpec
 from pipelines.datasets.normalize import normalize
 from pipelines.evaluation import metrics
 from pipelines.evaluation.metrics import Array
-from pipelines.evaluation.score import Predict
+from pipelines.evaluation.score import PredictImages, predict_on_threads
 from pipelines.messages import redact
 from pipelines.specs import ModelSpec
 from pipelines.storage.uris import join
@@ -32,7 +33,7 @@ class EvaluatedModel:
     name: str
     spec: ModelSpec
     taxonomy: Taxonomy
-    predict: Predict
+    predict: PredictImages
     certificate: str = "none needed: the checkpoint itself"
     """What the report says of its certificate."""
     network: Any = None
@@ -69,6 +70,11 @@ def load_bundle_model(uri: str, bundle: Bundle, spec: RuntimeSpec, *, certificat
         if has_own_table
         else bundle.spec,
         taxonomy=bundle.taxonomy(),
-        predict=session.load(bundle, spec).run,
+        predict=functools.partial(
+            predict_on_threads,
+            predict=session.load(bundle, spec).run,
+            spec=bundle.spec.image_spec,
+            threads=spec.threads,
+        ),
         certificate=certificate,
     )

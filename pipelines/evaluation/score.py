@@ -29,6 +29,8 @@ CHUNKS_AHEAD = 2
 
 Predict = Callable[[Array], tuple[Array, Array]]
 """uint8 pixels [n, height, width, 3] -> logits and probabilities, float32 [n, classes]."""
+PredictImages = Callable[[pa.Table], Iterable[pa.Table]]
+"""Rows of a labelled dataset -> `predict_batch` of each of them, in any order."""
 
 
 @dataclass(frozen=True)

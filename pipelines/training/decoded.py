@@ -93,7 +93,7 @@ def prepare(data: LabelledData, spec: ImageSpec, how: ImageCache, *, seed: int) 
         if name == splits.TRAIN and mode != "memory":
             # A pass reorders blocks and shuffles within a window, so blocks are random samples.
             order = np.random.default_rng(seed).permutation(order)
-        dataset = pixels.decode_dataset(data.rows, order, stored if name == splits.TRAIN else spec, how)
+        dataset = pixels.decode_dataset(data.take(order), stored if name == splits.TRAIN else spec, how)
         decoded[name] = dataset if mode == "stream" else dataset.materialize()
     outcome = pa.concat_tables([pixels.list_outcomes(dataset) for dataset in decoded.values()]).sort_by(
         "item_id"
@@ -145,9 +145,8 @@ def training_shards(corpus: DecodedData, balance: ClassBalance, *, seed: int) ->
         trains = pixels.reorder_blocks(trains, seed)
     else:
         order = np.random.default_rng(seed).permutation(corpus.rows[splits.TRAIN])
-        trains = pixels.decode_dataset(
-            corpus.data.rows, order, corpus.stored_spec, corpus.how, reorder_seed=seed
-        )
+        images = corpus.data.take(order)
+        trains = pixels.decode_dataset(images, corpus.stored_spec, corpus.how, reorder_seed=seed)
     times = np.zeros(corpus.data.rows.num_rows, np.int64)
     drawn = one_pass(corpus.strata(), balance, np.random.default_rng(seed))
     np.add.at(times, corpus.rows[splits.TRAIN][drawn], 1)
@@ -165,7 +164,7 @@ def validation_shards(corpus: DecodedData, workers: int) -> list[Any]:
         parts: list[Any] = dataset.split(workers)
         return parts
     return [
-        pixels.decode_dataset(corpus.data.rows, rows[rank::workers], corpus.spec, corpus.how)
+        pixels.decode_dataset(corpus.data.take(rows[rank::workers]), corpus.spec, corpus.how)
         for rank in range(workers)
     ]
 

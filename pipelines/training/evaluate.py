@@ -16,9 +16,10 @@ import pyarrow as pa
 import torch
 
 from pipelines.datasets import pixels, splits
+from pipelines.datasets.settings import ImageCache
 from pipelines.evaluation import calibration
 from pipelines.evaluation.calibration import ThresholdRule
-from pipelines.evaluation.eval_set import EvalSet, take_images
+from pipelines.evaluation.eval_set import EvalSet
 from pipelines.evaluation.evaluation import Evaluation, Scored, evaluate
 from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.models import TorchModel
@@ -64,7 +65,7 @@ def score_splits(
     found, targets = {}, corpus.data.targets()
     for name in names:
         rows = corpus.rows[name]
-        eval_set = EvalSet(take_images(corpus.data, rows), targets[rows])
+        eval_set = EvalSet(corpus.data.take(rows), targets[rows])
         found[name] = score(eval_set, model_spec.class_ids, predictions)
         _refuse_lost(found[name])
     return found
@@ -84,7 +85,7 @@ class Predictor:
 def predict_on_cluster(
     dataset: Any, files: Mapping[str, bytes], model_spec: ModelSpec, resources: Resources
 ) -> Iterator[pa.Table]:
-    """Predictions of every row of a decoded dataset, before any temperature."""
+    """Predictions of every row of a decoded dataset, at the temperature of `model_spec`."""
     import ray
 
     predicted = dataset.map_batches(
@@ -96,6 +97,14 @@ def predict_on_cluster(
         num_gpus=1 if resources.use_gpu else None,
     )
     yield from ray.get(predicted.to_arrow_refs())
+
+
+def predict_images(
+    images: pa.Table, files: Mapping[str, bytes], model_spec: ModelSpec, resources: Resources
+) -> Iterator[pa.Table]:
+    """Predictions of these rows of a labelled dataset, fetched and decoded on the cluster too."""
+    decoded = pixels.decode_dataset(images, model_spec.image_spec, ImageCache())
+    return predict_on_cluster(decoded, files, model_spec, resources)
 
 
 def load_network(files: Mapping[str, bytes]) -> Any:
@@ -250,7 +259,7 @@ def augmented_samples(corpus: DecodedData, recipe: Recipe) -> list[ReportImage]:
     """Random training images, each changed once as a training step would; unreadable ones are left out."""
     rows = corpus.rows[splits.TRAIN]
     chosen = np.random.default_rng(recipe.seed).choice(rows, min(AUGMENTED_IMAGES, len(rows)), replace=False)
-    table = take_images(corpus.data, chosen)
+    table = corpus.data.take(chosen)
     decoded = pixels.decode_batch(table, corpus.stored_spec)
     readable = pa.compute.equal(decoded["status"], Status.OK)
     pixels_nhwc = pixels_of(decoded["pixels"].filter(readable), corpus.stored_spec)

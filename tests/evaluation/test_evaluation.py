@@ -332,6 +332,34 @@ def test_a_checkpoint_is_judged_and_a_broken_image_is_left_out(tmp_path: Path) -
         assert f'id="{section}"' in page
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_checkpoint_is_judged_on_a_cluster_as_in_one_process(
+    ray_cluster, tmp_path: Path, monkeypatch
+) -> None:
+    small_models.checkpoint(tmp_path / "run" / "best")
+    (small_models.dataset(tmp_path / "pictures", 30) / "3.jpg").write_bytes(b"not an image")
+    monkeypatch.chdir(tmp_path)  # workers have another working folder
+    settings = ("--checkpoint", "run", "--dataset", "pictures/labels.csv", "--split", "validation")
+    found = {}
+    for engine in ("local", "ray"):
+        assert evaluate(*settings, "--engine", engine, "--num-workers", "2", "--output", engine) == 0
+        assert json.loads((tmp_path / engine / "evaluation.json").read_text())["n_images"] == 29
+        found[engine] = pq.read_table(tmp_path / engine / "evaluation.parquet")
+    probabilities = [np.array(found[engine]["probabilities"].to_pylist()) for engine in ("local", "ray")]
+    np.testing.assert_allclose(*probabilities, atol=1e-5)
+    assert (
+        found["ray"]
+        .drop(["probabilities", "top_score", "loss"])
+        .equals(found["local"].drop(["probabilities", "top_score", "loss"]))
+    )
+
+
+def test_a_bundle_is_judged_in_one_process_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--engine ray evaluates a checkpoint"):
+        evaluate("--bundle", str(tmp_path), "--output", str(tmp_path / "out"), "--engine", "ray")
+
+
 def test_a_bundle_is_judged_as_it_is_served(tmp_path: Path) -> None:
     small_models.small_bundle(tmp_path / "bundle")
     pictures = small_models.dataset(tmp_path / "pictures", 20)

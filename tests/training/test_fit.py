@@ -12,7 +12,6 @@ from transformers import AutoConfig
 
 from pipelines.datasets import dataset, splits
 from pipelines.datasets.settings import DataSettings, ImageCache, Splits
-from pipelines.evaluation.eval_set import take_images
 from pipelines.evaluation.evaluation import Scored
 from pipelines.evaluation.metrics import probabilities
 from pipelines.evaluation.score import EvalResult
@@ -54,7 +53,7 @@ def score_splits(corpus, model_spec, files, resources) -> dict[str, EvalResult]:
         rows = corpus.rows[name]
         logits_nc = np.random.default_rng(0).normal(size=(len(rows), len(model_spec.class_ids)))
         scored = Scored(model_spec.class_ids, logits_nc, probabilities(logits_nc), targets[rows])
-        images: pa.Table = take_images(corpus.data, rows)
+        images: pa.Table = corpus.data.take(rows)
         found[name] = EvalResult(scored, images, [])
     return found
 
