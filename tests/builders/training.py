@@ -10,7 +10,8 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from pipelines.datasets import pixels
+from pipelines.datasets import pixels, splits
+from pipelines.datasets.dataset import LabelledData
 from pipelines.schema import pixels_type
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.training import model
@@ -52,33 +53,35 @@ def image_folder(root: Path, per_class: int = 12, classes: Sequence[str] = ("483
 
 
 class Blocks:
-    """Decoded rows as a Ray Data iterator would give them; those lost since the first pass are black."""
+    """Decoded rows as a Ray Data iterator would give them."""
 
-    def __init__(
-        self, pixels_nhwc: np.ndarray, labels: Sequence[Sequence[int]], *, lost: Sequence[int] = ()
-    ) -> None:
-        pixels_nhwc[list(lost)] = 0
-        self.table = pa.table(
-            {
-                "item_id": pa.array(range(len(labels)), pa.int64()),
-                "status": ["not_found" if row in lost else "ok" for row in range(len(labels))],
-                "classes": pa.array([list(row) for row in labels], pa.list_(pa.int32())),
-                "pixels": pa.FixedSizeBinaryArray.from_buffers(
-                    pixels_type(*pixels_nhwc.shape[1:3]), len(labels), [None, pa.py_buffer(pixels_nhwc)]
-                ),
-            }
-        )
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
 
     def iter_batches(self, batch_size: int | None = None, **_: Any) -> Iterator[pa.Table]:
-        step = batch_size or self.table.num_rows // 2
+        step = batch_size or -(-self.table.num_rows // 2)
         yield from (self.table.slice(start, step) for start in range(0, self.table.num_rows, step))
+
+
+def decoded(pixels_nhwc: np.ndarray, labels: Sequence[Sequence[int]], *, lost: Sequence[int] = ()) -> Blocks:
+    """Rows of these pixels; those lost since the first pass are black."""
+    pixels_nhwc[list(lost)] = 0
+    columns = {
+        "item_id": pa.array(range(len(labels)), pa.int64()),
+        "status": ["not_found" if row in lost else "ok" for row in range(len(labels))],
+        "classes": pa.array([list(row) for row in labels], pa.list_(pa.int32())),
+        "pixels": pa.FixedSizeBinaryArray.from_buffers(
+            pixels_type(*pixels_nhwc.shape[1:3]), len(labels), [None, pa.py_buffer(pixels_nhwc)]
+        ),
+    }
+    return Blocks(pa.table(columns))
 
 
 def drawn(
     labels: Sequence[Sequence[int]], *, seed: int = 0, noise: int = 60, lost: Sequence[int] = ()
 ) -> Blocks:
     rng = np.random.default_rng(seed)
-    return Blocks(np.stack([picture(row, rng, noise=noise) for row in labels]), labels, lost=lost)
+    return decoded(np.stack([picture(row, rng, noise=noise) for row in labels]), labels, lost=lost)
 
 
 def trainer(
@@ -98,10 +101,20 @@ def trainer(
 
 def trainer_of(recipe: Recipe, pixels_nhwc: np.ndarray, labels: np.ndarray, *, n_classes: int) -> Trainer:
     """A worker in this process over these pixels, one label each, already of the model's size."""
-    blocks = Blocks(pixels_nhwc, labels[:, None].tolist())
+    blocks = decoded(pixels_nhwc, labels[:, None].tolist())
     return trainer_over(
         recipe, blocks, blocks, model.Classes(tuple(map(str, range(n_classes))), False), ALONE
     )
+
+
+def trainer_on(recipe: Recipe, data: LabelledData) -> Trainer:
+    """A worker in this process over the images of a dataset, decoded at the model's size."""
+    spec, blocks = ImageSpec(height=recipe.image_size, width=recipe.image_size), []
+    for name in (splits.TRAIN, splits.VALIDATION):
+        rows = data.rows.take(pa.array(data.indices(name)))
+        images = rows.append_column("item_id", pa.array(range(rows.num_rows), pa.int64()))
+        blocks.append(Blocks(pixels.decode_batch(images, spec)))
+    return trainer_over(recipe, *blocks, model.Classes(data.classes, data.multi_label), ALONE)
 
 
 def trainer_over(
@@ -109,7 +122,7 @@ def trainer_over(
 ) -> Trainer:
     n_classes, side = len(classes.ids), recipe.image_size or 16
     spec = ImageSpec(height=side, width=side)
-    store = pixels.PixelStore(blocks, spec, n_classes)
+    store, measured = (pixels.PixelStore(one, spec, n_classes) for one in (blocks, held_out))
     rows = np.arange(len(store))
     strata = np.where(store.targets_nc.any(1), store.targets_nc.argmax(1), n_classes)
     task = Task(
@@ -118,14 +131,14 @@ def trainer_over(
         stored_spec=spec,
         train_rows=rows,
         strata=strata,
-        validation_rows=rows,
+        validation_rows=np.arange(len(measured)),
         class_counts=store.targets_nc.sum(0).astype(np.int64),
         streams=False,
         max_unreadable_fraction=0.05,
         epoch_images=len(store),
         run_uri="",
     )
-    made = Trainer(task, worker, Batches(task, worker, store, pixels.PixelStore(held_out, spec, n_classes)))
+    made = Trainer(task, worker, Batches(task, worker, store, measured))
     made.parallel = made.model
     made.model.train()
     return made

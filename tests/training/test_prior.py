@@ -13,7 +13,7 @@ from pipelines.training.model import Classes
 from pipelines.training.model_files import WEIGHTS, put_back
 from pipelines.training.recipe import ClassBalance
 from pipelines.training.validation import compute_logits
-from tests.builders.training import ALONE, RECIPE, Blocks, picture, trained, trainer_over
+from tests.builders.training import ALONE, RECIPE, Blocks, decoded, picture, trained, trainer_over
 
 RARE = 0.02
 
@@ -74,7 +74,7 @@ def looking_alike(n: int, rng: np.random.Generator) -> tuple[Blocks, np.ndarray]
     kind = np.concatenate([rng.permutation(1000) for _ in range(n // 1000)])
     pixels_nhwc = np.stack([picture([int(one < 100)], rng) for one in kind])
     rare = (kind < 20).astype(int)
-    return Blocks(pixels_nhwc, rare[:, None].tolist()), rare
+    return decoded(pixels_nhwc, rare[:, None].tolist()), rare
 
 
 def test_a_model_trained_with_oversampling_gives_a_rare_class_its_own_frequency():
