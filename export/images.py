@@ -111,6 +111,7 @@ def _settings(images_uri: str, run: str | None) -> tuple[Columns, str | None]:
 def _find(images_uri: str, columns: Columns, label_map: str | None) -> list[Place]:
     is_table = tables.format_of(images_uri) is not None
     if not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
+        logger.info("%s: the images and labels are those of its %s", redact(images_uri), DATASET_TABLE)
         return _find(uris.join(images_uri, DATASET_TABLE), columns, label_map)
     try:
         rows, _ = readers.read(images_uri, columns)

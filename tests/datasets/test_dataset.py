@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -384,6 +386,41 @@ def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
     assert rows_of(data, "uri") == rows_of(load(table, taxonomy="labels", splits=Splits(limit=50)), "uri")
 
 
+MILLION_ROWS = """
+import resource, sys, time
+import numpy as np
+from pipelines.datasets import dataset
+from pipelines.datasets.settings import DataSettings
+from pipelines.training import runs
+from pipelines.training.decoded import one_pass
+from pipelines.training.recipe import ClassBalance, Recipe
+data = dataset.load(DataSettings(sys.argv[1], taxonomy="labels"))
+runs.begin(sys.argv[2], Recipe(), data)
+train = data.indices("train")
+counts = data.class_counts(train)
+drawn = one_pass(data.targets()[train], ClassBalance(sampling="oversample"), np.random.default_rng(0))
+assert len(drawn) == len(counts) * counts.max()
+peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(len(data.splits), len(train), len(drawn), time.process_time(), peak_kib / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_divided_counted_and_planned_within_a_minute_and_two_gib(tmp_path):
+    """CPU seconds: those of a busy machine pass more slowly."""
+    names = [f"https://example.com/photos/2026/{i:07}/photo.jpg" for i in range(1_000_000)]
+    labels = np.random.default_rng(0).zipf(1.3, len(names)) % 700
+    pq.write_table(
+        pa.table({"uri": names, "label": pa.array(labels).cast(pa.string())}), tmp_path / "l.parquet"
+    )
+    arguments = [sys.executable, "-c", MILLION_ROWS, str(tmp_path / "l.parquet"), str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=900)
+    rows, n_train, _, cpu_s, peak_gib = map(float, done.stdout.split())
+    print(f"{cpu_s:.1f} CPU seconds, peak {peak_gib:.2f} GiB")
+    assert (rows, round(n_train / rows, 2)) == (1_000_000, 0.7)
+    assert cpu_s < 60 and peak_gib < 2
+
+
 @pytest.mark.parametrize("limit", [1, 100, 150, 299, 301, 2999])
 def test_a_limit_is_met_exactly_however_many_classes_there_are(limit):
     strata = np.repeat(np.arange(300), 10)
@@ -476,6 +513,9 @@ def test_runs_on_other_data_are_other_runs(tmp_path):
         DataSettings(folder), DataSettings(folder, splits=Splits(seed=1))
     )
     assert "tier was None, now 1" in differences(DataSettings(table), DataSettings(table, tier=1))
+    short, long = (runs.identity(Recipe(epochs=epochs), load(table)) for epochs in (10, 20))
+    with pytest.raises(InputError, match=r"epochs was 10, now 20; .* further: --model run/best"):
+        runs.refuse_mismatch("run", json.loads(runs.as_json(short)), long)
     before = runs.identity(Recipe(), load(table))
     csv(tmp_path, "file,label,split,k\na.jpg,483,train,1\nb.jpg,1,train,483\nc.jpg,1,validation,1\n")
     with pytest.raises(InputError, match="assignment"):

@@ -436,6 +436,15 @@ def test_sample_is_the_same_for_a_seed_and_prefers_held_out_images(pictures, tmp
     assert [one.split for one in drawn] == ["validation"] * 10 + ["train"] * 30
 
 
+def test_folder_with_a_table_of_labels_is_read_by_it_and_says_so(pictures, tmp_path, caplog):
+    folder = Path(shutil.copytree(pictures, tmp_path / "listed"))
+    lines = (folder / "labels.csv").read_text().splitlines()
+    (folder / "labels.csv").write_text("\n".join(lines[:6]))
+    with caplog.at_level("INFO"):
+        assert len(samples.draw(str(folder), count=40, seed=1)) == 5
+    assert f"{folder}: the images and labels are those of its labels.csv" in caplog.text
+
+
 @pytest.mark.parametrize("column", ["uri", "file"])
 def test_table_without_labels_is_enough(pictures, tmp_path, column):
     table = pictures.parent / f"{column}.csv"

@@ -92,6 +92,17 @@ def test_mixup_mixes_targets_in_the_shares_of_the_pictures():
     assert 0.5 <= targets[0, 0] < 1
 
 
+def test_the_last_image_of_an_odd_micro_batch_stays_unmixed():
+    draws = augment.draw(
+        replace(OFF, mixup=1.0, cutmix=1.0, mix_prob=1.0), 6, torch.Generator().manual_seed(0)
+    )
+    images, targets, part = pixels(3), torch.eye(3), draws.slice(0, 3)
+    mixed = augment.apply(images, part, height=24, width=24)
+    torch.testing.assert_close(mixed[2], plain(images)[2])
+    assert not torch.allclose(mixed[0], plain(images)[0])
+    torch.testing.assert_close(augment.mix_targets(targets, part, height=24, width=24)[2], targets[2])
+
+
 def test_cutmix_targets_count_the_pixels_taken():
     spec = replace(OFF, cutmix=1.0, mix_prob=1.0)
     draws = augment.draw(spec, 2, torch.Generator().manual_seed(2))
