@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, SymmetricalLogLocator
 
 from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import SEPARATOR
@@ -353,5 +353,9 @@ def _draw_ranks(axes: Any, counts: Mapping[str, Mapping[str, int]], classes: Cla
     for split, of_class in counts.items():
         images = sorted((of_class.get(one["id"], 0) for one in classes), reverse=True)
         axes.plot(range(1, len(images) + 1), images, label=split)
-    axes.set(title="Class balance", xlabel="class, by rank in its split", ylabel="images", yscale="symlog")
+    axes.set(title="Class balance", xlabel="class, by rank in its split", ylabel="images")
+    axes.set_yscale("symlog", linthresh=1)
+    ticks = SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5))  # a decade may hold all counts
+    axes.yaxis.set_major_locator(ticks)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.figure.legend(loc="outside lower center", ncols=3)

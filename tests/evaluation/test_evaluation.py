@@ -29,6 +29,7 @@ from pipelines.evaluation import (
     hierarchy,
     metrics,
     per_image,
+    plots,
     report,
     score,
 )
@@ -218,6 +219,13 @@ def test_the_report_needs_nothing_from_elsewhere_and_every_plot_names_its_axes(t
         drawing = base64.b64decode((plot["src"] or "").split(",")[1]).decode()
         texts = re.findall(r"<!-- (.+?) -->", drawing)  # matplotlib notes each text that it draws as outlines
         assert len([text for text in texts if re.search("[a-z]{3}", text)]) >= 3, plot["alt"]
+
+
+def test_images_of_many_classes_have_a_scale_with_numbers_within_a_decade() -> None:
+    classes = [{"id": str(i), "name": str(i)} for i in range(300)]
+    plot = plots.plot_balance({"train": {str(i): 10 + i // 5 for i in range(300)}}, classes)
+    drawing = base64.b64decode(plot.split(",")[1]).decode()
+    assert {"10", "20", "50"} <= set(re.findall(r"<!-- (.+?) -->", drawing))
 
 
 def test_hostile_labels_and_addresses_stay_text() -> None:
