@@ -115,5 +115,7 @@ def _room(nodes: Sequence[Node], load: int, threads: int) -> int:
     if threads == 1 or len(sizes) < 2:
         return sum(sizes) // threads
     each_breaks_one = sum(size // threads for size in sizes) - load
-    spread = -(-load // len(sizes))
+    # Nodes take turns, and those that are full are left out.
+    levels = (level for level in range(1, max(sizes)) if sum(min(size, level) for size in sizes) >= load)
+    spread = next(levels, max(sizes))
     return max(each_breaks_one, sum(max(0, size - spread) // threads for size in sizes))

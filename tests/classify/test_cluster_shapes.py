@@ -1,6 +1,7 @@
 """Every shape of cluster starts or says why not; lost nodes stop nothing, nodes that join are used."""
 
 import itertools
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.dataset as pads
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import classify_images, cli
@@ -18,6 +21,7 @@ from pipelines.classify.run import Engine
 from pipelines.classify.settings import Workers
 from pipelines.classify.sizing import ClusterChanged, Node, refuse_outgrown, size_pools
 from pipelines.classify.steps import Pools
+from pipelines.messages import JobFailed
 from tests.builders.clusters import Clusters
 from tests.builders.models import small_bundle
 
@@ -49,6 +53,41 @@ def test_sessions_share_gpus_in_whole_numbers(infer: int, share: float) -> None:
     nodes = [node(8, 1)] * 4
     pools = size_pools(Workers(infer_actors=infer), nodes, CUDA, n_items=1_000_000, local_cores=None)
     assert pools.gpus_per_infer == share
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 96), st.integers(0, 8)), min_size=1, max_size=12),
+    threads=st.integers(1, 8),
+    images=st.sampled_from([1, 1_000, 1_000_000]),
+    cuda=st.booleans(),
+)
+def test_pools_of_any_cluster_find_their_places_or_it_is_said_why(
+    shapes: list[tuple[int, int]], threads: int, images: int, cuda: bool
+) -> None:
+    """Load actors take the nodes in turn, as Ray spreads them; each session takes the first that fits.
+
+    If the only session finds no place, the watchdog says so.
+    """
+    nodes = [node(cpus, gpus) for cpus, gpus in shapes]
+    runtime = CUDA if cuda else RuntimeSpec(threads=threads)
+    try:
+        pools = size_pools(Workers(), nodes, runtime, n_items=images, local_cores=None)
+    except JobFailed as reason:
+        assert re.search("needs a GPU|CPUs at once", str(reason))
+        return
+    free = [[cpus, gpus] for cpus, gpus in shapes]
+    turns = itertools.cycle(free)
+    for _ in range(pools.load_actors):
+        next(each for each in turns if each[0] >= 1)[0] -= 1
+    for _ in range(pools.infer_actors):
+        fits = (each for each in free if each[0] >= pools.cpus_per_infer and each[1] >= pools.gpus_per_infer)
+        if not (place := next(fits, None)):
+            assert pools.infer_actors == 1
+            return
+        place[0] -= pools.cpus_per_infer
+        place[1] -= pools.gpus_per_infer
+    assert sum(cpus for cpus, _ in free) >= sizing.CPUS_TO_WRITE
 
 
 def test_sessions_of_many_threads_stay_on_one_node() -> None:
