@@ -249,7 +249,7 @@ def _named(others: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, colu
     text = pa.array(numbers).cast(pa.string())
     places = pc.binary_join_element_wise(file_uri, text, "#")
     given = others.get(columns.source["uri"])
-    uris = places if given is None else pc.coalesce(given.cast(pa.string()), places)
+    uris = places if given is None else pc.coalesce(_text(given), places)
     arrays = {new: others[old] for new, old in columns.source.items() if new != "uri" and old in others}
     if "image_id" in arrays:
         arrays["image_id"] = _key(arrays["image_id"], "image_id")
@@ -258,10 +258,22 @@ def _named(others: dict[str, pa.Array], file_uri: str, numbers: np.ndarray, colu
 
 def _key(column: pa.Array, name: str) -> pa.Array:
     """A key as text. A missing URI is an empty one, whose row says `invalid_uri`; a blank id is the URI."""
-    text = column.cast(pa.string())
+    text = _text(column)
     if name == "uri":
         return pc.fill_null(text, "")
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def _text(column: pa.Array) -> pa.Array:
+    """The column as strings, U+FFFD for bytes that are not UTF-8: Parquet and JSON files may hold any."""
+    text = column.cast(pa.string())
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        values = (value.as_buffer() for value in text.cast(pa.binary()))
+        decoded = [None if value is None else value.to_pybytes().decode(errors="replace") for value in values]
+        return pa.array(decoded, pa.string())
+    return text
 
 
 def to_items(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import sources_of
 from pipelines.inventory import dedupe, shards, tables
 from pipelines.inventory import plan as frozen_plan
@@ -25,10 +26,14 @@ from pipelines.inventory.inventory import plan
 from pipelines.inventory.plan import open_plan
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.messages import InputError
+from pipelines.status import Status
 from pipelines.storage.local import LocalStorage
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import StorageError
 from tests.builders.etag_server import EtagServer
+from tests.builders.mutations import mutations
+
+N_DAMAGED = 40
 
 
 @pytest.fixture
@@ -622,6 +627,58 @@ def test_shard_on_a_server_without_ranges_is_refused(tmp_path: Path, state: Stor
             plan(server.url("/a.tar"), state)
     finally:
         server.close()
+
+
+def test_keys_that_are_not_utf8_keep_their_rows(tmp_path: Path, state: Storage) -> None:
+    """Spark writes any bytes as text, and JSON lines of another encoding pass as well."""
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"uri": "https://a/caf\xe9.jpg", "image_id": "\xff1"}\n{"uri": "https://a/b.jpg"}\n')
+    plan(str(path), state)
+    found = rows_of(state)
+    assert [row["uri"] for row in found] == ["https://a/caf\ufffd.jpg", "https://a/b.jpg"]
+    assert [row["image_id"] for row in found] == ["\ufffd1", "https://a/b.jpg"]
+
+
+def small_inventory(folder: Path, name: str) -> bytes:
+    """The bytes of an inventory of each form, of forty images."""
+    path = folder / name
+    rows = [{"uri": f"https://a.invalid/{n}.jpg", "page": n} for n in range(40)]
+    match name:
+        case "shard.tar":
+            shard(path, [f"{n}.jpg" for n in range(40)])
+        case "images.parquet":
+            images = [{"bytes": bytes([n]) * 500, "path": f"{n}.jpg"} for n in range(40)]
+            pq.write_table(pa.table({"image": images}), path, row_group_size=15)
+        case "uris.parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=15)
+        case "uris.csv":
+            write_csv(path, rows)
+        case _:
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["shard.tar", "images.parquet", "uris.parquet", "uris.csv", "uris.jsonl"])
+def test_damaged_inventory_is_planned_or_refused_and_its_images_have_a_status(
+    tmp_path: Path, name: str
+) -> None:
+    """Flipped bits, cuts, extreme headers, repeated and missing pieces."""
+    whole = small_inventory(tmp_path, name)
+    planned = 0
+    with Fetcher(FetchLimits(max_attempts=1)) as fetcher:
+        for number, damaged in enumerate(mutations([whole], N_DAMAGED)):
+            path = tmp_path / str(number) / name
+            path.parent.mkdir()
+            path.write_bytes(damaged)
+            try:
+                frozen = plan(str(path), open_storage(str(tmp_path / f"state-{number}")))
+            except InputError:
+                continue
+            planned += 1
+            sources = sources_of(frozen.items([(0, frozen.n_items)]))
+            found = {one.status for _, one in fetcher.fetch_many(sources)} if "uris" not in name else set()
+            assert Status.INTERNAL_ERROR not in found
+    assert 0 < planned < N_DAMAGED
 
 
 def test_pattern_takes_what_it_matches(tmp_path: Path, state: Storage) -> None:
