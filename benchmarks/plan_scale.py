@@ -1,16 +1,22 @@
 """Planning at scale: seconds and peak memory to freeze a table of ten million URIs.
 
     python benchmarks/plan_scale.py --rows 10000000 --duplicates 0.1
+    python benchmarks/plan_scale.py --tars s3://bucket/shards    # the S3 server of AWS_ENDPOINT_URL
 
 Writes a Parquet table of that many rows (two carried columns), plans it in a process of its own, and reads
 one chunk back from the far end, as a resume with nearly everything done does. On 2 cores of an AMD EPYC:
 see BENCHMARKS.md.
+
+With `--tars` it writes 200 shards of 20 members of 300 kB in that folder and plans them: how much of their
+bytes it read.
 """
 
 import argparse
+import io
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +27,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 ROWS_AT_ONCE = 500_000
+SHARDS, MEMBERS, MEMBER_BYTES = 200, 20, 300_000
 
 
 def main() -> None:
@@ -33,10 +40,14 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to work; a temporary folder if not given"
     )
+    parser.add_argument("--tars", metavar="FOLDER", help="plan tars in this folder instead, of any storage")
     parser.add_argument("--child", nargs=2, metavar=("INVENTORY", "STATE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         measure(*arguments.child)
+        return
+    if arguments.tars:
+        measure_tars(arguments.tars)
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         inventory = Path(folder) / f"inventory.{arguments.format}"
@@ -50,6 +61,39 @@ def main() -> None:
         f"| {found['rows']:,} | {size_mb:,.0f} | {found['items']:,} | {found['plan_s']:.1f} | "
         f"{found['plan_s'] / found['rows'] * 1e6:.2f} | {found['peak_mb']:,.0f} | {found['reopen_s']:.2f} |"
     )
+
+
+def measure_tars(folder: str) -> None:
+    """Write shards, plan them, print a table."""
+    from pipelines.inventory.inventory import plan
+    from pipelines.storage.storage import open_storage
+
+    storage = open_storage(folder)
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for number in range(MEMBERS):
+            member = tarfile.TarInfo(f"{number:04d}.jpg")
+            member.size = MEMBER_BYTES
+            tar.addfile(member, io.BytesIO(bytes(MEMBER_BYTES)))
+    for number in range(SHARDS):
+        storage.put(f"{number:04d}.tar", sink.getvalue())
+    pieces: list[int] = []
+    read_range = type(storage).read_range
+
+    def counted(storage, path: str, start: int, stop: int) -> bytes:  # type: ignore[no-untyped-def]
+        pieces.append(stop - start)
+        return read_range(storage, path, start, stop)
+
+    type(storage).read_range = counted  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as state:
+        began = time.perf_counter()
+        frozen = plan(folder, open_storage(state))
+        seconds = time.perf_counter() - began
+    size = SHARDS * len(sink.getvalue())
+    print("| tars | MB | items | plan, s | requests | read, share of the bytes |")
+    print("|---|---|---|---|---|---|")
+    planned = f"{frozen.n_items:,} | {seconds:.1f} | {len(pieces):,} | {sum(pieces) / size:.3f}"
+    print(f"| {SHARDS} | {size / 1e6:,.0f} | {planned} |")
 
 
 def write_inventory(path: Path, rows: int, duplicates: float) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import json
 import os
 import ssl
 import subprocess
@@ -502,6 +503,13 @@ def test_schemes_that_can_reach_any_host_are_refused(scheme: str) -> None:
 def test_pipe_under_the_name_of_another_scheme_hangs_nothing(fetcher: Fetcher, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert fetcher.fetch(f"local://{tmp_path}/pipe").status is Status.NOT_FOUND
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "gs", "gcs"])
+def test_every_name_of_a_store_opens_its_client(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = {"private_key": "", "private_key_id": "", "client_email": "", "disable_oauth": True}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
+    assert objects.open_store(f"{scheme}://bucket", LIMITS)
 
 
 def test_clients_of_many_buckets_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
