@@ -68,7 +68,7 @@ class SubmitConfig(JobConfig):
     working_dir: str | None = None
     """Folder sent along with the job (or a zip's URI); unset: what is installed on the cluster runs."""
     requirements: str | None = None
-    """File of requirements that pip installs for the job beside what the cluster has."""
+    """File of requirements that pip installs for the job, in addition to what the cluster has."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment of the job and its workers."""
     entrypoint: Entrypoint = Entrypoint()

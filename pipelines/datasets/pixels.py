@@ -217,7 +217,7 @@ def stream_batches(
     """One pass over this worker's shard in whole batches, shuffled within a window.
 
     Equal shards give equally many batches, or workers would wait for each other and never end: others of its
-    batch, or of the batch before, stand in for an image that cannot be read. A shard that does not fill
+    batch, or of the batch before, replace an image that cannot be read. A shard that does not fill
     one batch is repeated within it; else the remainder is left out.
 
     Raises:

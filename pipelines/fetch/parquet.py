@@ -198,7 +198,7 @@ class EmbeddedReader:
         sizes = (opened.footer.row_group(n).total_byte_size for n in range(opened.footer.num_row_groups))
         if (largest := max(sizes, default=0)) > self._max_bytes:
             log.warning(
-                "a row group of %s has %.0f MB: reading it may take that much memory beside the %.0f MB of "
+                "a row group of %s has %.0f MB: reading it may take that much memory on top of the %.0f MB of "
                 "--fetch.max-buffered-bytes; write the table with smaller row groups",
                 redact(opened.place[0]),
                 largest / 1e6,
@@ -225,7 +225,7 @@ class EmbeddedReader:
         return cursor
 
     def _drop_excess(self, current: Cursor) -> None:
-        """Keep at most so much beside the row group that is being read; the longest unused goes first."""
+        """Keep at most so much besides the row group that is being read; the longest unused goes first."""
         with self._lock:
             others = [(cursor, cursor.kept_bytes) for cursor in self._open if cursor is not current]
         excess = sum(kept for _, kept in others) - self._max_bytes

@@ -458,7 +458,7 @@ def plan_run(root: Path, output: Path, recipe=RECIPE, **resources) -> fit.Traini
 
 @dataclass(frozen=True)
 class WholeRun:
-    """A run that nothing interrupted, beside its `images`."""
+    """A run that nothing interrupted, next to its `images`."""
 
     folder: Path
     job: fit.TrainingJob
