@@ -198,7 +198,7 @@ class EmbeddedReader:
         sizes = (opened.footer.row_group(n).total_byte_size for n in range(opened.footer.num_row_groups))
         if (largest := max(sizes, default=0)) > self._max_bytes:
             log.warning(
-                "a row group of %s has %.0f MB: reading it may take that much memory on top of the %.0f MB of "
+                "a row group of %s has %.0f MB: reading it may take that much memory over the %.0f MB of "
                 "--fetch.max-buffered-bytes; write the table with smaller row groups",
                 redact(opened.place[0]),
                 largest / 1e6,
