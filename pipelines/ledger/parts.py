@@ -31,7 +31,8 @@ from pipelines.schema import ITEM_ID
 from pipelines.status import CARRIED, TRANSIENT, Status
 from pipelines.storage.storage import Storage, open_storage
 
-_HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
+HOST = r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?(?P<host>[^/:?#]+)"
+"""The host or bucket of a URI, without user and port."""
 HOSTS_KEPT = 20
 """Failing hosts that a part names: enough to find the culprit, too few to swell the ledger."""
 
@@ -246,7 +247,7 @@ def _count_statuses(statuses: pa.ChunkedArray) -> dict[str, int]:
 def _count_failing_hosts(table: pa.Table) -> dict[str, int]:
     """The hosts (or buckets) that most rows without a label come from."""
     failed = table.filter(pc.invert(pc.is_in(table["status"], pa.array([Status.OK.value, *sorted(CARRIED)]))))
-    by_host = count_values(pc.struct_field(pc.extract_regex(failed["uri"], _HOST), "host"))
+    by_host = count_values(pc.struct_field(pc.extract_regex(failed["uri"], HOST), "host"))
     return dict(sorted(by_host.items(), key=lambda pair: -pair[1])[:HOSTS_KEPT])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from pipelines.ledger.parts import HOST
 from pipelines.nights.database import create_view, open_workspace
 from pipelines.nights.drift import SeriesCounts, find_series_effect
 from pipelines.schema import CARRIED_FROM
@@ -52,8 +53,8 @@ MEAN = (
     "SELECT count(*), avg(score) FROM (SELECT any_value(top_score) AS score FROM classified GROUP BY sha256)"
 )
 STATUSES = "SELECT status, count(*) FROM rows GROUP BY 1 ORDER BY 2 DESC, 1"
-HOSTS = r"""
-SELECT regexp_extract(uri, '^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/:?#]+)', 1) AS host, count(*)
+HOSTS = f"""
+SELECT regexp_extract(uri, '{HOST}', 1) AS host, count(*)
 FROM rows WHERE status <> 'ok' AND host <> '' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?
 """
 SEGMENTS = """
