@@ -102,11 +102,7 @@ def list_files(uri: str) -> list[str]:
         raise DatasetError(
             f"{redact(uri)} does not exist or is empty; give a folder or a table of labelled images"
         )
-    return sorted(join(uri, one.path) for one in entries if not _is_hidden(one.path))
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
+    return sorted(join(uri, one.path) for one in entries if not one.is_hidden)
 
 
 def _join(found: Sequence[tuple[pa.Table, bool]]) -> tuple[pa.Table, bool]:

@@ -51,7 +51,7 @@ def find(inventory_uri: str, options: InventoryOptions) -> Found:
         return Found(form, base, (single,))
     is_pattern = WILDCARD.search(name) and not (is_local(uri) and local_path(uri).is_dir())
     folder, pattern = (base, name) if is_pattern else (uri, "*")
-    entries = [entry for entry in _list(folder) if not _hidden(entry.path)]
+    entries = [entry for entry in _list(folder) if not entry.is_hidden]
     entries = [entry for entry in entries if fnmatchcase(entry.path, pattern)]
     if not entries:
         raise InputError(f"{redact(inventory_uri)} does not exist or holds no file")
@@ -113,10 +113,6 @@ def _writable(uri: str) -> str:
     except UnicodeEncodeError:
         return "file://" + quote(os.fsencode(uri))
     return uri
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
 
 
 def _form_of_name(name: str, options: InventoryOptions) -> Form | None:

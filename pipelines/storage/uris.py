@@ -32,6 +32,11 @@ class Entry:
     etag: str | None
     last_modified: datetime | None
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether its name, or that of a folder on the way, begins with a dot."""
+        return any(part.startswith(".") for part in self.path.split("/"))
+
 
 @dataclass(frozen=True)
 class Version:
