@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -59,55 +60,22 @@ def push(output: str, repository: str) -> None:
 
 def model_card(content: Mapping[str, Any], paths: Mapping[str, str]) -> str:
     """The card of a run, from the content of its run.json and the path of each class."""
-    recipe, data = content["recipe"], content["data"]
     split = "test" if content["test"] else "validation"
-    images = ", ".join(f"{count} {name}" for name, count in data["images"].items())
-    counts = "\n".join(
-        f"| {paths[label]} | `{label}` | {count} |" for label, count in data["class_counts"].items()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipelines.training"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - Markdown
     )
-    numbers = "\n".join(
-        f"| {name} | {content[split][name]:.4f} |" for name in HEADLINES if name in content[split]
+    return environment.get_template("card.md").render(
+        head=_front_matter(content, split).to_yaml().strip(),
+        run=content,
+        split=split,
+        dataset=redact(content["dataset"]["uri"]),
+        paths=paths,
+        headlines=HEADLINES,
     )
-    spec = content["image_spec"]
-    kind = "several labels per image" if content["multi_label"] else "one label per image"
-    return f"""---
-{_front_matter(content, split).to_yaml().strip()}
----
-
-# {recipe["model"]} for {len(content["classes"])} classes of {content["taxonomy"]}
-
-An image classifier ({kind}) trained by iab-vision. `config.json` has the ids of its classes in the taxonomy
-`{content["taxonomy"]}` (`id2label`) and their paths (`label_paths`); `iab_vision.json` holds the calibration
-(temperature {content["temperature"]:.3f}) and each category's threshold.
-
-## Data
-
-{images} images from `{redact(content["dataset"]["uri"])}`; {len(data["unreadable"])} could not be read, \
-{sum(data["duplicates_removed"].values())} were removed because their bytes are in another split too.
-
-| class | id | training images |
-|---|---|---|
-{counts}
-
-## Recipe
-
-{recipe["epochs"]} epochs at {spec["height"]}x{spec["width"]} pixels, {recipe["batch_size"]} images per
-step, seed {recipe["seed"]}; the best epoch was {content["best"]["epoch"]:.4g} by
-{recipe["metric_for_best_model"]}. Everything else is in `run.json` of the run.
-
-## Measured on the {split} split
-
-| measure | value |
-|---|---|
-{numbers}
-
-## Limits
-
-The numbers hold for images like those it was trained on; another publisher's pictures need an evaluation
-of their own (`iab-vision evaluate`). Every image gets a label, also one that shows none of the classes:
-publish only what passes its threshold. The model sees {spec["height"]}x{spec["width"]} pixels, so small
-print and small objects are lost. Nothing was done to find or remove bias in the training images.
-"""
 
 
 def _front_matter(content: Mapping[str, Any], split: str) -> ModelCardData:
