@@ -6,13 +6,14 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.evaluation.calibration import ThresholdRule
-from pipelines.evaluation.evaluation import Scored
+from pipelines.evaluation.evaluation import Evaluation, Scored
 from pipelines.evaluation.metrics import probabilities
 from pipelines.evaluation.report import ReportExtras, write_report
 from pipelines.evaluation.score import EvalResult
@@ -53,20 +54,24 @@ def recalibrate(run_uri: str, rule: ThresholdRule) -> Calibrated:
     }
     measured = evaluate.evaluate_splits(found.scored, found.spec, tree, about=about)
     write_report(list(measured.values())[-1], uris.join(run_uri, REPORT), ReportExtras())
-    content |= {
-        "temperature": found.spec.temperature,
-        "thresholds": dict(found.spec.thresholds),
-        "never_published": found.images_needed,
-        "published": {name: dict(one.published) for name, one in measured.items()},
-        "threshold_rule": asdict(rule),
-        **{name: dict(one.overall) for name, one in measured.items()},
-    }
+    content |= {**describe(found, measured), "threshold_rule": asdict(rule)}
     paths = {one: tree.path(one) for one in spec.class_ids}
     folder.put(sidecar, model_files.sidecar_json(found.spec).encode())
     folder.put(f"{runs.BEST}/README.md", model_card(content, paths).encode())
     folder.put(runs.MARKER, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     evaluate.log_unpublished(found, tree, rule)
     return found
+
+
+def describe(found: Calibrated, measured: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What run.json says of a calibration, and of each split under it."""
+    return {
+        "temperature": found.spec.temperature,
+        "thresholds": dict(found.spec.thresholds),
+        "never_published": found.images_needed,
+        "published": {name: dict(one.published) for name, one in measured.items()},
+        **{name: dict(one.overall) for name, one in measured.items()},
+    }
 
 
 def write_scores(run_uri: str, results: Mapping[str, EvalResult]) -> None:
