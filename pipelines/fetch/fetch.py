@@ -16,7 +16,7 @@ from typing import Self
 from pipelines.fetch import files
 from pipelines.fetch.download import Downloader
 from pipelines.fetch.memory import Memory, Reservation
-from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
+from pipelines.fetch.parquet import EmbeddedReader, read_embedded
 from pipelines.fetch.results import BATCH_BYTES, Result, ResultQueue, done
 from pipelines.fetch.retry import FetchError, internal_error
 from pipelines.fetch.settings import FetchLimits
@@ -175,14 +175,10 @@ class Fetcher:
 
     def _fetch_embedded(self, sources: Sequence[tuple[int, Source]]) -> Iterator[Batch]:
         """Read rows of Parquet files in the caller's thread; it holds no memory while it waits for more."""
-        places = [
-            Place(source.location, source.payload_column or "", source.offset or 0, index, source.planned)
-            for index, source in sources
-        ]
         results: list[Result] = []
         held = 0
         try:
-            for index, outcome in read_embedded(self._tables, places, self._limits):
+            for index, outcome in read_embedded(self._tables, sources, self._limits):
                 fetched, reservation = Fetched.of(outcome), Reservation(self._memory)
                 n_bytes = len(fetched.payload or b"")
                 if held + n_bytes > BATCH_BYTES or not reservation.try_reserve(n_bytes):

@@ -11,7 +11,6 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, count, groupby
 
 import pyarrow as pa
@@ -24,7 +23,7 @@ from pipelines.fetch.files import check_container
 from pipelines.fetch.memory import check_size
 from pipelines.fetch.retry import FetchError, backoff_s, internal_error, status_of_code
 from pipelines.fetch.settings import FetchLimits
-from pipelines.fetch.source import ContainerVersion
+from pipelines.fetch.source import ContainerVersion, Source
 from pipelines.messages import redact
 from pipelines.status import Status
 from pipelines.storage.objects import OBJECT_SCHEMES
@@ -236,46 +235,38 @@ class EmbeddedReader:
             excess -= kept
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """One image's row in a table, and the caller's index of it."""
-
-    container: str
-    column: str
-    row: int
-    index: int
-    planned: ContainerVersion | None = field(default=None, compare=False)
-
-
 def read_embedded(
-    reader: EmbeddedReader, places: Sequence[Place], limits: FetchLimits
+    reader: EmbeddedReader, sources: Sequence[tuple[int, Source]], limits: FetchLimits
 ) -> Iterator[tuple[int, bytes | FetchError]]:
-    """Each place's index and payload, table by table in the order of their rows."""
-    for _, group in groupby(sorted(places), lambda place: (place.container, place.column)):
+    """Each source's index, as given with it, and payload, table by table in the order of their rows."""
+    ordered = sorted(sources, key=lambda one: (*_table_of(one[1]), one[1].offset or 0))
+    for (container, column), group in groupby(ordered, lambda one: _table_of(one[1])):
         waiting = list(group)
+        planned = waiting[0][1].planned
         for attempt in count(1):
             try:
-                for payload in _read(reader, waiting):
-                    yield waiting.pop(0).index, _outcome(payload, limits.max_bytes)
+                rows = [source.offset or 0 for _, source in waiting]
+                for payload in reader.read(container, column, rows, planned):
+                    yield waiting.pop(0)[0], _outcome(payload, limits.max_bytes)
                 break
             except Exception as error:
-                failed = _changed(waiting[0]) or _to_fetch_error(error)
-                if failed.final or attempt >= limits.max_attempts or not _is_read_once(waiting[0].container):
+                failed = _changed(container, planned) or _to_fetch_error(error)
+                if failed.final or attempt >= limits.max_attempts or not _is_read_once(container):
                     break
                 time.sleep(backoff_s(attempt, limits.backoff_s, random.random()))
-        for place in waiting:
-            yield place.index, failed
+        for index, _ in waiting:
+            yield index, failed
 
 
-def _read(reader: EmbeddedReader, places: Sequence[Place]) -> Iterator[pa.Scalar]:
-    first = places[0]
-    return reader.read(first.container, first.column, [place.row for place in places], first.planned)
+def _table_of(source: Source) -> tuple[str, str]:
+    """The table and the column that hold an image."""
+    return source.location, source.payload_column or ""
 
 
-def _changed(place: Place) -> FetchError | None:
+def _changed(container: str, planned: ContainerVersion | None) -> FetchError | None:
     """Whether a table that could not be read is another one by now."""
     try:
-        check_container(place.container, place.planned)
+        check_container(container, planned)
     except FetchError as error:
         return error
     except UNREADABLE:

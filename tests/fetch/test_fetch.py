@@ -31,7 +31,7 @@ from obstore.exceptions import GenericError
 from pipelines.fetch import hosts, objects, retry
 from pipelines.fetch.fetch import Fetcher
 from pipelines.fetch.hosts import AdaptiveSlots, Hosts
-from pipelines.fetch.parquet import EmbeddedReader, Place, read_embedded
+from pipelines.fetch.parquet import EmbeddedReader, read_embedded
 from pipelines.fetch.retry import FetchError, backoff_s, parse_retry_after
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion, Fetched, Source, sources_of
@@ -863,8 +863,8 @@ def test_table_that_its_web_server_fails_to_serve_is_tried_again(code: int, expe
             answer = ClientResponseError(None, (), status=code)  # type: ignore[arg-type]
             raise FileNotFoundError(container) from answer
 
-    places = [Place("https://a/t.parquet", "image", row, row) for row in range(3)]
-    found = dict(read_embedded(Failing(), places, LIMITS))
+    sources = [(row, Source("", "https://a/t.parquet", row, payload_column="image")) for row in range(3)]
+    found = dict(read_embedded(Failing(), sources, LIMITS))
     assert {error.status for error in found.values() if isinstance(error, FetchError)} == {expected}
     assert len(opened) == (LIMITS.max_attempts if code == 503 else 1)
 
@@ -875,8 +875,8 @@ def test_table_that_breaks_off_keeps_the_rows_that_were_read() -> None:
             yield pa.scalar(b"first")
             raise GenericError("the server is gone")
 
-    places = [Place("s3://b/t.parquet", "image", row, row) for row in range(3)]
-    found = dict(read_embedded(Breaking(), places, LIMITS))
+    sources = [(row, Source("", "s3://b/t.parquet", row, payload_column="image")) for row in range(3)]
+    found = dict(read_embedded(Breaking(), sources, LIMITS))
     assert found[0] == b"first"
     failures = [outcome.status for outcome in found.values() if isinstance(outcome, FetchError)]
     assert failures == [Status.CONNECTION_FAILED] * 2
@@ -1059,8 +1059,8 @@ def test_exception_while_reading_a_table_is_the_status_of_its_rows(error: Except
             yield pa.scalar(b"first")
             raise error
 
-    places = [Place("s3://b/t.parquet", "image", row, row) for row in range(2)]
-    found = dict(read_embedded(Broken(), places, LIMITS))
+    sources = [(row, Source("", "s3://b/t.parquet", row, payload_column="image")) for row in range(2)]
+    found = dict(read_embedded(Broken(), sources, LIMITS))
     assert found[0] == b"first"
     assert isinstance(found[1], FetchError)
     assert found[1].status is status
