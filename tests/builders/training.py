@@ -161,7 +161,7 @@ def trained(made: Trainer, epochs: int) -> Trainer:
 
 
 def curve(rank: int, workers: int, accumulation: int, folder: str) -> None:
-    """One of several real processes: train 50 steps and leave this worker's losses in the folder."""
+    """This process as one of so many workers: train 50 steps and leave its losses in the folder."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet{workers}", rank=rank, world_size=workers
