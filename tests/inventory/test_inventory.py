@@ -629,6 +629,26 @@ def test_shard_on_a_server_without_ranges_is_refused(tmp_path: Path, state: Stor
         server.close()
 
 
+def test_table_is_not_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading ahead, as pyarrow does by default, would take memory with the size of the inventory."""
+    path, n_bytes = tmp_path / "in.parquet", [0]
+    uris = pa.table({"uri": [f"https://a.invalid/{n:0>200}.jpg" for n in range(100_000)]})
+    pq.write_table(uris, path, row_group_size=5_000, compression="none", use_dictionary=False)
+
+    class Counting(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            found = super().read(-1 if size is None else size) or b""
+            n_bytes[0] += len(found)
+            return found
+
+    monkeypatch.setattr(tables, "open_input", lambda uri: pa.PythonFile(Counting(uri)))
+    monkeypatch.setattr(tables, "BATCH_ROWS", 1_000)
+    batches = tables.read_batches([str(path)], uris.schema, ["uri"])
+    assert next(batches).num_rows == 1_000
+    assert n_bytes[0] <= 0.3 * path.stat().st_size
+    assert sum(batch.num_rows for batch in batches) == 99_000
+
+
 def test_keys_that_are_not_utf8_keep_their_rows(tmp_path: Path, state: Storage) -> None:
     """Spark writes any bytes as text, and JSON lines of another encoding pass as well."""
     path = tmp_path / "in.jsonl"
