@@ -20,7 +20,7 @@ from obstore.exceptions import BaseError
 from jobs import lineage
 from jobs.certificate_gate import require_certificate
 from jobs.config import ClassificationConfig, ClassifyConfig
-from jobs.engines import open_engine
+from jobs.engines import choose_spread, open_engine
 from jobs.errors import checking_input
 from jobs.progress import ClassifyProgress
 from jobs.settings import part_of
@@ -124,7 +124,8 @@ def open_run(
 def plan_images(config: ClassificationConfig, state: Storage) -> Plan:
     """The plan of the inventory, made now or found in the state folder."""
     options = part_of(config, InventoryOptions)
-    return inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow)
+    spread = choose_spread(config.engine, config.ray_address)
+    return inventory.plan(config.inventory, state, options=options, allowed=config.fetch.allow, spread=spread)
 
 
 def carry_out(run: Run, config: ClassifyConfig) -> int:

@@ -3,15 +3,20 @@
 Arrow batches all the way. Ray may run any step again; which written parts count is decided by the ledger.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset, ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayTaskError
 
 from pipelines.classify.steps import Classifier, Loader, Model, Pools, Source
 from pipelines.classify.watchdog import Watchdog
+from pipelines.inventory.shards import SHARDS_AT_ONCE, in_threads
 from pipelines.ledger import parts
 
 CALLS_PER_LOAD_ACTOR = 16
@@ -34,6 +39,26 @@ BATCHES_PER_BLOCK = 16
 
 BLOCKS_AT_ONCE = 2_000
 """Most blocks of one dataset, which the driver keeps in memory; a longer work list is several datasets."""
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def spread(call: Callable[[T], R], inputs: Sequence[T]) -> Iterator[R]:
+    """Like `map`, in tasks of the cluster, each of which calls for some inputs at once in threads."""
+    task = ray.remote(num_cpus=1)(lambda some: list(in_threads(call, some)))
+    ahead = 2 * int(ray.cluster_resources().get("CPU", 1))
+    started: deque[ray.ObjectRef] = deque()
+    try:
+        for start in range(0, len(inputs), SHARDS_AT_ONCE):
+            if len(started) >= ahead:
+                yield from ray.get(started.popleft())
+            started.append(task.remote(inputs[start : start + SHARDS_AT_ONCE]))
+        while started:
+            yield from ray.get(started.popleft())
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def run_dataflow(
