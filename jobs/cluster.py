@@ -93,7 +93,13 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
             ray.init(address=address, **quiet)
         else:  # "local": without it Ray would join whatever cluster it finds on this machine
             cpus = num_cpus or LOGICAL_CPUS_PER_CORE * cores()
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            # A process for each logical CPU would be started at once, most of them for nothing. And Ray warns
+            # of four times as many as may start together, which are as many as there are cores unless set.
+            workers = {
+                "prestart_worker_first_driver": False,
+                "worker_maximum_startup_concurrency": max(cpus, LOGICAL_CPUS_PER_CORE * cores()),
+            }
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=workers, **quiet)
     try:
         yield
     except BaseException:
