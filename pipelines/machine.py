@@ -1,9 +1,17 @@
-"""What this process runs on: CPU cores, revision of the code, versions of the libraries."""
+"""What this process runs on: CPU cores, threads, revision of the code, versions of the libraries."""
 
 import os
 import subprocess
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 LIBRARIES = (
     "iab-vision", "ray", "torch", "transformers", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime",
@@ -15,6 +23,16 @@ LIBRARIES = (
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_ahead(call: Callable[[T], R], inputs: Iterable[T], *, threads: int, ahead: int) -> Iterator[R]:
+    """Like `map`, in threads, but at most `ahead` results ahead of the caller."""
+    with ThreadPoolExecutor(threads) as pool:
+        rest = iter(inputs)
+        started = deque(pool.submit(call, one) for one in islice(rest, ahead))
+        while started:
+            yield started.popleft().result()
+            started.extend(pool.submit(call, one) for one in islice(rest, 1))
 
 
 def package_versions() -> dict[str, str]:

@@ -5,10 +5,9 @@ or `predict_on_threads` in one process. `score` puts the predictions and the rig
 """
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from pipelines.evaluation.eval_set import EvalSet
 from pipelines.evaluation.evaluation import Scored
 from pipelines.evaluation.metrics import Array
 from pipelines.images.pixels import pixels_of
+from pipelines.machine import map_ahead
 from pipelines.messages import JobFailed
 from pipelines.specs import ImageSpec
 from pipelines.status import Status
@@ -62,19 +62,10 @@ def predict_on_threads(
     images: pa.Table, predict: Predict, spec: ImageSpec, *, threads: int
 ) -> Iterator[pa.Table]:
     """Predictions of the images: so many threads decode, this one runs the model."""
-    chunks = iter(
-        [images.slice(start, ROWS_PER_CHUNK) for start in range(0, images.num_rows, ROWS_PER_CHUNK)]
-    )
-    with ThreadPoolExecutor(threads) as pool:
-
-        def submit(count: int) -> list[Future[pa.Table]]:
-            some = itertools.islice(chunks, count)
-            return [pool.submit(pixels.decode_batch, chunk, spec) for chunk in some]
-
-        waiting = deque(submit(threads * CHUNKS_AHEAD))
-        while waiting:
-            yield predict_batch(waiting.popleft().result(), predict, spec)
-            waiting.extend(submit(1))
+    chunks = [images.slice(start, ROWS_PER_CHUNK) for start in range(0, images.num_rows, ROWS_PER_CHUNK)]
+    decode = partial(pixels.decode_batch, spec=spec)
+    for decoded in map_ahead(decode, chunks, threads=threads, ahead=threads * CHUNKS_AHEAD):
+        yield predict_batch(decoded, predict, spec)
 
 
 def score(eval_set: EvalSet, class_ids: Sequence[str], predictions: Iterable[pa.Table]) -> EvalResult:

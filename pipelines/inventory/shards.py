@@ -17,17 +17,16 @@ import logging
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import islice
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.images.formats import is_image_name
 from pipelines.inventory.plan import FoundFile
+from pipelines.machine import map_ahead
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import split
@@ -58,9 +57,6 @@ MEMBERS = pa.schema(
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 Spread = Callable[[Callable[[FoundFile], pa.Table], Sequence[FoundFile]], Iterator[pa.Table]]
 """Like `map`: threads of this process, or tasks on a cluster."""
 
@@ -74,7 +70,8 @@ def list_members(
         InputError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
     """
     shown = time.monotonic()
-    listed = (spread or in_threads)(partial(_find_members, state.uri, all_files), files)
+    spread = spread or partial(map_ahead, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE)
+    listed = spread(partial(_find_members, state.uri, all_files), files)
     for number, members in enumerate(listed, 1):
         if time.monotonic() > shown + SHOWN_EVERY_S:
             log.info("planned %s of %s tars", f"{number:,}", f"{len(files):,}")
@@ -85,16 +82,6 @@ def list_members(
 def forget_members(state: Storage) -> None:
     """Remove what was found: the plan holds it."""
     state.delete(*(file.path for file in state.list(FOUND)))
-
-
-def in_threads(call: Callable[[T], R], inputs: Sequence[T]) -> Iterator[R]:
-    """Like `map` in threads, but never more than some results ahead of the caller."""
-    with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shards") as threads:
-        waiting = iter(inputs)
-        started: list[Future[R]] = [threads.submit(call, item) for item in islice(waiting, SHARDS_AT_ONCE)]
-        while started:
-            yield started.pop(0).result()
-            started += [threads.submit(call, item) for item in islice(waiting, 1)]
 
 
 def _find_members(state_uri: str, all_files: bool, file: FoundFile) -> pa.Table:
