@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from pipelines.images.formats import is_image_name
 from pipelines.inventory.plan import FoundFile
-from pipelines.machine import map_ahead
+from pipelines.machine import R, T, map_ahead
 from pipelines.messages import InputError, redact
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import split
@@ -70,8 +70,7 @@ def list_members(
         InputError: a shard is no plain tar, is damaged, was cut anywhere, or has images that are links.
     """
     shown = time.monotonic()
-    spread = spread or partial(map_ahead, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE)
-    listed = spread(partial(_find_members, state.uri, all_files), files)
+    listed = (spread or in_threads)(partial(_find_members, state.uri, all_files), files)
     for number, members in enumerate(listed, 1):
         if time.monotonic() > shown + SHOWN_EVERY_S:
             log.info("planned %s of %s tars", f"{number:,}", f"{len(files):,}")
@@ -82,6 +81,11 @@ def list_members(
 def forget_members(state: Storage) -> None:
     """Remove what was found: the plan holds it."""
     state.delete(*(file.path for file in state.list(FOUND)))
+
+
+def in_threads(call: Callable[[T], R], inputs: Sequence[T]) -> Iterator[R]:
+    """`map_ahead` with as many threads as suit an object store."""
+    return map_ahead(call, inputs, threads=SHARDS_AT_ONCE, ahead=SHARDS_AT_ONCE)
 
 
 def _find_members(state_uri: str, all_files: bool, file: FoundFile) -> pa.Table:
