@@ -12,7 +12,7 @@ in this process on 127.0.0.2, a port for each host. On 2 cores about six minutes
              every row gets a status, none `internal_error`, the images served are ok; no host is asked more
              than twice its limit at once. Fails where the machine is too busy for answers within 3 s
     outage   every request fails for a minute in the middle of 5,000: at most 5 % are recorded as failed, and
-             none after `--retry-failed`
+             none after `--retry-failed`; nothing is published meanwhile
     trickle  of 10,000 images one in a hundred from a host that claims 60 MB and sends 10 bytes/s: the rate of
              the others is within 10 % of a run without
 """
@@ -157,16 +157,18 @@ async def answer_anyhow(server: Server, writer: asyncio.StreamWriter, path: str)
             server.serve_image(writer)
 
 
-def outage(after: int, seconds: float) -> Respond:
-    """Connections are reset for so long, once so many images were served."""
+def outage(after: int, seconds: float, published: Callable[[], bool], early: list[str]) -> Respond:
+    """Connections are reset for so long, once so many images were served; `early` gets what came too soon."""
     began = 0.0
 
-    async def respond(server: Server, writer: asyncio.StreamWriter, _path: str) -> None:
+    async def respond(server: Server, writer: asyncio.StreamWriter, path: str) -> None:
         nonlocal began
         if not began and len(server.good_at) >= after:
             began = time.monotonic()
         if began and time.monotonic() < began + seconds:
             writer.transport.abort()
+            if published():
+                early.append(path)
         else:
             await asyncio.sleep(0.02)
             server.serve_image(writer)
@@ -231,12 +233,14 @@ def run_answers(folder: Path, bundle: Path, scale: float) -> Iterator[Finding]:
 
 def run_outage(folder: Path, bundle: Path, scale: float) -> Iterator[Finding]:
     n_images, seconds = int(5_000 * scale), 60 * scale
-    server = Server(outage(after=2 * n_images // 5, seconds=seconds), 5)
+    marker, early = folder / "out" / "table" / "_SUCCESS", list[str]()
+    server = Server(outage(2 * n_images // 5, seconds, marker.exists, early), 5)
     uris = [f"http://{ADDRESS}:{server.ports[n % 5]}/{n}.jpg" for n in range(n_images)]
     began = time.monotonic()
     code = classify(folder, uris, bundle)
     what = f"outage of {seconds:.0f} s in {n_images:,} images"
     yield code == 0, what, f"exit {code} after {time.monotonic() - began:.0f} s"
+    yield not early, "requests of the outage that found a published table", f"{len(early)}"
     failed = n_images - statuses(folder)["ok"]
     yield failed <= 0.05 * n_images, "recorded as failed", f"{failed:,} ({failed / n_images:.1%})"
     code = classify(folder, uris, bundle, "--retry-failed")
