@@ -50,8 +50,8 @@ class Head:
         """Start a node and wait until it has joined."""
         agent = free_port()
         flags = [f"--address={self.gcs}", f"--num-cpus={num_cpus}", f"--dashboard-agent-listen-port={agent}"]
-        health = f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
-        self.nodes.append(_start(flags, self.environment, lambda: requests.get(health, timeout=5).ok))
+        environment = {**self.environment, "RAY_AUTH_MODE": "token"}  # a head alone finds the token by itself
+        self.nodes.append(_start(flags, environment, lambda: _is_healthy(f"http://127.0.0.1:{agent}")))
         return self.nodes[-1]
 
     def kill(self) -> None:
@@ -94,27 +94,46 @@ def start_head(home: Path, *, port: int = 0, num_cpus: int = 8) -> Head:
     urls = [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{metrics}/metrics", f"http://127.0.0.1:{agent}"]
     headers = {"Authorization": f"Bearer {token.read_text()}"}
     jobs = f"{urls[0]}/api/jobs/"
-    process = _start(flags, environment, lambda: requests.get(jobs, headers=headers, timeout=5).ok)
+
+    def ready() -> bool:
+        """The job server answers already while `ray start` may still give up."""
+        return _is_healthy(urls[2]) and requests.get(jobs, headers=headers, timeout=5).ok
+
+    process = _start(flags, environment, ready)
     return Head(*urls, f"127.0.0.1:{gcs}", environment, process)
 
 
+def _is_healthy(agent: str) -> bool:
+    return requests.get(f"{agent}/api/local_raylet_healthz", timeout=5).ok
+
+
 def _start(flags: Sequence[str], environment: Mapping[str, str], ready: Callable[[], bool]) -> Process:
-    """`ray start` with these flags, once ready. Raises RuntimeError if it ends, or after `READY_S`."""
-    common = ["--block", f"--dashboard-agent-grpc-port={free_port()}", "--object-store-memory=200000000"]
+    """`ray start` with these flags, once ready. Raises RuntimeError if it ends, or after `READY_S`.
+
+    It gives a node 30 s to register, too few on a machine that does other things too: then it starts again.
+    """
     log = Path(environment["HOME"], "ray-start.log")
+    process, deadline = _run_ray_start(flags, environment, log), time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        with suppress(requests.RequestException):
+            if ready():
+                return process
+        if process.poll() is not None:
+            if "timed out during startup" not in log.read_text():
+                break
+            process = _run_ray_start(flags, environment, log)
+        time.sleep(0.5)
+    kill(process)
+    raise RuntimeError(f"not ready within {READY_S} s:\n{log.read_text()[-3000:]}")
+
+
+def _run_ray_start(flags: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    common = ["--block", f"--dashboard-agent-grpc-port={free_port()}", "--object-store-memory=200000000"]
     with log.open("wb") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             ["ray", "start", *common, *flags],
             env=dict(environment),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    deadline = time.monotonic() + READY_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with suppress(requests.RequestException):
-            if ready():
-                return process
-        time.sleep(0.5)
-    kill(process)
-    raise RuntimeError(f"not ready within {READY_S} s:\n{log.read_text()[-3000:]}")
