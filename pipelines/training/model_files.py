@@ -101,18 +101,21 @@ def read_image_spec(source: str, *, image_size: int | None = None) -> ImageSpec:
     Without a preprocessor's file the size is the config's, or `image_size` where that has none.
 
     Raises:
-        InputError: preprocessing that an `ImageSpec` cannot say, or a size that nothing says.
+        InputError: the model cannot be loaded, does what an `ImageSpec` cannot say, or nothing says its size.
     """
     from transformers import AutoConfig
 
     ours = _read_sidecar(Path(source))
     if "image_spec" in ours:
         return _checked(ImageSpec, ours["image_spec"])
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {source} cannot be loaded: {error}") from error
     processor = _read_processor(source)
     if processor is not None:
         return parse_processor(processor)
     log.warning("%s has no %s: mean and std are taken as 0.5, both sides are resized", source, PREPROCESSOR)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     size = stated_size(config) or image_size
     if not size:
         raise InputError(f"{source} does not say which size of image it takes; give --image-size")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 
 from pipelines.datasets.normalize import normalize
 from pipelines.images.prepare import prepare
@@ -83,6 +83,16 @@ def test_what_a_spec_cannot_say_is_refused_by_name(tmp_path, processor, named):
     """Certified all the same, a ConvNeXt without its crop agreed with Hugging Face in 82 % of the labels."""
     with pytest.raises(InputError, match=f"preprocessor_config.json .*{named}"):
         spec_of(tmp_path, processor)
+
+
+def test_model_out_of_reach_is_not_taken_for_one_without_a_preprocessor(monkeypatch, caplog):
+    def out_of_reach(*_, **__):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", out_of_reach)
+    with pytest.raises(InputError, match="model google/vit cannot be loaded: We couldn't connect"):
+        model_files.read_image_spec("google/vit")
+    assert not caplog.records
 
 
 def saved(folder, spec):
