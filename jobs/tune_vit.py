@@ -27,8 +27,11 @@ log = logging.getLogger(__name__)
 
 def run(config: TuneConfig) -> int:
     """Search, or say that it is done."""
+    import optuna
+
     from pipelines.training import fit, tune
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # that it made a study
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray Tune's own tables; ours is the log and trials.csv
     with checking_input():
         space = tune.read_space(config.space)
