@@ -40,7 +40,7 @@ from pipelines.inventory.inventory import plan
 from pipelines.messages import InputError
 from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import open_storage
-from pipelines.storage.uris import StorageError
+from pipelines.storage.uris import StorageError, StorageRefused
 from tests.builders.fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
 
 LIMITS_OF_A_RUN = FetchLimits(per_host=16)
@@ -998,7 +998,7 @@ def test_prefix_of_a_bucket_is_an_inventory(s3: Forwarder, fetcher: Fetcher, tmp
     assert plan("s3://fetch-test/listed/", state) == frozen
     with pytest.raises(InputError, match=r"x//y\.jpg.*table"):
         plan("s3://fetch-test", open_storage(str(tmp_path / "other")))
-    with pytest.raises(InputError, match="no-such-bucket"):
+    with pytest.raises(StorageRefused, match="no-such-bucket"):
         plan("s3://no-such-bucket/x", open_storage(str(tmp_path / "other")))
 
 
