@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 def run(config: TuneConfig) -> int:
     """Search, or say that it is done."""
+    cluster.use_token()  # before the first import of Ray, or its clients send none
     import optuna
 
     from pipelines.training import fit, tune
