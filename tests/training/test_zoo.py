@@ -69,6 +69,14 @@ def step(model, spec) -> None:
     adam.step()
 
 
+def learned(model, spec, finetune: Finetune) -> set[str]:
+    """What a step changes of a model that is frozen as `finetune` says: parameters and statistics."""
+    layers.freeze(model, finetune, 0, unused=layers.find_unused_parameters(model, spec))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step(model, spec)
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
 def test_a_saved_classifier_gets_a_new_head_and_every_trained_weight_a_gradient(folder):
     model, spec = built(folder)
     original = transformers.AutoModelForImageClassification.from_pretrained(folder).state_dict()
@@ -89,11 +97,7 @@ def test_a_saved_classifier_gets_a_new_head_and_every_trained_weight_a_gradient(
 
 def test_a_frozen_body_stays_bit_equal_with_its_running_statistics(folder):
     model, spec = built(folder, freeze="backbone")
-    layers.freeze(model, Finetune(freeze="backbone"), 0, unused=layers.find_unused_parameters(model, spec))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    step(model, spec)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == layers.head(model)
+    assert learned(model, spec, Finetune(freeze="backbone")) == layers.head(model)
 
 
 def test_adapters_and_the_head_learn_on_a_body_that_stays_and_merge_into_the_plain_architecture(folder):
@@ -102,10 +106,7 @@ def test_adapters_and_the_head_learn_on_a_body_that_stays_and_merge_into_the_pla
             built(folder, lora_r=2)
         return
     model, spec = built(folder, lora_r=2)
-    layers.freeze(model, Finetune(lora_r=2), 0, unused=layers.find_unused_parameters(model, spec))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    step(model, spec)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = learned(model, spec, Finetune(lora_r=2))
     assert changed >= layers.head(model)
     adapters = changed - layers.head(model)
     assert adapters and all("lora_" in name for name in adapters)
