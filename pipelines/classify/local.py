@@ -19,7 +19,7 @@ from pipelines.classify.steps import Classifier, Loader, Model, Pools, Source
 from pipelines.ledger import parts
 
 CALLS_PER_LOADER = 16
-"""Batches loaded at once per loader: while some wait for a slow host's last image, others are decoded."""
+"""Calls of a loader at once, which take batches as they have room: while some fetch, others decode."""
 
 T = TypeVar("T")
 
@@ -129,8 +129,8 @@ def _run(
 
 
 def _load(loader: Future[Loader], batches: pa.Table, numbers: Iterator[int]) -> Iterator[pa.Table]:
-    while (number := next(numbers)) < batches.num_rows:
-        yield from loader.result()(batches.slice(number, 1))
+    mine = itertools.takewhile(lambda number: number < batches.num_rows, numbers)
+    return loader.result().load(batches["ranges"][number].as_py() for number in mine)
 
 
 def _infer(session: Future[Classifier], loaded: Channel[pa.Table]) -> Iterator[pa.Table]:

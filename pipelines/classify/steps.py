@@ -5,7 +5,7 @@ engines run these very steps; neither knows what they do, and nothing here knows
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from pipelines.bundle.predictor import open_predictor
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify.known import Known
 from pipelines.fetch.fetch import Fetcher
-from pipelines.fetch.load import load
+from pipelines.fetch.load import Item, load_as_they_arrive
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion, sources_of
 from pipelines.images.decoder import DecoderProcess
@@ -38,6 +38,8 @@ class Source:
     image_spec: ImageSpec
     decode: DecodeLimits
     fetch: FetchLimits
+    items_per_table: int
+    """How many images travel together."""
     load_actors: int = 1
     """How many share the limits per host."""
 
@@ -63,6 +65,10 @@ class Pools:
     gpus_per_infer: float
     items_per_batch: int
     items_per_part: int
+
+
+WorkBatch = Sequence[Mapping[str, int]]
+"""The ranges of items in a row of the work list."""
 
 
 class BundleReplaced(JobFailed):
@@ -110,23 +116,35 @@ class Loader:
             metrics.count(counter, 0)
 
     def __call__(self, batches: pa.Table) -> Iterator[pa.Table]:
-        """For each batch its rows of `schema.LOADED` with pixels, in plan order.
+        """Load the batches of a block of the work list."""
+        return self.load(batches["ranges"].to_pylist())
+
+    def load(self, batches: Iterable[WorkBatch]) -> Iterator[pa.Table]:
+        """Rows of `schema.LOADED` with pixels, about in plan order: a slow image comes when it has arrived.
 
         In plan order, a part holds a few long ranges of items, however many loaders there are.
         """
-        for ranges in batches["ranges"].to_pylist():
+        tables = load_as_they_arrive(
+            self._fetcher,
+            self._items(batches),
+            rows_per_table=self._source.items_per_table,
+            spec=self._source.image_spec,
+            decode=self._decode,
+            knows=self._known.knows,
+        )
+        while True:
+            with metrics.timed("load"):
+                table = next(tables, None)
+            if table is None:
+                return
+            yield table
+
+    def _items(self, batches: Iterable[WorkBatch]) -> Iterator[Item]:
+        for ranges in batches:
             items = self._plan.items([(span["start"], span["stop"]) for span in ranges])
             item_ids = items["item_id"].to_pylist()
-            with metrics.timed("load"):
-                loaded = load(
-                    self._fetcher,
-                    self._known.put_earlier(sources_of(items, self._containers), item_ids),
-                    item_ids=item_ids,
-                    spec=self._source.image_spec,
-                    decode=self._decode,
-                    knows=self._known.knows,
-                )
-            yield loaded
+            sources = self._known.put_earlier(sources_of(items, self._containers), item_ids)
+            yield from zip(item_ids, sources, strict=True)
 
     def close(self) -> None:
         """End the connections and the decoder process."""

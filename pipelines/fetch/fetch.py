@@ -8,7 +8,7 @@ payloads in memory are bounded by `FetchLimits`. It does not decode them.
 import asyncio
 import atexit
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Self
@@ -34,6 +34,9 @@ LOOKUP_THREADS = 32
 WINDOWS = 4
 """Objects started but not yet taken by the caller, in multiples of the concurrency, so that one slow host
 cannot hold every slot."""
+
+REFILLS = 8
+"""When one part in so many of the window is free, more are started: each start wakes the event loop."""
 
 
 class Fetcher:
@@ -92,34 +95,36 @@ class Fetcher:
         """Fetch one object."""
         return next(fetched for _, fetched in self.fetch_many([Source(uri)]))
 
-    def fetch_many(self, sources: Sequence[Source]) -> Iterator[tuple[int, Fetched]]:
+    def fetch_many(self, sources: Iterable[Source]) -> Iterator[tuple[int, Fetched]]:
         """Yield each source's index and result, as they arrive; requests go on while the caller works."""
         return chain.from_iterable(self.fetch_batches(sources))
 
-    def fetch_batches(self, sources: Sequence[Source]) -> Iterator[Batch]:
+    def fetch_batches(self, sources: Iterable[Source], *, window: int | None = None) -> Iterator[Batch]:
         """Yield what `fetch_many` does, a few megabytes at a time.
 
-        Asking for the next batch empties the last one and frees its memory: keep no payload of it.
+        Asking for the next batch empties the last one and frees its memory: keep no payload of it. Sources
+        are taken when there is room in the window of objects under way.
         """
-        indexed = list(enumerate(sources))
-        yield from self._fetch_objects([(n, source) for n, source in indexed if not source.payload_column])
-        yield from self._fetch_embedded([(n, source) for n, source in indexed if source.payload_column])
-
-    def _fetch_objects(self, sources: Sequence[tuple[int, Source]]) -> Iterator[Batch]:
-        """Keep a window of objects under way, and refill it when half of it was yielded."""
         queue = ResultQueue()
-        waiting = iter(sources)
-        window = WINDOWS * self._limits.concurrency
-        under_way = 0
+        waiting = enumerate(sources)
+        window = window or WINDOWS * self._limits.concurrency
+        under_way, embedded = 0, list[tuple[int, Source]]()
         try:
             while True:
-                if under_way <= window // 2:  # not one by one: each start wakes the event loop
-                    under_way += self._start(list(islice(waiting, window - under_way)), queue)
-                if not under_way:
+                room = window - under_way - len(embedded)
+                if room >= max(1, window // REFILLS):
+                    new = list(islice(waiting, room))
+                    embedded += [(index, source) for index, source in new if source.payload_column]
+                    under_way += self._start([(n, each) for n, each in new if not each.payload_column], queue)
+                if under_way:
+                    results = queue.take(most=min(under_way, self._limits.concurrency))
+                    under_way -= len(results)
+                    yield from _yield_batch(results)
+                elif embedded:  # they wait for memory in this thread, which must not hold any
+                    yield from self._fetch_embedded(embedded)
+                    embedded = []
+                else:
                     return
-                results = queue.take(most=min(under_way, self._limits.concurrency))
-                under_way -= len(results)
-                yield from _yield_batch(results)
         finally:
             if under_way:
                 self._call_soon(queue.cancel)

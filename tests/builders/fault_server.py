@@ -335,6 +335,7 @@ FAULTS: dict[str, Respond] = {
     "429-for-an-hour": fixed(whole(b"", "429 Too Many Requests", Retry_After=3600)),
     "500": fixed(whole(b"", "500 Internal Server Error")),
     "503-twice": at_first(2, whole(b"", "503 Service Unavailable"), whole(BODY)),
+    "image": fixed(whole(IMAGE)),
     "image-after-503-twice": at_first(2, whole(b"", "503 Service Unavailable"), whole(IMAGE)),
     "outage": outage,
     "busy-for-3-s": busy_for_3_s,
