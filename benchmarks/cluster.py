@@ -1,16 +1,20 @@
 """Submitted jobs on a Ray cluster of several nodes of this machine, with everything in a bucket.
 
     AWS_ENDPOINT_URL=http://… python benchmarks/cluster.py --part nodes --images photos
+    AWS_ENDPOINT_URL=http://… python benchmarks/cluster.py --part late
     AWS_ENDPOINT_URL=http://… python benchmarks/cluster.py --part commands
 
 * nodes: a head without CPUs and two nodes; `submit classify` over `--count` photos, one node killed and
   another added in the middle.
+* late: a node of 16 CPUs classifies images whose servers take half a second for each, and one of 32 joins in
+  the middle; the rate must follow, from one load actor to five.
 * commands: train, tune, export, certify, classify, evaluate and nightly, each submitted, over drawn pictures.
 
 Exit code 1 if anything went otherwise.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 import tempfile
@@ -22,6 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hostile import ADDRESS, Server
 from inputs import image_files
 from submit import Found, ended, show, verified
 
@@ -29,6 +37,8 @@ from jobs import demo_images
 from pipelines.storage.storage import open_storage
 from tests.builders import models
 from tests.builders.ray_head import Head, kill, start_head
+
+N_SLOW, SLOW_S, WINDOW_S = 3_000, 0.5, 10.0
 
 
 class Watched:
@@ -79,6 +89,42 @@ def nodes(head: Head, folder: Path, bucket: str, given: argparse.Namespace) -> F
     yield verified(run.output, total)
 
 
+def late(head: Head, folder: Path, bucket: str, _: argparse.Namespace) -> Found:
+    """A classification that one node begins; it waits for servers, since the nodes share two cores."""
+
+    async def slow(server: Server, writer: asyncio.StreamWriter, path: str) -> None:
+        await asyncio.sleep(SLOW_S)
+        server.serve_image(writer)
+
+    server = Server(slow, 40)
+    uris = [f"http://{ADDRESS}:{server.ports[n % 40]}/{n}.jpg" for n in range(N_SLOW)]
+    pq.write_table(pa.table({"uri": uris}), folder / "uris.parquet")
+    upload({"images/uris.parquet": folder / "uris.parquet"}, bucket)
+    models.small_bundle(f"{bucket}/bundle")
+    head.add_node(16)
+    settings = ["--fetch.allow-private-addresses", "--fetch.concurrency", "8", "--workers.infer-actors", "2"]
+    run = Watched(head, bucket, *settings)
+    running = run.wait_for_entries(3)
+    head.add_node(32)
+    joined = time.monotonic()
+    ended_with = run.end()
+    yield "classify", ended_with, running and ended_with.startswith("exit code 0")
+    served = np.array(server.good_at)
+    before, after = best_rate(served[served < joined]), best_rate(served[served >= joined])
+    yield (
+        "begins before all nodes are there",
+        f"{(served < joined).sum():,} of {N_SLOW:,} images were served before the second node",
+        bool((served < joined).any()),
+    )
+    yield "rate follows", f"{before:.0f} images/s, then {after:.0f}", after > 2 * before
+    yield verified(run.output, N_SLOW)
+
+
+def best_rate(times: np.ndarray) -> float:
+    """Most images per second within `WINDOW_S`."""
+    return max((np.searchsorted(times, times + WINDOW_S) - np.arange(len(times))), default=0) / WINDOW_S
+
+
 def upload_photos(bucket: str, given: argparse.Namespace) -> int:
     """Put so many photos into the bucket; their number."""
     photos = image_files(given.images)[: given.count]
@@ -104,7 +150,10 @@ def commands(head: Head, folder: Path, bucket: str, _: argparse.Namespace) -> Fo
             *("export", "--checkpoint", f"{bucket}/run", "--images", f"{bucket}/dataset"),
             *("--output", f"{bucket}/bundle"),
         ],
-        "bundle/certificates/cpu-fp32.json": ["certify", f"{bucket}/bundle", "--images", f"{bucket}/dataset"],
+        "bundle/certificates/cpu-fp32.json": [
+            *("certify", f"{bucket}/bundle", "--images", f"{bucket}/dataset"),
+            *("--checkpoint", f"{bucket}/run"),
+        ],
         "out/table/_SUCCESS": ["classify", *inventory, *bundle, "--output", f"{bucket}/out"],
         "evaluation/evaluation.json": [
             *("evaluate", *bundle, *dataset, "--split", "all", "--output", f"{bucket}/evaluation"),
@@ -145,7 +194,7 @@ def fresh_bucket() -> Iterator[str]:
     made.delete()
 
 
-PARTS = {"nodes": nodes, "commands": commands}
+PARTS = {"nodes": nodes, "late": late, "commands": commands}
 
 
 def main() -> int:
