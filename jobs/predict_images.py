@@ -10,6 +10,7 @@ covers the precision on cpu.
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -75,6 +76,11 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
 
     if not config.images:
         raise InputError("no image was named; give files or URLs after the settings")
+    if folders := [image for image in config.images if Path(image).is_dir()]:
+        raise InputError(
+            f"{folders[0]} is a folder; name its images, or classify them all with `iab-vision classify "
+            f"--inventory {folders[0]}`"
+        )
     if (config.bundle is None) == (config.checkpoint is None):
         raise InputError("give either --bundle or --checkpoint")
     open_model = open_bundle_model if config.bundle else open_checkpoint_model

@@ -55,7 +55,7 @@ def train(config: TrainConfig, job: Any) -> Any:
     from pipelines.training import fit
 
     if epochs := epochs_done(config.output):
-        log.info("continuing: epochs 1 to %d are done", epochs)
+        log.info("continuing after epoch %d", epochs)
     try:
         with cluster.ray_cluster(config.ray_address, num_cpus=config.num_cpus):
             with checking_input():
@@ -64,7 +64,7 @@ def train(config: TrainConfig, job: Any) -> Any:
                 return fit.fit(job, config.cache, progress)
     except (KeyboardInterrupt, SystemExit):  # Ray turns a signal into SystemExit while it starts
         epochs = epochs_done(config.output)
-        kept = f"epochs 1 to {epochs} are kept" if epochs else "no epoch was finished"
+        kept = f"the model of epoch {epochs} is kept" if epochs else "no epoch was finished"
         raise JobFailed(f"stopped; {kept}, and the same command continues") from None
 
 

@@ -79,8 +79,9 @@ def verify(predictions_uri: str) -> list[Check]:
         return verify_table(open_storage(join(root, "table")), open_storage(join(root, "state")))
     except InputError as error:
         above, _, name = root.rpartition("/")
-        hint = f"; give the folder above, {redact(above)}" if name in ("table", "state") else ""
-        raise InputError(f"{error}{hint}") from error
+        inside = name in ("table", "state")
+        given = f"the folder above, {redact(above)}" if inside else "the folder that was --output"
+        raise InputError(f"{error}; give {given}") from error
 
 
 def verify_table(table: Storage, state: Storage) -> list[Check]:

@@ -341,7 +341,7 @@ def test_a_file_in_the_place_of_an_output_folder_is_refused_first(
             "--precisions is 'fp33'; it must be",
         ),
         ("inspect {}", "does not exist or is empty; give a folder or a table"),
-        ("verify {}", "not written by classify, or not there"),
+        ("verify {}", "not there; give the folder that was --output"),
     ],
 )
 def test_a_wrong_place_is_named_with_what_to_give(

@@ -39,3 +39,5 @@ def test_a_checkpoint_labels_images_as_its_bundle_does(tmp_path: Path) -> None:
     assert row["labels"][0]["id"] == row["top_id"]
     with pytest.raises(InputError, match="either --bundle or --checkpoint"):
         predict(PredictConfig(images=[str(picture)]))
+    with pytest.raises(InputError, match=f"{tmp_path} is a folder.*--inventory"):
+        predict(PredictConfig(images=[str(tmp_path)], checkpoint=str(checkpoint)))

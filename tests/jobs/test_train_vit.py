@@ -14,7 +14,9 @@ from pipelines.taxonomy import taxonomy
 
 
 @pytest.mark.parametrize("signal", [Stopped("SIGINT"), SystemExit(1), KeyboardInterrupt()])
-@pytest.mark.parametrize(("epochs", "words"), [(4, "epochs 1 to 4 are kept"), (0, "no epoch was finished")])
+@pytest.mark.parametrize(
+    ("epochs", "words"), [(4, "the model of epoch 4 is kept"), (0, "no epoch was finished")]
+)
 def test_a_stopped_run_says_what_is_kept(
     signal: BaseException, epochs: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
