@@ -177,7 +177,7 @@ def read_slices(uri: str, raw: pa.Table, names: Sequence[str]) -> list[list[tupl
 
 def read_tar(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """A WebDataset shard of images and labels, and whether an image can have several."""
-    location, values = tars.read_samples(uri, ("labels", columns.label))
+    location, values = tars.read_samples(uri, columns.label_names)
     several = any(isinstance(value, list) for value in values)
     labels = [parse_labels(value, None, several=several) for value in values]
     return make_found(location, labels, split=[split_of_path(uri)] * len(labels)), several
@@ -208,7 +208,7 @@ def find_label_columns(schema: pa.Schema, columns: Columns, uri: str) -> list[st
 def label_columns_of(schema: pa.Schema, columns: Columns) -> list[str]:
     if columns.one_hot:
         return list(columns.one_hot) if set(columns.one_hot) <= set(schema.names) else []
-    return [name for name in ("labels", columns.label) if name in schema.names][:1]
+    return [name for name in columns.label_names if name in schema.names][:1]
 
 
 def allows_several(schema: pa.Schema, column: str) -> bool:

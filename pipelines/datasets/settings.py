@@ -10,13 +10,17 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipelines.specs import Fraction, validated
 
+LABEL = "label"
+"""Column of the label, unless another is named."""
+
 
 @validated
 class Columns:
     """Which columns of a table mean what."""
 
-    label: str = "label"
-    """Column of the label, or `labels`; lists, or text with `|` in `labels`, make the model multi-label."""
+    label: str = LABEL
+    """Column of the label; unset: `labels` where there is one; lists, or text with `|` in `labels`, make the
+    model multi-label."""
     file: str = ""
     """Template of an image's path, such as `train/{id}.jpg`; empty: column `uri`, `file` or `file_name`."""
     one_hot: tuple[str, ...] = ()
@@ -27,6 +31,11 @@ class Columns:
     """Column whose equal values are kept in one split."""
     slices: tuple[str, ...] = ()
     """Columns, such as the publisher, by whose values evaluation gives the accuracy too."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Columns that may hold the label, the preferred one first: `labels` only where no other is named."""
+        return ("labels", LABEL) if self.label == LABEL else (self.label,)
 
 
 @validated

@@ -145,6 +145,21 @@ def test_a_breeds_table_names_its_files_by_a_template(tmp_path):
         load(table, columns=Columns(label="breed", file="train/{name}.jpg"))
 
 
+def test_a_column_that_is_named_wins_over_labels(tmp_path):
+    table = csv(tmp_path, "file,labels,breed\na.jpg,x|y,pug\nb.jpg,y,collie\n")
+    breed = Columns(label="breed")
+    data = load(table, taxonomy="labels", columns=breed)
+    assert data.classes == ("collie", "pug") and not data.multi_label
+    assert load(table, taxonomy="labels").classes == ("x", "y")
+    samples = {"0": {"labels": ["x", "y"], "breed": "pug"}, "1": {"labels": ["y"], "breed": "collie"}}
+    files = {f"{key}.json": json.dumps(value).encode() for key, value in samples.items()}
+    pack(tmp_path / "x.tar", files | {f"{key}.png": b"png" for key in samples})
+    data = load(tmp_path / "x.tar", taxonomy="labels", columns=breed)
+    assert data.classes == ("collie", "pug") and not data.multi_label
+    with pytest.raises(DatasetError, match="no column 'bred' among file, labels, breed"):
+        load(table, taxonomy="labels", columns=Columns(label="bred"))
+
+
 def test_several_labels_make_a_multi_label_model_and_none_is_a_right_answer(tmp_path):
     table = csv(tmp_path, "file,labels\na.jpg,red|green\nb.jpg,\nc.jpg,green\nd.jpg,red\n")
     data = load(table, taxonomy="labels")
