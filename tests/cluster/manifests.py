@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 
 from jobs import cli
 from pipelines.messages import InputError
+from tests.cluster.entrypoints import arguments_of_driver, arguments_of_submitter
 
 FOLDER = Path(cli.__file__).parent / "cluster" / "kubernetes"
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -132,7 +133,8 @@ def _cron_job(spec: Mapping[str, Any]) -> Iterator[str]:
     if not {2, 3, 130} <= {code for rule in rules for code in rule["values"]}:
         yield "podFailurePolicy retries exit code 2, 3 or 130"
     for container in pod["containers"]:
-        yield from _command(" ".join(container["args"]).partition(" nightly")[1:])
+        arguments = arguments_of_submitter(*container["args"])
+        yield from _command(arguments[arguments.index("nightly") :])
 
 
 def _ray_job(job: Mapping[str, Any]) -> Iterator[str]:
@@ -148,13 +150,12 @@ def _ray_job(job: Mapping[str, Any]) -> Iterator[str]:
         yield "SidecarMode excludes submitterPodTemplate and submitterConfig"
     if not isinstance(yaml.safe_load(job.get("runtimeEnvYAML", "{}")), dict):
         yield "runtimeEnvYAML is no mapping"
-    yield from _command(job["entrypoint"].partition("python -m jobs ")[2:])
+    yield from _command(arguments_of_driver(job["entrypoint"])[len(["-m", "jobs"]) :])
 
 
-def _command(words: tuple[str, ...]) -> Iterator[str]:
+def _command(words: Sequence[str]) -> Iterator[str]:
     """Whether the command exists and takes the settings."""
-    text = re.sub(r"\$\(date .*?%F\)", "2026-11-21", " ".join(words)).replace("$BUCKET", "s3://bucket")
-    command, *settings = text.replace('"', "").replace("$GPUS", "4").split()
+    command, *settings = words
     try:
         cli.parse(command, settings)
     except InputError as error:

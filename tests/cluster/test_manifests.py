@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.cluster.entrypoints import NIGHT, arguments_of_driver
 from tests.cluster.manifests import FOLDER, faults, manifests
 
 NAMES = sorted(manifests())
@@ -16,6 +17,33 @@ NAMES = sorted(manifests())
 @pytest.mark.parametrize("name", NAMES)
 def test_a_manifest_follows_its_schema_and_the_rules_that_stand_in_none(name: str) -> None:
     assert faults(manifests()[name]) == []
+
+
+NIGHTLY = [
+    "nightly", "--date", NIGHT, "--inventory", "s3://bucket/inventory", "--bundle", "s3://bucket/bundle",
+    "--table", "s3://bucket/nights", "--provider", "cuda", "--precision", "fp16",
+    "--workers.infer-actors", "4", "--fail-on-drift", "alarm",
+]  # fmt: skip
+DRIVERS = {
+    "rayjobs/train.yaml": [
+        "train", "--config", "jobs/configs/train_iab_tier1.yaml", "--dataset", "s3://bucket/labels.parquet",
+        "--output", "s3://bucket/run", "--num-workers", "4", "--use-gpu",
+    ],
+    "rayjobs/classify.yaml": [
+        "classify", "--inventory", "s3://bucket/inventory", "--bundle", "s3://bucket/bundle",
+        "--output", "s3://bucket/predictions", "--provider", "cuda", "--precision", "fp16",
+        "--workers.infer-actors", "4",
+    ],
+    "rayjobs/nightly.yaml": NIGHTLY,
+    "raycronjob/raycronjob.yaml": NIGHTLY,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRIVERS)
+def test_the_driver_gets_values_that_its_submitter_has_not(name: str) -> None:
+    spec = manifests()[name]["spec"]
+    entrypoint = spec.get("jobTemplate", spec)["entrypoint"]
+    assert arguments_of_driver(entrypoint) == ["-m", "jobs", *DRIVERS[name]]
 
 
 def set_at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -46,6 +74,8 @@ PLANTED = [
     ("rayjobs/classify.yaml", set_at("spec/submissionMode", "SidecarMode"), "SidecarMode"),
     ("rayjobs/classify.yaml", set_at("metadata/name", "iab-vision-classify-" + "x" * 30), "47 characters"),
     ("rayjobs/classify.yaml", set_at("spec/entrypoint", "python -m jobs classify --inventry x"), "inventry"),
+    ("rayjobs/classify.yaml",
+     set_at("spec/entrypoint", "exec python -m jobs classify --workers.infer-actors $GPUS"), "one argument"),
     ("raycronjob/raycronjob.yaml", set_at("spec/timeZone", "Europe/Berlim"), "time zone"),
     ("nightly/cronjob.yaml", set_at(f"{POD}/restartPolicy", "OnFailure"), "restartPolicy Never"),
     ("nightly/cronjob.yaml", set_at(f"{JOB}/podFailurePolicy/rules/0/onExitCodes/values", [2]), "exit code"),
