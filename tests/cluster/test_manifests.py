@@ -117,6 +117,7 @@ def test_the_values_reach_every_manifest_that_is_applied(folder: str) -> None:
     kinds = {manifest["kind"] for manifest in applied}
     assert {"nightly": "CronJob", "rayjobs": "RayJob", "raycronjob": "RayCronJob"}[folder] in kinds
     assert ("RayCluster" in kinds) == (folder == "nightly")
+    assert len([manifest for manifest in applied if "Job" in manifest["kind"]]) == 1
     for manifest in applied:
         if manifest["kind"] == "CronJob":
             env = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["env"]
