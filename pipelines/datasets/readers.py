@@ -68,6 +68,7 @@ def _read_all(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     """The same with the splits that columns or the names of folders and files state."""
     paths = list_files(uri)
     found = paths if paths == [uri] else find_tables(paths, columns)
+    refuse_missing_columns(uri, found, columns)
     if found:
         return _join([(read_tar if path.endswith(TAR) else read_table)(path, columns) for path in found])
     return read_folder(uri, paths), False
@@ -80,6 +81,37 @@ def find_tables(paths: Sequence[str], columns: Columns) -> list[str]:
         return metadata
     parquet = [path for path in paths if tables.format_of(path) == "parquet"]
     return parquet or [path for path in paths if path.endswith(TAR)]
+
+
+def refuse_missing_columns(uri: str, files: Sequence[str], columns: Columns) -> None:
+    """Raise DatasetError for a column that a setting names and none of the files has.
+
+    Tars have no columns, nor has a folder without tables. A default or empty name asks for nothing;
+    `columns.label` may name a field of a tar's `.json`, and a table is checked for it where it is read.
+    """
+    default = Columns()
+    asked = {
+        "columns.label": set() if files else {columns.label} - {default.label},
+        "columns.one_hot": set(columns.one_hot),
+        "columns.split": {columns.split} - {default.split, ""},
+        "columns.group": {columns.group} - {default.group, ""},
+        "slices": set(columns.slices),
+    }
+    if not any(asked.values()):
+        return
+    there = [name for file in files if tables.format_of(file) for name in tables.schema_of([file]).names]
+    for setting, names in asked.items():
+        if missing := sorted(names.difference(there)):
+            raise DatasetError(
+                f"{redact(uri)} has no column {missing[0]!r}, which {setting} names; {_describe(there)}"
+            )
+
+
+def _describe(there: Sequence[str]) -> str:
+    """What columns there are, or what to do where there are none."""
+    if there:
+        return f"its columns are {', '.join(dict.fromkeys(there))}"
+    return "folders named by labels and tars have no columns: give a table of the images, or unset it"
 
 
 def list_files(uri: str) -> list[str]:

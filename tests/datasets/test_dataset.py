@@ -393,6 +393,46 @@ def test_groups_stay_whole_and_straddling_ones_are_refused(tmp_path):
         load(straddling, taxonomy="labels")
 
 
+@pytest.mark.parametrize(
+    ("columns", "setting"),
+    [
+        (Columns(group="pages"), "columns.group"),
+        (Columns(split="pages"), "columns.split"),
+        (Columns(slices=("page", "pages")), "slices"),
+    ],
+)
+def test_a_column_that_is_named_and_missing_is_refused_with_those_there_are(tmp_path, columns, setting):
+    table = csv(tmp_path / "table", "file,label,page\na.jpg,x,1\nb.jpg,y,2\n")
+    with pytest.raises(DatasetError, match=f"'pages', which {setting} names; .* file, label, page"):
+        load(table, taxonomy="labels", columns=columns)
+    folder = image_folder(tmp_path / "folder", per_class=2)
+    shard = tmp_path / "shards" / "x.tar"
+    shard.parent.mkdir()
+    pack(shard, {"0.png": b"png", "0.cls": b"x"})
+    for uri in (folder, shard, shard.parent):
+        with pytest.raises(DatasetError, match=f"which {setting} names; .*have no columns: give a table"):
+            load(uri, taxonomy="labels", columns=columns)
+
+
+def test_a_folder_is_not_read_by_its_names_where_a_column_of_labels_is_named(tmp_path):
+    folder = image_folder(tmp_path / "folder", per_class=2)
+    for columns in (Columns(label="breed"), Columns(one_hot=("pug", "collie"))):
+        with pytest.raises(DatasetError, match="have no columns: give a table"):
+            load(folder, columns=columns)
+    pack(tmp_path / "x.tar", {"0.png": b"png", "0.json": b'{"breed": "pug"}'})
+    assert load(tmp_path / "x.tar", taxonomy="labels", columns=Columns(label="breed")).classes == ("pug",)
+
+
+def test_a_group_may_be_named_in_some_files_of_a_dataset_only(tmp_path):
+    """The test split of a dataset need not say of which page its images are."""
+    parquet = {"train": {"uri": list("abcd"), "label": list("xxyy"), "page": list("1122")}}
+    parquet["test"] = {"uri": ["e"], "label": ["x"]}
+    for name, values in parquet.items():
+        pq.write_table(pa.table(values), tmp_path / f"{name}.parquet")
+    data = load(tmp_path, taxonomy="labels", columns=Columns(group="page"))
+    assert sorted(data.rows["group"].to_pylist(), key=str) == ["1", "1", "2", "2", None]
+
+
 def test_a_limit_keeps_a_seeded_part_of_every_class(tmp_path):
     rows = [f"{i}.jpg,{'rare' if i < 20 else 'common'}" for i in range(200)]
     table = csv(tmp_path, "\n".join(["file,label", *rows]))
