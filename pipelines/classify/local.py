@@ -91,7 +91,7 @@ def run_dataflow(
             ).start()
 
         for at in range(n_loading):
-            start(_load, loaded, loaders[at % len(loaders)], batches, numbers)
+            start(_load, loaded, loaders[at % len(loaders)], batches, numbers, pools.items_per_batch)
         for session in sessions:
             start(_infer, scored, session, loaded)
         start(_write, written, scored, target, pools.items_per_part)
@@ -128,9 +128,11 @@ def _run(
             channel.fail(error)
 
 
-def _load(loader: Future[Loader], batches: pa.Table, numbers: Iterator[int]) -> Iterator[pa.Table]:
+def _load(
+    loader: Future[Loader], batches: pa.Table, numbers: Iterator[int], items_per_batch: int
+) -> Iterator[pa.Table]:
     mine = itertools.takewhile(lambda number: number < batches.num_rows, numbers)
-    return loader.result().load(batches["ranges"][number].as_py() for number in mine)
+    return loader.result().load_ahead((batches["ranges"][number].as_py() for number in mine), items_per_batch)
 
 
 def _infer(session: Future[Classifier], loaded: Channel[pa.Table]) -> Iterator[pa.Table]:

@@ -91,7 +91,7 @@ def build_dataset(
         work.map_batches(
             Loader,
             fn_constructor_args=(source,),
-            batch_size=None,  # a block: images of all its batches are fetched at once
+            batch_size=1,
             batch_format="pyarrow",
             num_cpus=pools.cpus_per_load,
             compute=ActorPoolStrategy(

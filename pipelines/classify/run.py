@@ -259,14 +259,7 @@ def _run_dataflow(run: Run, engine: Engine, items: Sequence[Range], *, final: bo
     grow_at = time.monotonic() + sizing.GROW_AFTER_S
     for written in engine.run_dataflow(
         work_list(items, pools.items_per_batch),
-        Source(
-            run.state.uri,
-            bundle.spec.image_spec,
-            settings.decode,
-            settings.fetch,
-            pools.items_per_batch,
-            pools.load_actors,
-        ),
+        Source(run.state.uri, bundle.spec.image_spec, settings.decode, settings.fetch, pools.load_actors),
         Model(bundle.uri, bundle.manifest_sha256, settings.runtime, settings.top_k),
         part_context(run, final=final),
         pools,

@@ -17,7 +17,7 @@ from pipelines.bundle.predictor import open_predictor
 from pipelines.bundle.settings import RuntimeSpec
 from pipelines.classify.known import Known
 from pipelines.fetch.fetch import Fetcher
-from pipelines.fetch.load import Item, load_as_they_arrive
+from pipelines.fetch.load import BatchLoader, Item, load
 from pipelines.fetch.settings import FetchLimits
 from pipelines.fetch.source import ContainerVersion, sources_of
 from pipelines.images.decoder import DecoderProcess
@@ -38,8 +38,6 @@ class Source:
     image_spec: ImageSpec
     decode: DecodeLimits
     fetch: FetchLimits
-    items_per_table: int
-    """How many images travel together."""
     load_actors: int = 1
     """How many share the limits per host."""
 
@@ -116,35 +114,40 @@ class Loader:
             metrics.count(counter, 0)
 
     def __call__(self, batches: pa.Table) -> Iterator[pa.Table]:
-        """Load the batches of a block of the work list."""
-        return self.load(batches["ranges"].to_pylist())
+        """For each batch its rows of `schema.LOADED` with pixels, in plan order.
 
-    def load(self, batches: Iterable[WorkBatch]) -> Iterator[pa.Table]:
-        """Rows of `schema.LOADED` with pixels, about in plan order: a slow image comes when it has arrived.
-
-        In plan order, a part holds a few long ranges of items, however many loaders there are.
+        In plan order, a part holds a few long ranges of items, however many loaders there are. Ray repeats a
+        task whose actor is lost, and skips as many of its tables as it has: they must be the same again.
         """
-        tables = load_as_they_arrive(
+        for ranges in batches["ranges"].to_pylist():
+            item_ids, sources = zip(*self._items(ranges), strict=True)
+            with metrics.timed("load"):
+                loaded = load(
+                    self._fetcher,
+                    sources,
+                    item_ids=item_ids,
+                    spec=self._source.image_spec,
+                    decode=self._decode,
+                    knows=self._known.knows,
+                )
+            yield loaded
+
+    def load_ahead(self, batches: Iterable[WorkBatch], rows_per_table: int) -> Iterator[pa.Table]:
+        """The same of batches of at most so many items, but late images come in tables of their own."""
+        ahead = BatchLoader(
             self._fetcher,
-            self._items(batches),
-            rows_per_table=self._source.items_per_table,
+            rows_per_table=rows_per_table,
             spec=self._source.image_spec,
             decode=self._decode,
             knows=self._known.knows,
         )
-        while True:
-            with metrics.timed("load"):
-                table = next(tables, None)
-            if table is None:
-                return
-            yield table
+        return ahead.load(map(self._items, batches))
 
-    def _items(self, batches: Iterable[WorkBatch]) -> Iterator[Item]:
-        for ranges in batches:
-            items = self._plan.items([(span["start"], span["stop"]) for span in ranges])
-            item_ids = items["item_id"].to_pylist()
-            sources = self._known.put_earlier(sources_of(items, self._containers), item_ids)
-            yield from zip(item_ids, sources, strict=True)
+    def _items(self, ranges: WorkBatch) -> list[Item]:
+        items = self._plan.items([(span["start"], span["stop"]) for span in ranges])
+        item_ids = items["item_id"].to_pylist()
+        sources = self._known.put_earlier(sources_of(items, self._containers), item_ids)
+        return list(zip(item_ids, sources, strict=True))
 
     def close(self) -> None:
         """End the connections and the decoder process."""

@@ -9,7 +9,8 @@ import asyncio
 import atexit
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain, islice
 from typing import Self
 
@@ -99,8 +100,10 @@ class Fetcher:
         """Yield each source's index and result, as they arrive; requests go on while the caller works."""
         return chain.from_iterable(self.fetch_batches(sources))
 
-    def fetch_batches(self, sources: Iterable[Source], *, window: int | None = None) -> Iterator[Batch]:
-        """Yield what `fetch_many` does, a few megabytes at a time.
+    def fetch_batches(
+        self, sources: Iterable[Source], *, window: int | None = None, wait_s: float | None = None
+    ) -> Iterator[Batch]:
+        """Yield what `fetch_many` does, a few megabytes at a time, or nothing after `wait_s` without results.
 
         Asking for the next batch empties the last one and frees its memory: keep no payload of it. Sources
         are taken when there is room in the window of objects under way.
@@ -117,7 +120,7 @@ class Fetcher:
                     embedded += [(index, source) for index, source in new if source.payload_column]
                     under_way += self._start([(n, each) for n, each in new if not each.payload_column], queue)
                 if under_way:
-                    results = queue.take(most=min(under_way, self._limits.concurrency))
+                    results = queue.take(min(under_way, self._limits.concurrency), wait_s)
                     under_way -= len(results)
                     yield from _yield_batch(results)
                 elif embedded:  # they wait for memory in this thread, which must not hold any
@@ -135,7 +138,8 @@ class Fetcher:
             if known := self._find_known(source):
                 queue.put(Result(index, known, Reservation(self._memory)))
             elif is_local(source.location):
-                self._file_threads.submit(self._read_file, index, source, queue)
+                reading = self._file_threads.submit(self._read_file, index, source, queue)
+                reading.add_done_callback(partial(self._put_if_cancelled, index, queue))
             else:
                 remote.append((index, source))
         if remote:
@@ -157,12 +161,18 @@ class Fetcher:
             fetched = Fetched.of(internal_error(error))
         queue.put(Result(index, fetched, reservation))
 
+    def _put_if_cancelled(self, index: int, queue: ResultQueue, reading: Future[None]) -> None:
+        """`close` cancels what has not begun: whoever waits for it must hear of it."""
+        if reading.cancelled():
+            queue.put(Result(index, None, Reservation(self._memory)))
+
     def _start_remote(self, sources: Sequence[tuple[int, Source]], queue: ResultQueue) -> None:
         for index, source in sources:
             task = self._loop.create_task(self._download(index, source, queue))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            queue.tasks.append(task)
+            queue.tasks.add(task)
+            task.add_done_callback(queue.tasks.discard)
 
     async def _download(self, index: int, source: Source, queue: ResultQueue) -> None:
         timeout = asyncio.timeout(self._limits.total_timeout_s)

@@ -37,7 +37,8 @@ class ResultQueue:
     """The results that one caller waits for; after `cancel`, late ones only release their memory."""
 
     def __init__(self) -> None:
-        self.tasks: list[asyncio.Task[None]] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Requests under way."""
         self._results: SimpleQueue[Result] = SimpleQueue()
         self._cancelled = False
 
@@ -46,9 +47,12 @@ class ResultQueue:
         if self._cancelled:
             self._drain()
 
-    def take(self, most: int) -> list[Result]:
-        """Wait for one result, and up to `LINGER_S` for `most` of them or `BATCH_BYTES`."""
-        batch = [self._results.get()]
+    def take(self, most: int, timeout_s: float | None = None) -> list[Result]:
+        """Wait for one result, and up to `LINGER_S` for `most` of them or `BATCH_BYTES`; [] if none comes."""
+        try:
+            batch = [self._results.get(timeout=timeout_s)]
+        except Empty:
+            return []
         n_bytes, until = batch[0].reservation.n_bytes, time.monotonic() + LINGER_S
         with contextlib.suppress(Empty):
             while len(batch) < most and n_bytes < BATCH_BYTES:
@@ -59,7 +63,7 @@ class ResultQueue:
     def cancel(self) -> None:
         """End the requests under way; called on the event loop."""
         self._cancelled = True
-        for task in self.tasks:
+        for task in list(self.tasks):
             task.cancel()
         self._drain()
 

@@ -72,7 +72,7 @@ class Dataflow:
         self.pools = Pools(1, 2, 1, 1, 0, items_per_batch=2, items_per_part=5)
 
     def run(self):
-        source = Source(self.state.uri, self.bundle.spec.image_spec, DecodeLimits(), FetchLimits(), 2)
+        source = Source(self.state.uri, self.bundle.spec.image_spec, DecodeLimits(), FetchLimits())
         model = Model(self.bundle.uri, self.bundle.manifest_sha256, RuntimeSpec(), 3)
         context = PartContext(self.state.uri, 1, "r", "m", "fp32", "t", 9, final=True)
         return local.run_dataflow(work_list([(0, 10)], 2), source, model, context, self.pools)

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from aiohttp import ClientPayloadError, ClientResponseError
 from obstore.exceptions import GenericError
 
 from pipelines.fetch import hosts, objects, retry
-from pipelines.fetch.fetch import Fetcher
+from pipelines.fetch.fetch import FILE_THREADS, Fetcher
 from pipelines.fetch.hosts import AdaptiveSlots, Hosts
 from pipelines.fetch.parquet import EmbeddedReader, read_embedded
 from pipelines.fetch.retry import FetchError, backoff_s, parse_retry_after
@@ -966,6 +967,19 @@ def test_part_of_an_object_is_read_by_its_range(s3: Forwarder, fetcher: Fetcher)
 
 
 @pytest.mark.s3
+def test_wait_for_memory_does_not_count_as_an_objects_time(s3: Forwarder) -> None:
+    """Whoever takes the images is slow, and there is memory for four of ten at once."""
+    boto3.client("s3").put_object(Bucket="fetch-test", Key="900kB.jpg", Body=bytes(900_000))
+    limits = FetchLimits(max_bytes=1_000_000, max_buffered_bytes=4_000_000, total_timeout_s=1, max_attempts=1)
+    statuses = []
+    with Fetcher(limits) as fetcher:
+        for batch in fetcher.fetch_batches([Source("s3://fetch-test/900kB.jpg")] * 10):
+            statuses += [fetched.status for _, fetched in batch]
+            time.sleep(1.2)
+    assert statuses == [Status.OK] * 10
+
+
+@pytest.mark.s3
 def test_outage_of_the_object_store_is_outlasted(s3: Forwarder) -> None:
     """Cut off for a second in the middle of 200 objects: all arrive, some at a later attempt."""
     fetcher = Fetcher(FetchLimits(backoff_s=0.4, concurrency=8))
@@ -1037,6 +1051,22 @@ def test_unexpected_exception_is_the_status_of_its_object_alone(
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "broken" in caplog.text
     assert free_bytes(fetcher) == LIMITS.max_buffered_bytes
+
+
+def test_closing_wakes_those_who_wait_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More files than threads read at once: `close` cancels those that nobody has begun to read."""
+    closing = threading.Event()
+    monkeypatch.setattr("pipelines.fetch.files.read_source", lambda *_: Fetched.of(bytes(closing.wait())))
+    fetcher = Fetcher()
+    arriving = fetcher.fetch_many([Source(str(tmp_path / f"{n}.jpg")) for n in range(3 * FILE_THREADS)])
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(list, arriving)
+        while fetcher._file_threads._work_queue.qsize() < 2 * FILE_THREADS:
+            time.sleep(0.01)
+        fetcher.close()
+        closing.set()
+        with pytest.raises(RuntimeError, match="closed"):
+            waiting.result(timeout=20)
 
 
 def test_unexpected_exception_for_a_file_is_its_status(
