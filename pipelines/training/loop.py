@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 MID_EPOCH_SCORE = -1e30
 """Score of a checkpoint between two evaluations: never the best, but a number, as Ray's ranking requires."""
 PROGRESS_EVERY_S = 1.0
-LOWER_IS_BETTER = frozenset({"validation_loss", "log_loss", "ece"})
+LOWER_IS_BETTER = frozenset({"validation_loss", "log_loss", "ece", "ece_classwise"})
+"""Metrics of the validation images that are errors; all others grow with a better model."""
 
 
 class Diverged(RuntimeError):

@@ -422,6 +422,23 @@ def test_a_selection_metric_that_validation_does_not_give_is_refused_with_those_
         fit.refuse_unknown_metric("map", np.ones((4, 3), np.uint8), 3)
 
 
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_every_metric_selects_the_model_that_is_right_over_one_that_is_wrong(multi_label):
+    truth = np.arange(24) % 6
+    truth_nc = metrics.indicator(truth, 6)
+    wanted = truth_nc if multi_label else truth
+    logits_nc = (truth_nc * 16.0 - 8).astype(np.float32)  # sure and right; negated, each true class is last
+    right, wrong = (
+        {"validation_loss": loss, **metrics.classification(sign * logits_nc, wanted)}
+        for sign, loss in ((1, 0.1), (-1, 5.0))
+    )
+    made = trainer(RECIPE, LABELS)
+    for name in right:
+        made.recipe = replace(RECIPE, metric_for_best_model=name)
+        assert made.score(right) > made.score(wrong), name
+    assert {"ece", "ece_classwise", "log_loss"} <= right.keys()
+
+
 def test_cores_are_shared_by_all_workers_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert [threads_of(workers) for workers in (1, 2 * 2, 16)] == [8, 2, 1]
