@@ -32,6 +32,9 @@ from pipelines.training.resources import Resources
 from pipelines.training.task import Task, validation_name
 from pipelines.training.tracking import Listener, ProgressQueue, refuse_missing
 
+NO_SHIFT = 1e-9
+"""Shifts of a logit below this are rounding errors: nothing was balanced."""
+
 log = logging.getLogger(__name__)
 
 
@@ -109,8 +112,7 @@ def fit(job: TrainingJob, how: ImageCache, listen: Listener | None = None) -> ru
     result = train(job, prepared, listen)
     files, best = best_model(result)
     train_s = time.time() - started
-    shift = shift_of(job, prepared)
-    files = model_files.put_back(files, shift)
+    files, shift = put_back_prior(files, shift_of(job, prepared))
     log.info("epoch %s is the best; measuring and calibrating it", best["epoch"])
     results = evaluate.score_splits(prepared, job.model_spec, files, job.resources)
     recalibrate.write_scores(job.output, results)
@@ -256,6 +258,23 @@ def shift_of(job: TrainingJob, prepared: DecodedData) -> npt.NDArray[np.float64]
         natural=ClassCounts(job.data.class_counts(rows), len(rows)),
         multi_label=job.data.multi_label,
     )
+
+
+def put_back_prior(
+    files: dict[str, bytes], shift: npt.NDArray[np.float64]
+) -> tuple[dict[str, bytes], npt.NDArray[np.float64]]:
+    """The model's files without the class balance's shift, and what was taken from each logit.
+
+    Nothing is taken where nothing was added, or where the last layer has no bias to take it from.
+    """
+    if np.abs(shift).max() < NO_SHIFT:
+        return files, np.zeros_like(shift)
+    last = vit.last_linear(evaluate.load_network(files))
+    biases = [f"{name}.bias" for name, layer in last.items() if layer.bias is not None]
+    if not biases:
+        log.warning("the last layer has no bias: the probabilities keep the balanced class frequencies")
+        return files, np.zeros_like(shift)
+    return model_files.put_back(files, shift, biases), shift
 
 
 def best_model(result: Any) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -152,20 +152,25 @@ def pretrained(recipe: Recipe, labels: dict[str, Any]) -> Any:
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def renew_head(model: Any) -> None:
     """Fresh weights for the head: the loaded ones, even of the same size, tell other classes apart."""
-    names = anatomy.head(model)
-    last = [
-        module
-        for name, module in model.named_modules()
-        if f"{name}.weight" in names
-        and isinstance(module, nn.Linear)
-        and module.out_features == model.config.num_labels
-    ]
+    last = last_linear(model).values()
     if not last:
         raise InputError(f"{type(model).__name__} has no linear layer for its classes; use another model")
     for module in last:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def last_linear(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of the head that give the logits, by name: one, but two of a distilled DeiT."""
+    names = anatomy.head(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if f"{name}.weight" in names
+        and isinstance(module, nn.Linear)
+        and module.out_features == model.config.num_labels
+    }
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]

@@ -6,7 +6,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -248,8 +248,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def put_back(files: Mapping[str, bytes], shift: npt.NDArray[np.float64]) -> dict[str, bytes]:
-    """The model's files with `shift` subtracted from its logits; the same files where it is zero.
+def put_back(
+    files: Mapping[str, bytes], shift: npt.NDArray[np.float64], biases: Sequence[str]
+) -> dict[str, bytes]:
+    """The model's files with `shift` subtracted from these biases, which are those of the logits.
 
     Sampling, class weights and logit adjustment change how often a class seems to occur, and no temperature
     undoes that: it is taken from the last layer's biases before one is fitted.
@@ -257,15 +259,7 @@ def put_back(files: Mapping[str, bytes], shift: npt.NDArray[np.float64]) -> dict
     import torch
     from safetensors.torch import load, save
 
-    if np.abs(shift).max() < 1e-9:
-        return dict(files)
     tensors = load(files[WEIGHTS])
-    biases = [
-        name for name in tensors if name.endswith("classifier.bias") and len(tensors[name]) == len(shift)
-    ]
-    if not biases:
-        log.warning("the model has no classifier.bias: its probabilities keep the balanced class frequencies")
-        return dict(files)
-    for name in biases:  # distilled DeiT has two heads, whose logits are averaged
+    for name in biases:
         tensors[name] = (tensors[name].double() - torch.from_numpy(shift)).to(tensors[name].dtype)
     return {**files, WEIGHTS: save(tensors, metadata={"format": "pt"})}

@@ -1,16 +1,19 @@
 """What sampling, class weights and logit adjustment did to class frequencies is put back into the logits."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
+import transformers
+from safetensors.torch import load
 
 from pipelines.evaluation import calibration, metrics
+from pipelines.training import evaluate, fit
 from pipelines.training.losses import ClassCounts, class_weights, positive_weights, prior_shift
 from pipelines.training.model import Classes
-from pipelines.training.model_files import WEIGHTS, put_back
+from pipelines.training.model_files import WEIGHTS
 from pipelines.training.recipe import ClassBalance
 from pipelines.training.validation import compute_logits
 from tests.builders.training import ALONE, RECIPE, Blocks, decoded, picture, trained, trainer_over
@@ -110,17 +113,54 @@ def test_positive_weights_of_a_multi_label_model_are_put_back():
     assert scores_nc.mean() == pytest.approx(truth.mean(), rel=0.1)
 
 
-def test_shift_is_taken_from_the_bias_and_leaves_everything_else():
-    tensors = {"classifier.bias": torch.tensor([1.0, 2.0]), "classifier.weight": torch.ones(2, 3)}
-    files = {WEIGHTS: save(tensors, metadata={"format": "pt"}), "config.json": b"{}"}
-    found = put_back(files, np.array([0.5, -1.0]))
-    after = load(found[WEIGHTS])
-    assert after["classifier.bias"].tolist() == [0.5, 3.0]
-    assert torch.equal(after["classifier.weight"], tensors["classifier.weight"])
-    assert found["config.json"] == b"{}"
+def resnet() -> transformers.PreTrainedModel:
+    """Its head ends in `classifier.1`."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=3, **sizes))
+
+
+def distilled() -> transformers.PreTrainedModel:
+    """Two heads, whose logits are averaged."""
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
+    config = transformers.DeiTConfig(num_labels=3, image_size=16, patch_size=8, **sizes)
+    return transformers.DeiTForImageClassificationWithTeacher(config)
+
+
+def files_of(model: transformers.PreTrainedModel, folder: Path) -> dict[str, bytes]:
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def logits_of(files: dict[str, bytes]) -> np.ndarray:
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return evaluate.load_network(files)(pixel_values=pixels).logits.double().numpy()
+
+
+@pytest.mark.parametrize("model", [resnet, distilled])
+def test_shift_is_taken_from_the_logits_whatever_the_head_is_called(model, tmp_path):
+    files, shift = files_of(model(), tmp_path), np.array([0.5, -1.0, 0.25])
+    found, taken = fit.put_back_prior(files, shift)
+    assert np.array_equal(taken, shift)
+    assert np.allclose(logits_of(files) - logits_of(found), shift, atol=1e-5)
+    before, after = load(files[WEIGHTS]), load(found[WEIGHTS])
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all("classifier" in name and name.endswith("bias") for name in changed)
+    assert {name for name in files if files[name] != found[name]} == {WEIGHTS}
+
+
+def test_nothing_is_stated_as_taken_from_a_head_without_bias(tmp_path, monkeypatch, caplog):
+    files, shift = files_of(resnet(), tmp_path), np.array([0.5, -1.0, 0.25])
+    network = evaluate.load_network(files)
+    network.classifier[-1] = torch.nn.Linear(12, 3, bias=False)
+    monkeypatch.setattr(evaluate, "load_network", lambda files: network)
+    found, taken = fit.put_back_prior(files, shift)
+    assert found == files and not taken.any()
+    assert "has no bias" in caplog.text
 
 
 def test_model_of_a_run_that_balanced_nothing_keeps_its_bytes():
     seen = counts(1000, 0.3)
     shift = prior_shift(ClassBalance(), drawn=seen, natural=seen, multi_label=False)
-    assert put_back({WEIGHTS: b"untouched"}, shift) == {WEIGHTS: b"untouched"}
+    found, taken = fit.put_back_prior({WEIGHTS: b"untouched"}, shift)
+    assert found == {WEIGHTS: b"untouched"} and not taken.any()
