@@ -154,7 +154,7 @@ class NightlyConfig(ClassificationConfig):
     date: datetime.date
     """The night, `YYYY-MM-DD`; a published one is not made again."""
     replace: bool = False
-    """Publish the date again, as another generation: with another inventory or bundle."""
+    """Publish the date again, as another generation: with another inventory or bundle, or after a refusal."""
     keep_failures: int = Field(default=7, ge=0)
     """Nights for which a failure that does not pass by itself (such as not_found) is carried over."""
     drift_by: tuple[str, ...] = field_of(ReportSettings, "drift_by")

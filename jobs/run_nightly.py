@@ -7,6 +7,8 @@ A night in which nothing changed fetches no image and starts no engine (BENCHMAR
 continues an interrupted night, and repeats the verdict and the exit code of a published one.
 """
 
+from contextlib import suppress
+
 from jobs import classify_images, lineage
 from jobs.classify_images import classify_missing, explain_failures
 from jobs.config import NightlyConfig
@@ -47,14 +49,15 @@ def prepare(config: NightlyConfig, folders: DateFolders) -> NightRun:
             return open_run(config, folders, begun[-1])
         except InputError as error:
             raise InputError(f"{error}. To begin the date again: --replace") from error
+    following = max(last.state.generation, begun[-1]) + 1
     if last.state.phase is Phase.PUBLISHED:
-        return open_run(config, folders, last.state.generation + 1)
-    try:
-        return open_run(config, folders, begun[-1])
-    except InputError:  # what was begun is of another inventory or bundle
-        wait_for_previous(last, folders.run(begun[-1]), take_over=config.take_over)
-        last.announce()  # whoever still works on it stops at its next entry
-        return open_run(config, folders, last.state.generation + 1)
+        return open_run(config, folders, following)
+    if not last.done.full:  # else it was refused or held, and everything is tried again
+        with suppress(InputError):  # what was begun is of another inventory or bundle
+            return open_run(config, folders, begun[-1])
+    wait_for_previous(last, folders.run(begun[-1]), take_over=config.take_over)
+    last.announce()  # whoever still works on it stops at its next entry
+    return open_run(config, folders, following)
 
 
 def open_run(config: NightlyConfig, folders: DateFolders, first_generation: int) -> NightRun:
@@ -81,6 +84,8 @@ def carry_out(night: NightRun, config: NightlyConfig) -> int:
     if not published or (config.retry_failed and runs.reopen_failed(run)):
         nights.carry_over(night)
         classify_missing(run, config)
+        while not nights.gather_night(night):
+            classify_missing(run, config)
         runs.write_categories(run, night.folders.root)
         hold_on_drift(night, config)
         nights.publish_night(night)

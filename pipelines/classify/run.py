@@ -155,8 +155,8 @@ def classify_missing(run: Run, engine: Engine, progress: Progress) -> None:
             progress=progress,
         )
     finally:
-        run.seconds["classify"] = time.monotonic() - started
-        run.images = len(run.ledger.done) - before
+        run.seconds["classify"] = run.seconds.get("classify", 0.0) + time.monotonic() - started
+        run.images += len(run.ledger.done) - before
 
 
 def write_categories(run: Run, folder: Storage) -> None:

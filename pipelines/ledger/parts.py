@@ -137,14 +137,31 @@ def _defer(failed: pa.Table) -> WriteResult:
 
 def reopen_failed(ledger: Ledger, state: Storage) -> int:
     """Take the items that failed for passing reasons out of the recorded parts; returns their number."""
+    holding = [part for part in ledger.state.parts if any(one.value in part.statuses for one in TRANSIENT)]
+    return reopen_items(ledger, state, holding, is_passing)
+
+
+def reopen_known(ledger: Ledger, state: Storage, sha256s: pa.ChunkedArray) -> int:
+    """Take the items out whose labels were to be those of these contents; returns their number."""
+
+    def is_lost(rows: pa.Table) -> pa.ChunkedArray:
+        known = pc.is_in(rows["status"], pa.array(sorted(CARRIED)))
+        return pc.and_(known, pc.is_in(rows["sha256"], sha256s))
+
+    return reopen_items(ledger, state, ledger.state.parts, is_lost)
+
+
+def reopen_items(
+    ledger: Ledger, state: Storage, parts: Sequence[Part], chosen: Callable[[pa.Table], pa.ChunkedArray]
+) -> int:
+    """Take the items with a chosen row out of recorded parts, in one entry; returns their number."""
     reduced: dict[str, Part | None] = {}
     n_items = 0
-    for part in ledger.state.parts:
-        if any(status.value in part.statuses for status in TRANSIENT):
-            rows = read_part(part, state)
-            failed = ranges_of(np.unique(rows.filter(is_passing(rows))[ITEM_ID].to_numpy()))
-            reduced[part.path] = _drop_items(part, state, failed, ledger.state.generation)
-            n_items += count(failed)
+    for part in parts:
+        rows = read_part(part, state)
+        if items := ranges_of(np.unique(rows.filter(chosen(rows))[ITEM_ID].to_numpy())):
+            reduced[part.path] = _drop_items(part, state, items, ledger.state.generation)
+            n_items += count(items)
     if reduced:
         ledger.reopen(reduced)
     return n_items

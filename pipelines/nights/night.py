@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from pipelines.classify import run as runs
 from pipelines.classify.run import Run
@@ -21,11 +22,12 @@ from pipelines.ledger import publish
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.layout import GENERATIONS
 from pipelines.ledger.ledger import RUN_JSON, Ledger
-from pipelines.ledger.parts import Committer
+from pipelines.ledger.parts import Committer, reopen_known
 from pipelines.ledger.verify import REPORT_JSON
 from pipelines.nights.carry import Target, carry_rows
 from pipelines.nights.contents import (
     History,
+    forget_contents,
     make_completer,
     name_reused,
     write_contents,
@@ -116,14 +118,12 @@ def carry_over(night: NightRun) -> None:
 
 
 def publish_night(night: NightRun) -> None:
-    """Publish the date, and leave its report.
+    """Publish the date, of which everything is gathered, and leave its report.
 
     Raises:
         Refused: more rows have no label than the budget allows.
     """
     run = night.run
-    if run.ledger.state.phase is Phase.RUNNING:
-        _gather(night)
     run.layout = replace(GENERATIONS, complete=make_completer(run.state, run.ledger.state.generation))
     run.about["night"] = json.loads(run.state.read(NIGHT_JSON))
     runs.publish_table(run)
@@ -178,9 +178,16 @@ def _carry_target(night: NightRun) -> Target:
     return Target(run.plan, run.state, context, committer, night.folders.date)
 
 
-def _gather(night: NightRun) -> None:
-    """From the recorded parts: the table of validators, the results that are reused, and counts."""
+def gather_night(night: NightRun) -> bool:
+    """From the recorded parts: the table of validators, the results that are reused, and counts.
+
+    Returns:
+        Whether that is all. Otherwise results that were found in an earlier night are gone, since it was
+        pruned or replaced meanwhile: their images are left to classify, as new ones.
+    """
     started, run = time.monotonic(), night.run
+    if run.ledger.state.phase is not Phase.RUNNING:
+        return True
     rerun = bool(run.ledger.state.reopened)
     _, previous, history = _look_back(night)
     with open_workspace() as (database, folder):
@@ -188,11 +195,25 @@ def _gather(night: NightRun) -> None:
         create_view(database, "fetched", open_storage(str(folder)), [found.fetched.name])
         if any(found.counts[status] for status in CARRIED):
             path = name_reused(run.ledger.state.generation)
-            write_reused(database, history, run.state, path, found.reused)
+            lost = write_reused(database, history, run.state, path, found.reused)
+            if len(lost):
+                _reopen(run, lost)
+                return False
         if not rerun:
             _leave_counts(database, found, previous, run.state)
         store_validators(found, run.state, rerun=rerun)
     run.seconds["gather"] = time.monotonic() - started
+    return True
+
+
+def _reopen(run: Run, lost: pa.ChunkedArray) -> None:
+    """Leave the images of these contents to classify, and the workers without what led to them."""
+    forget_contents(run.state)
+    n_items = reopen_known(run.ledger, run.state, lost)
+    log.warning(
+        "the results of %s images are gone from the earlier nights that had them: these images are fetched "
+        "and classified again", f"{n_items:,}",
+    )  # fmt: skip
 
 
 def _leave_counts(

@@ -30,6 +30,7 @@ def publish_made_up_night(inventory: Path, bundle: Path, table: Path, day: date)
         scored = make_up_results(start, min(run.plan.n_items, start + ITEMS_PER_PART))
         committer.add(store_part(join_plan_rows(scored, run.plan, context), run.state, 1))
     committer.flush()
+    nights.gather_night(night)
     nights.publish_night(night)
     nights.finish_night(night, 0, "not judged")
 

@@ -105,6 +105,61 @@ def test_retry_failed_writes_a_generation(three: Nights, server: EtagServer) -> 
     assert server.answers == {304: 5}
 
 
+def test_labels_carried_from_a_night_that_lost_them_are_found(nights: Nights, server: EtagServer) -> None:
+    """A replaced night has fewer images, or one of them timed out; a later night has their labels."""
+    server.images = {f"/{number}.png": picture(number) for number in range(4)}
+    uris = [server.url(path) for path in server.images]
+    nights.list_images(uris)
+    assert nights.make(FIRST) == 0
+    assert nights.make(SECOND) == 0
+    nights.list_images(uris[:2])
+    assert nights.make(FIRST, "--replace") == 0
+    nights.list_images(uris)
+    server.forget()
+    assert nights.make(THIRD) == 0
+    assert server.answers == {304: 4}
+    assert nights.results(THIRD) == nights.results(SECOND)
+    assert set(nights.carried(THIRD).values()) == {FIRST}
+
+
+def test_images_whose_labels_are_gone_are_classified_again(
+    nights: Nights, server: EtagServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An old night is removed while this one is interrupted."""
+    server.images = {"/1.png": picture(1), "/2.png": picture(2), "/copy.png": picture(1)}
+    one, two, copy = map(server.url, server.images)
+    nights.list_images([one, two])
+    assert nights.make(FIRST) == 0
+    nights.list_images([two])
+    assert nights.make(SECOND) == 0
+    nights.list_images([two, copy])
+    with monkeypatch.context() as patched:
+        patched.setattr(run_nightly.nights, "publish_night", crash)
+        with pytest.raises(Crash):
+            make_here(nights, THIRD)
+    for folder in ("images", "state"):
+        shutil.rmtree(nights.table / folder / f"run_date={FIRST}")
+    server.forget()
+    assert nights.make(THIRD) == 0
+    assert server.asked == ["/copy.png"]
+    assert "the results of 1 images are gone" in caplog.text
+    assert nights.carried(THIRD) == {two: FIRST, copy: None}
+    assert {row["status"] for row in nights.rows(THIRD)} == {"ok"}
+    assert main(["verify", str(nights.table)]) == 0
+
+
+def test_replace_begins_again_where_everything_was_classified_and_nothing_published(
+    three: Nights, server: EtagServer
+) -> None:
+    images, server.images = server.images, {}
+    assert three.make(FIRST, "--max-error-rate", "0.1") == 3
+    server.images = images
+    assert three.make(FIRST, "--max-error-rate", "0.1") == 3
+    assert three.make(FIRST, "--max-error-rate", "0.1", "--replace") == 0
+    assert {row["status"] for row in three.rows(FIRST)} == {"ok"}
+    assert three.report(FIRST)["generation"] == 2
+
+
 def test_a_late_date_is_made_from_the_nights_before_it(three: Nights) -> None:
     assert three.make(FIRST) == 0
     assert three.make(THIRD) == 0
