@@ -20,6 +20,7 @@ from pipelines.datasets.pixels import fetcher
 from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns
 from pipelines.datasets.splits import ALIASES, TEST, TRAIN, VALIDATION
+from pipelines.evaluation.eval_set import find_covering_class
 from pipelines.fetch.source import LOCATION, Source
 from pipelines.images.decoder import DecoderProcess
 from pipelines.images.formats import is_image_name
@@ -151,11 +152,15 @@ def _in_folder(folder_uri: str) -> list[Place]:
 
 
 def targets(samples: Sequence[Sample], class_ids: Sequence[str], taxonomy: Taxonomy) -> np.ndarray:
-    """0/1 matrix [samples, classes] of the labels; a row of -1 where a label is missing or no class."""
-    index = {class_id: column for column, class_id in enumerate(class_ids)}
+    """0/1 matrix [samples, classes] of the labels; -1 where a label is missing or no class covers it.
+
+    A label below a class counts as that class, as in `evaluate`.
+    """
+    labels = {label for sample in samples for label in sample.labels}
+    covering = {one: find_covering_class(_resolved(one, taxonomy), class_ids, taxonomy) for one in labels}
     targets_nc = np.zeros((len(samples), len(class_ids)), np.int8)
     for row, sample in enumerate(samples):
-        columns = [index.get(_resolved(label, taxonomy), -1) for label in sample.labels]
+        columns = [covering[label] for label in sample.labels]
         if not columns or -1 in columns:
             targets_nc[row] = -1
         else:

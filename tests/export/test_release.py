@@ -472,6 +472,15 @@ def test_label_that_is_no_class_leaves_the_image_unlabelled(trained):
     assert targets_nc.tolist() == [[1, 0, 0, 0, 0], [-1] * 5, [-1] * 5]
 
 
+def test_label_below_a_class_counts_as_that_class(trained):
+    """As after `train --tier 1`: accuracy is measured on the deeper labels of the dataset too."""
+    known = checkpoint.read_checkpoint(trained, "")
+    drawn = [samples.Sample("a", b"", (label,)) for label in ("483", "540", "Sports > Sailing")]
+    assert known.taxonomy.ancestors("540") == ("483",)
+    targets_nc = samples.targets(drawn, ("1", "483"), known.taxonomy)
+    assert targets_nc.tolist() == [[0, 1]] * 3
+
+
 @pytest.mark.photos
 def test_file_that_crashes_its_decoder_does_not_end_the_export(tricky):
     """The real files among which some end a process that decodes them unprotected."""
