@@ -14,7 +14,7 @@ from pipelines.bundle.settings import RuntimeSpec
 def find_gap(certificate: Certificate, spec: RuntimeSpec) -> str:
     """The first difference in words; empty when the session was measured as it would run here."""
     measured: Mapping[str, Any] = certificate.content.get("environment", {})
-    checks = (_batch_gap, _onnxruntime_gap, _vector_gap)
+    checks = (_batch_gap, _onnxruntime_gap, _vector_gap, _gpu_gap)
     gaps = [check(measured, spec) for check in checks]
     return next(filter(None, (*gaps, _limits_gap(certificate), _images_gap(certificate))), "")
 
@@ -46,6 +46,23 @@ def _vector_gap(measured: Mapping[str, Any], spec: RuntimeSpec) -> str:
         return ""
     named = "unknown" if stated is None else " ".join(stated) or "none"
     return f"it was measured with the vector extensions {named}, and this CPU has {' '.join(here) or 'none'}"
+
+
+def _gpu_gap(measured: Mapping[str, Any], spec: RuntimeSpec) -> str:
+    """Other models of GPU have other kernels. A machine without one, such as a cluster's head, has no gap."""
+    if spec.provider == "cpu":
+        return ""
+    try:
+        here = _model_of(providers.gpu_name(spec.device_id))
+    except providers.ProviderUnavailable:
+        return ""
+    stated = _model_of(str(measured.get("machine")))
+    return "" if stated == here else f"it was measured on the GPU {stated}, and this one is {here}"
+
+
+def _model_of(gpu_name: str) -> str:
+    """The GPU's name without its driver, which may change."""
+    return gpu_name.partition(providers.DRIVER)[0]
 
 
 def _limits_gap(certificate: Certificate) -> str:

@@ -17,6 +17,8 @@ from pipelines.messages import JobFailed
 from pipelines.specs import Provider
 
 EP_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DRIVER = " driver "
+"""Between the model and the driver in `gpu_name`."""
 _FLAGS = ("flags", "Features")
 """How lines of /proc/cpuinfo begin that list a CPU's instructions, on x86 and on ARM."""
 _INT8_EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
@@ -122,7 +124,7 @@ def gpu_name(device_id: int) -> str:
         answer = _run_nvidia_smi(f"--id={device}", "--query-gpu=name,driver_version", "--format=csv,noheader")
     except (OSError, subprocess.SubprocessError) as error:
         raise ProviderUnavailable(f"nvidia-smi does not answer: {error}") from error
-    return answer.strip().replace(", ", " driver ")
+    return answer.strip().replace(", ", DRIVER)
 
 
 def count_gpus() -> int:

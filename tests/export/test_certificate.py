@@ -307,6 +307,42 @@ def test_other_vector_extensions_matter_to_int8_alone(tmp_path, monkeypatch):
     assert not find_gap(found, RuntimeSpec())
 
 
+@pytest.mark.parametrize(
+    ("here", "gap"),
+    [
+        ("NVIDIA A100 driver 580.1", ""),
+        ("NVIDIA L4 driver 550.2", "measured on the GPU NVIDIA A100, and this one is NVIDIA L4"),
+    ],
+)
+def test_certificate_of_a_gpu_covers_its_model_with_any_driver(tmp_path, monkeypatch, here, gap):
+    small_bundle(tmp_path / "b")
+    found = open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32")
+    spec = RuntimeSpec(provider="cuda")
+    environment = {
+        **found.content["environment"],
+        "machine": "NVIDIA A100 driver 550.2",
+        "buckets": spec.buckets,
+    }
+    certificate = dataclasses.replace(found, content={**found.content, "environment": environment})
+    monkeypatch.setattr(providers, "gpu_name", lambda device_id: here)
+    told = find_gap(certificate, spec)
+    assert gap in told and bool(told) == bool(gap)
+
+
+def test_machine_without_gpu_leaves_the_model_of_gpu_to_the_workers(tmp_path, monkeypatch):
+    small_bundle(tmp_path / "b")
+    found = open_bundle(str(tmp_path / "b")).certificate_for("cpu", "fp32")
+    spec = RuntimeSpec(provider="cuda")
+    environment = {**found.content["environment"], "machine": "NVIDIA A100 driver 1", "buckets": spec.buckets}
+    certificate = dataclasses.replace(found, content={**found.content, "environment": environment})
+
+    def unavailable(device_id: int) -> str:
+        raise providers.ProviderUnavailable("nvidia-smi does not answer")
+
+    monkeypatch.setattr(providers, "gpu_name", unavailable)
+    assert not find_gap(certificate, spec)
+
+
 IDS = ("483", "1", "425")
 
 
