@@ -81,6 +81,8 @@ def carry_out(night: NightRun, config: NightlyConfig) -> int:
     published = runs.is_published(run)
     if not published:
         runs.announce(run)
+        if config.retry_failed and run.ledger.state.phase is Phase.RUNNING:
+            runs.reopen_failed(run)
     if not published or (config.retry_failed and runs.reopen_failed(run)):
         nights.carry_over(night)
         classify_missing(run, config)
@@ -100,7 +102,7 @@ def hold_on_drift(night: NightRun, config: NightlyConfig) -> None:
     if reporting.reaches(found, config.hold_on_drift):
         raise Refused(
             f"nothing was published: drift {found['summary']}; --hold-on-drift is {config.hold_on_drift}. "
-            "The same command without it publishes the night"
+            "The same command without it publishes the night, and with --replace begins it again"
         )
 
 

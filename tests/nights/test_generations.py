@@ -19,6 +19,7 @@ from jobs.cli import main, parse
 from pipelines.nights.folders import DateFolders
 from pipelines.storage.local import LocalStorage
 from tests.builders.etag_server import EtagServer
+from tests.builders.fault_server import FaultServer
 from tests.nights.conftest import Nights, picture
 
 FIRST, SECOND, THIRD = "2026-11-19", "2026-11-20", "2026-11-21"
@@ -146,6 +147,24 @@ def test_images_whose_labels_are_gone_are_classified_again(
     assert nights.carried(THIRD) == {two: FIRST, copy: None}
     assert {row["status"] for row in nights.rows(THIRD)} == {"ok"}
     assert main(["verify", str(nights.table)]) == 0
+
+
+def test_retry_failed_mends_a_refused_night(three: Nights, server: EtagServer) -> None:
+    failing = FaultServer()
+    try:
+        uris = [server.url(path) for path in server.images]
+        three.list_images([*uris, f"{failing.url}/image-after-503-twice"])
+        settings = ["--max-error-rate", "0.1", "--retry-passes", "0"]
+        assert three.make(FIRST, *settings) == 3
+        server.forget()
+        assert three.make(FIRST, *settings, "--retry-failed") == 3
+        assert three.make(FIRST, *settings, "--retry-failed") == 0
+        assert failing.requests["/image-after-503-twice"] == 3
+        assert not server.asked
+    finally:
+        failing.close()
+    assert {row["status"] for row in three.rows(FIRST)} == {"ok"}
+    assert three.report(FIRST)["generation"] == 1
 
 
 def test_replace_begins_again_where_everything_was_classified_and_nothing_published(

@@ -53,7 +53,8 @@ def test_night_of_replaced_pictures_is_published_and_fails_with_the_flag(two_nig
 
 def test_held_night_is_not_published_until_the_flag_is_gone(two_nights, capsys):
     assert two_nights.make("2026-11-21", "--hold-on-drift", "warning") == 3
-    assert "nothing was published" in capsys.readouterr().err
+    assert "nothing was published" in (said := capsys.readouterr().err)
+    assert "--replace" in said
     assert not list((two_nights.table / "images").glob("run_date=2026-11-21/*"))
     assert two_nights.make("2026-11-21") == 0
     assert len(two_nights.rows("2026-11-21")) == PICTURES
