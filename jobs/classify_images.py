@@ -41,7 +41,7 @@ from pipelines.ledger.layout import GENERATIONS, PLAIN
 from pipelines.ledger.ledger import Ledger
 from pipelines.ledger.takeover import hold_run
 from pipelines.machine import git_revision, package_versions
-from pipelines.messages import JobFailed, Stopped, first_line, redact, redacted
+from pipelines.messages import InputError, JobFailed, OtherRun, Stopped, first_line, redact, redacted
 from pipelines.nights import reporting
 from pipelines.nights.settings import ReportSettings
 from pipelines.storage.storage import Storage, open_storage
@@ -76,7 +76,11 @@ def explain_failures(kept: str = KEPT) -> Iterator[None]:
 def prepare(config: ClassifyConfig) -> Run:
     """Everything that can be checked before an engine starts."""
     output_uri = open_storage(config.output).uri
-    return open_run(config, open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table")))
+    state, table = open_storage(join(output_uri, "state")), open_storage(join(output_uri, "table"))
+    try:
+        return open_run(config, state, table)
+    except OtherRun as error:
+        raise InputError(f"{error}; another one needs another output folder") from error
 
 
 def open_run(

@@ -14,6 +14,7 @@ from jobs.classify_images import classify_missing, explain_failures
 from jobs.config import NightlyConfig
 from jobs.settings import part_of
 from pipelines.classify import run as runs
+from pipelines.inventory.plan import discard_plan
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.takeover import hold_run, wait_for_previous
 from pipelines.messages import InputError, JobFailed, Refused
@@ -41,14 +42,17 @@ def run(config: NightlyConfig) -> int:
 def prepare(config: NightlyConfig, folders: DateFolders) -> NightRun:
     """The run to continue or to begin, before an engine starts."""
     begun = folders.runs()
-    last = nights.read_ledger(folders.run(begun[-1])) if begun else None
-    if last is None:
-        return open_run(config, folders, begun[-1] if begun else 1)
+    if not begun:
+        return open_run(config, folders, 1)
     if not config.replace:
         try:
             return open_run(config, folders, begun[-1])
         except InputError as error:
             raise InputError(f"{error}. To begin the date again: --replace") from error
+    last = nights.read_ledger(folders.run(begun[-1]))
+    if last is None:  # a process ended between its plan and its run
+        discard_plan(folders.run(begun[-1]))
+        return open_run(config, folders, begun[-1])
     following = max(last.state.generation, begun[-1]) + 1
     if last.state.phase is Phase.PUBLISHED:
         return open_run(config, folders, following)

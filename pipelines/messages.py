@@ -64,6 +64,10 @@ class InputError(CommandError):
     """The input or the config is wrong; nothing was started and nothing was written."""
 
 
+class OtherRun(InputError):
+    """The state folder holds a run of something else."""
+
+
 class Refused(CommandError):
     """A quality gate said no: parity, or the error budget."""
 

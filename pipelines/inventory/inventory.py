@@ -29,7 +29,7 @@ from pipelines.inventory.plan import (
 )
 from pipelines.inventory.settings import InventoryOptions
 from pipelines.inventory.strays import Strays
-from pipelines.messages import InputError, redact
+from pipelines.messages import InputError, OtherRun, redact
 from pipelines.schema import RESERVED
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import scheme_of
@@ -116,11 +116,10 @@ def _kept(state: Storage, inventory_uri: str, options: InventoryOptions) -> Plan
 def _unchanged(frozen: Plan, fingerprint: str, inventory_uri: str, n_files: int) -> Plan:
     if frozen.origin.fingerprint == fingerprint:
         return frozen
-    finish = "" if frozen.containers else ", or finish the frozen plan as it is with --keep-plan"
-    raise InputError(
+    finish = "" if frozen.containers else ". --keep-plan finishes the frozen plan as it is"
+    raise OtherRun(
         f"{frozen.state_uri} holds a plan of {frozen.n_rows:,} rows frozen from {frozen.origin.inventory}, "
-        f"and {redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory: "
-        f"choose another output folder{finish}"
+        f"and {redact(inventory_uri)} ({n_files:,} files) is not, or no longer, that inventory{finish}"
     )
 
 

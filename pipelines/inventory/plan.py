@@ -305,6 +305,12 @@ def _write_file(local: Path, groups: Iterable[pa.Table], schema: pa.Schema, item
     return n_items, n_rows
 
 
+def discard_plan(state: Storage) -> None:
+    """Remove what was planned under a state folder in which no run began."""
+    state.delete(PLAN_JSON)
+    state.delete(*[entry.path for entry in state.list("plan")])
+
+
 def open_plan(state: Storage) -> Plan:
     """The plan that is frozen under a state folder.
 

@@ -35,7 +35,7 @@ from pipelines.ledger.entries import (
     sum_counts,
 )
 from pipelines.ledger.item_set import ItemSet, Range, Ranges, concat, overlap
-from pipelines.messages import InputError, JobFailed
+from pipelines.messages import JobFailed, OtherRun
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import AlreadyExists
 
@@ -98,7 +98,7 @@ class Ledger:
             first_generation: of a new ledger; above 1 where its table replaces another ledger's.
 
         Raises:
-            InputError: the folder holds a run of another identity.
+            OtherRun: the folder holds a run of another identity.
             LedgerDamaged: entries are missing or altered.
         """
         created_at = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -264,9 +264,9 @@ def _refuse_other_run(found: Mapping[str, Any], asked: Mapping[str, Any], uri: s
         if found.get(name) != asked.get(name)
     ]
     if differing:
-        raise InputError(
-            f"{uri} holds a different run: {'; '.join(differing)}. Use another output folder, "
-            "or the same inventory, bundle and settings to continue that run"
+        raise OtherRun(
+            f"{uri} holds a different run: {'; '.join(differing)}. "
+            "The same inventory, bundle and settings continue that run"
         )
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from jobs import run_nightly
 from jobs.cli import main, parse
+from pipelines.ledger.ledger import Ledger
 from pipelines.nights.folders import DateFolders
 from pipelines.storage.local import LocalStorage
 from tests.builders.etag_server import EtagServer
@@ -331,8 +332,26 @@ def test_an_unfinished_run_of_another_inventory_is_replaced_and_pruned_with_its_
     assert not [path for path in three.table.rglob("*") if old in str(path)]
 
 
-def crash(*_: object) -> None:
+def crash(*_: object, **__: object) -> None:
     raise Crash
+
+
+def test_a_night_killed_after_its_plan_begins_again_with_another_inventory(
+    three: Nights, server: EtagServer, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "open", crash)
+        with pytest.raises(Crash):
+            make_here(three, FIRST)
+    three.list_images([server.url("/0.png")])
+    assert three.make(FIRST) == 2
+    said = capsys.readouterr().err
+    assert "--replace" in said
+    assert "output folder" not in said
+    assert three.make(FIRST, "--replace") == 0
+    assert len(three.rows(FIRST)) == 1
+    assert three.report(FIRST)["generation"] == 1
+    assert main(["verify", str(three.table)]) == 0
 
 
 def test_an_empty_inventory_is_a_night_of_no_rows(three: Nights) -> None:
