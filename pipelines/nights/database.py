@@ -8,6 +8,7 @@ from pathlib import Path
 import duckdb
 
 from pipelines.machine import cores
+from pipelines.messages import JobFailed, first_line
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import is_local, local_path
 
@@ -18,18 +19,33 @@ MOST_THREADS = 4
 
 @contextmanager
 def open_workspace() -> Iterator[tuple[duckdb.DuckDBPyConnection, Path]]:
-    """An empty database, and the temporary local folder that it spills to."""
+    """An empty database, and the temporary local folder that it spills to.
+
+    Raises:
+        JobFailed: a file cannot be read, as where a night is replaced or pruned meanwhile.
+    """
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": MEMORY_LIMIT,
         "threads": min(MOST_THREADS, cores()),
         "preserve_insertion_order": False,
     }
     with (
+        _explain_reading(),
         tempfile.TemporaryDirectory(prefix="iab-vision-night-") as folder,
         duckdb.connect(config={**settings, "temp_directory": folder}) as database,
     ):
         database.execute("SET TimeZone = 'UTC'")
         yield database, Path(folder)
+
+
+@contextmanager
+def _explain_reading() -> Iterator[None]:
+    try:
+        yield
+    except duckdb.IOException as error:
+        raise JobFailed(
+            f"{first_line(error)}; if a night was replaced or pruned meanwhile, the same command works again"
+        ) from error
 
 
 def create_view(

@@ -17,6 +17,7 @@ import pytest
 from jobs import run_nightly
 from jobs.cli import main, parse
 from pipelines.ledger.ledger import Ledger
+from pipelines.nights import night as nights_of_a_date
 from pipelines.nights.folders import DateFolders
 from pipelines.storage.local import LocalStorage
 from tests.builders.etag_server import EtagServer
@@ -352,6 +353,28 @@ def test_a_night_killed_after_its_plan_begins_again_with_another_inventory(
     assert len(three.rows(FIRST)) == 1
     assert three.report(FIRST)["generation"] == 1
     assert main(["verify", str(three.table)]) == 0
+
+
+def test_a_night_whose_files_go_away_meanwhile_is_made_by_the_same_command(
+    three: Nights, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    assert three.make(FIRST) == 0
+    folder, aside = three.table / "images" / f"run_date={FIRST}", three.folder / "aside"
+    carry_rows = nights_of_a_date.carry_rows
+
+    def carry_from_nothing(*given: Any) -> None:
+        folder.rename(aside)
+        carry_rows(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nights_of_a_date, "carry_rows", carry_from_nothing)
+        assert three.make(SECOND) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("iab-vision nightly: ")
+    assert said.endswith("the same command works again")
+    aside.rename(folder)
+    assert three.make(SECOND) == 0
+    assert set(three.carried(SECOND).values()) == {FIRST}
 
 
 def test_an_empty_inventory_is_a_night_of_no_rows(three: Nights) -> None:
