@@ -17,7 +17,7 @@ from pipelines.classify import run as runs
 from pipelines.inventory.plan import discard_plan
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.takeover import hold_run, wait_for_previous
-from pipelines.messages import InputError, JobFailed, Refused
+from pipelines.messages import InputError, JobFailed, Refused, suggestion
 from pipelines.nights import night as nights
 from pipelines.nights import reporting
 from pipelines.nights.folders import DateFolders
@@ -35,6 +35,7 @@ def run(config: NightlyConfig) -> int:
             print(verdict["line"])
             return int(verdict["exit_code"])
         night = prepare(config, folders)
+        refuse_unknown_columns(night, config)
         with hold_run(night.run.ledger, night.run.state, take_over=config.take_over):
             return carry_out(night, config)
 
@@ -77,6 +78,17 @@ def open_run(config: NightlyConfig, folders: DateFolders, first_generation: int)
         is_planned=last is not None and last.state.phase is Phase.PUBLISHED,
     )
     return NightRun(folders, run, config.keep_failures)
+
+
+def refuse_unknown_columns(night: NightRun, config: NightlyConfig) -> None:
+    """Raise InputError for a column of `--drift-by` that no row has."""
+    names = night.run.plan.carried.names
+    unknown = [name for name in config.drift_by if name not in names]
+    if unknown and night.run.plan.n_rows:
+        close = suggestion(unknown[0], names)
+        raise InputError(
+            f"--drift-by {unknown[0]} is no column of the inventory{close}; there are: {', '.join(names)}"
+        )
 
 
 def carry_out(night: NightRun, config: NightlyConfig) -> int:

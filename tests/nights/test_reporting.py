@@ -60,6 +60,14 @@ def test_held_night_is_not_published_until_the_flag_is_gone(two_nights, capsys):
     assert len(two_nights.rows("2026-11-21")) == PICTURES
 
 
+def test_misspelt_column_of_drift_by_is_refused(nights, tmp_path, capsys):
+    (uri,) = draw(tmp_path / "red", (230, 20, 20), 1)[:1]
+    nights.list_images([uri], publisher=["p"])
+    assert nights.make("2026-11-21", "--drift-by", "publsher") == 2
+    assert "did you mean publisher?" in capsys.readouterr().err
+    assert nights.make("2026-11-21", "--drift-by", "publisher") == 0
+
+
 def test_classify_leaves_a_page_without_comparisons(nights, tmp_path):
     draw(tmp_path / "red", (230, 20, 20), 1)
     command = ["classify", "--inventory", str(tmp_path / "red"), "--bundle", str(nights.bundle)]
