@@ -17,11 +17,12 @@ from pipelines.classify import run as runs
 from pipelines.inventory.plan import discard_plan
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.takeover import hold_run, wait_for_previous
-from pipelines.messages import InputError, JobFailed, Refused, suggestion
+from pipelines.messages import InputError, JobFailed, Refused, redact, suggestion
 from pipelines.nights import night as nights
 from pipelines.nights import reporting
 from pipelines.nights.folders import DateFolders
 from pipelines.nights.night import NightRun
+from pipelines.nights.page import REPORT_HTML
 from pipelines.nights.settings import ReportSettings
 from pipelines.storage.storage import open_storage
 
@@ -32,7 +33,7 @@ def run(config: NightlyConfig) -> int:
         folders = DateFolders(open_storage(config.table).uri, config.date)
         verdict = None if config.replace or config.retry_failed else nights.read_verdict(folders)
         if verdict and reporting.has_page(folders.root, verdict["generation"]):
-            print(verdict["line"])
+            show(verdict["line"], folders)
             return int(verdict["exit_code"])
         night = prepare(config, folders)
         refuse_unknown_columns(night, config)
@@ -131,5 +132,13 @@ def leave_report(night: NightRun, config: NightlyConfig) -> int:
     code = 3 if found and reporting.reaches(found, config.fail_on_drift) else 0
     read = [config.inventory, config.bundle]
     lineage.write_event(night.run, "nightly", inputs=read, run_date=night.folders.date)
-    print(nights.finish_night(night, code, f"drift {found['summary'] if found else 'not counted'}"))
+    line = nights.finish_night(night, code, f"drift {found['summary'] if found else 'not counted'}")
+    show(line, night.folders)
     return code
+
+
+def show(line: str, folders: DateFolders) -> None:
+    """Print what became of a published night, and where its page is."""
+    print(line)
+    if folders.root.exists(REPORT_HTML):
+        print(f"report: {redact(folders.root.uri)}/{REPORT_HTML}")

@@ -40,7 +40,9 @@ def state(nights: Nights, day: str) -> Path:
 
 def test_night_of_replaced_pictures_is_published_and_fails_with_the_flag(two_nights, capsys):
     assert two_nights.make("2026-11-21", "--fail-on-drift", "alarm", "--report-images", "6") == 3
-    assert "drift alarm" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "drift alarm" in said
+    assert said.endswith("/state/run_date=2026-11-21/report.html\n")
     assert (two_nights.table / "images" / "run_date=2026-11-21" / "_SUCCESS").exists()
     found = two_nights.report("2026-11-21")["drift"]
     assert found["level"] == "alarm"
