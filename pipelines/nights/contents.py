@@ -130,7 +130,8 @@ def _take_wanted(database: duckdb.DuckDBPyConnection, rows: str, tonight: date) 
 
 def forget_contents(state: Storage) -> None:
     """Let workers take every image that is left for a new one."""
-    state.delete(CONTENTS, EARLIER)
+    for path in (CONTENTS, EARLIER):  # each by itself: some stores stop at the first that is not there
+        state.delete(path)
 
 
 def _store(table: pa.Table, state: Storage, path: str, folder: Path) -> None:
