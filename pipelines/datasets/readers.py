@@ -5,8 +5,10 @@ image is opened here, and labels stay text.
 """
 
 import json
+import math
 import string
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +28,8 @@ IMAGE_COLUMNS = ("image", "img")
 FILE_COLUMNS = ("uri", "file", "file_name")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables in the folder of the images that they describe, as Hugging Face's ImageFolder has them."""
-UNLABELLED = -1
-"""How Hugging Face datasets mark an image without a label, as in public test splits."""
+UNLABELLED = ("-1", "-1.0")
+"""How Hugging Face datasets mark an image without a label, as in public test splits; -1.0 is by pandas."""
 TAR = ".tar"
 ONE_HOT = {"0": False, "0.0": False, "false": False, "": False, "1": True, "1.0": True, "true": True}
 LABEL_SEPARATOR = "|"
@@ -70,14 +72,27 @@ def _read_all(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
     found = paths if paths == [uri] else find_tables(paths, columns)
     refuse_missing_columns(uri, found, columns)
     if found:
-        return _join([(read_tar if path.endswith(TAR) else read_table)(path, columns) for path in found])
+        return _join([_read_file(path, columns, dataset_uri=uri) for path in found])
     return read_folder(uri, paths), False
 
 
+def _read_file(uri: str, columns: Columns, *, dataset_uri: str) -> tuple[pa.Table, bool]:
+    """One file of the dataset; metadata in a folder may lack the labels, which other metadata there has."""
+    if uri.endswith(TAR):
+        return read_tar(uri, columns)
+    schema = tables.schema_of([uri])
+    may_lack_labels = uri != dataset_uri and split(uri)[1] in METADATA_FILES
+    find = label_columns_of if may_lack_labels else partial(find_label_columns, uri=uri)
+    return read_table(uri, schema, columns, find(schema, columns))
+
+
 def find_tables(paths: Sequence[str], columns: Columns) -> list[str]:
-    """The files of a folder that say what its images are: metadata with labels, Parquet, or tars."""
+    """The files of a folder that say what its images are: metadata with labels, Parquet, or tars.
+
+    Metadata of a public test split may lack the labels that the others have.
+    """
     metadata = [path for path in paths if split(path)[1] in METADATA_FILES]
-    if metadata and all(label_columns_of(tables.schema_of([path]), columns) for path in metadata):
+    if any(label_columns_of(tables.schema_of([path]), columns) for path in metadata):
         return metadata
     parquet = [path for path in paths if tables.format_of(path) == "parquet"]
     return parquet or [path for path in paths if path.endswith(TAR)]
@@ -153,6 +168,11 @@ def read_folder(root: str, paths: Sequence[str]) -> pa.Table:
             f"{redact(root)} holds no images in folders named by their label; "
             "give a folder `<label>/image.jpg`, or the table that names the labels"
         )
+    if not has_splits and all(parts[0].lower() in splits.ALIASES for _, parts in images):
+        raise DatasetError(
+            f"the folders of {redact(root)} are named by splits, and no {METADATA_FILES[0]} there has "
+            "a column of labels; give `<split>/<label>/image.jpg`, or name that column by --columns.label"
+        )
     return make_found(
         {"uri": [path for path, _ in images]},
         [[parts[level]] for _, parts in images],
@@ -175,27 +195,37 @@ def make_found(
     return pa.table(columns, FOUND)
 
 
-def read_table(uri: str, columns: Columns) -> tuple[pa.Table, bool]:
-    """A table of URIs and labels, or of image bytes and labels; whether it can have several per image."""
-    schema = tables.schema_of([uri])
-    label_columns = find_label_columns(schema, columns, uri)
+def read_table(
+    uri: str, schema: pa.Schema, columns: Columns, label_columns: Sequence[str]
+) -> tuple[pa.Table, bool]:
+    """A table of URIs and labels, or of image bytes and labels; whether it can have several per image.
+
+    Without label columns its images are unlabelled, and belong to no slice.
+    """
+    slices = columns.slices if label_columns else ()
     wanted = {*label_columns, columns.split, columns.group, *FILE_COLUMNS, *parse_template(columns.file)}
-    wanted |= set(columns.slices)
-    raw = read_columns(uri, schema, [name for name in schema.names if name in wanted])
-    several = bool(columns.one_hot) or allows_several(schema, label_columns[0])
-    if columns.one_hot:
-        labels = [parse_one_hot(row, uri) for row in raw.select(label_columns).to_pylist()]
-    else:
-        names = read_class_names(uri, label_columns[0])
-        values = raw[label_columns[0]].to_pylist()
-        labels = [parse_labels(value, names, several=several) for value in values]
+    raw = read_columns(uri, schema, [name for name in schema.names if name in wanted.union(slices)])
+    labels, several = read_labels(uri, raw, label_columns, columns)
     return make_found(
         locate(uri, schema, raw, columns),
         labels,
         split=text_of(raw, columns.split) or [split_of_path(uri)] * len(labels),
         group=text_of(raw, columns.group),
-        slices=read_slices(uri, raw, columns.slices),
+        slices=read_slices(uri, raw, slices),
     ), several
+
+
+def read_labels(
+    uri: str, raw: pa.Table, label_columns: Sequence[str], columns: Columns
+) -> tuple[Labels, bool]:
+    """Each row's labels, and whether there can be several."""
+    if not label_columns:
+        return [None] * raw.num_rows, False
+    if columns.one_hot:
+        return [parse_one_hot(row, uri) for row in raw.select(label_columns).to_pylist()], True
+    (column,) = label_columns
+    several, names = allows_several(raw.schema, column), read_class_names(uri, column)
+    return [parse_labels(value, names, several=several) for value in raw[column].to_pylist()], several
 
 
 def read_slices(uri: str, raw: pa.Table, names: Sequence[str]) -> list[list[tuple[str, str]]] | None:
@@ -249,26 +279,32 @@ def allows_several(schema: pa.Schema, column: str) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return True
-    return column == "labels" and not pa.types.is_integer(kind)
+    return column == "labels" and bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def parse_labels(value: Any, names: Sequence[str] | None, *, several: bool) -> list[str] | None:
     """The labels of one image as text, integers by their names; None for an image without a label.
 
-    Null and -1 mean that the label is not known, an empty list that no label applies.
+    Null and -1, also as text, mean that the label is not known; an empty list means that no label applies.
     """
     if isinstance(value, str) and several:
         value = [part.strip() for part in value.split(LABEL_SEPARATOR)]
     entries = value if isinstance(value, list) else [value]
-    if None in entries or UNLABELLED in entries:
+    if any(map(is_unlabelled, entries)):
         return None
     texts = [_name_of(entry, names) for entry in entries if entry != ""]
     return texts if texts or several else None
 
 
+def is_unlabelled(value: Any) -> bool:
+    """Whether the value is null, NaN or -1, as a number or, as CSV has it, as text."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or str(value).strip() in UNLABELLED
+
+
 def parse_one_hot(row: Mapping[str, Any], uri: str) -> list[str] | None:
     """The columns that hold 1; None where one of them is null or -1."""
-    if None in row.values() or UNLABELLED in row.values():
+    if any(map(is_unlabelled, row.values())):
         return None
     texts = {name: str(value).strip().lower() for name, value in row.items()}
     unknown = next((name for name, text in texts.items() if text not in ONE_HOT), None)
@@ -278,9 +314,11 @@ def parse_one_hot(row: Mapping[str, Any], uri: str) -> list[str] | None:
 
 
 def _name_of(value: Any, names: Sequence[str] | None) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes integers with nulls floats
     if names is None:
         return str(value)
-    if not 0 <= value < len(names):
+    if not isinstance(value, int) or not 0 <= value < len(names):
         raise DatasetError(f"label {value} has no name; the dataset names {len(names)} labels, from 0 on")
     return str(names[value])
 

@@ -16,7 +16,7 @@ from pipelines.messages import InputError, redact
 
 
 def read_samples(uri: str, label_names: Sequence[str]) -> tuple[dict[str, list[Any]], list[Any]]:
-    """The location of each image of a shard, column by column, and its label or None.
+    """The location of each image of a shard, column by column, and its label as written, None without one.
 
     Args:
         label_names: fields of a `.json` file that may hold the label, the preferred one first.
@@ -49,8 +49,7 @@ def _read_labels(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Ite
 def _parse(uri: str, payload: bytes, names: Sequence[str]) -> Any:
     try:
         if uri.endswith(".cls"):
-            text = payload.decode().strip()
-            return None if text == "-1" else text
+            return payload.decode().strip()
         content = json.loads(payload)
     except ValueError as error:
         raise InputError(f"the label {redact(uri)} cannot be read: {error}") from error

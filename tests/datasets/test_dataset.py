@@ -235,6 +235,34 @@ def test_hub_datasets_name_their_columns_as_they_like_and_mark_unlabelled_images
     assert data.dropped == {"without a label": 2}
 
 
+def test_text_of_minus_one_is_no_label(tmp_path):
+    """As a CSV has it, by itself or with a pandas that made the column floats."""
+    for text in ("file,label\na,x\nb,-1\nc, -1.0\nd,y\n", "file,labels\na,x|y\nb,-1\nc,-1|x\nd,y\n"):
+        data = load(csv(tmp_path, text), taxonomy="labels")
+        assert data.classes == ("x", "y") and data.dropped == {"without a label": 2}
+    one_hot = csv(tmp_path, "file,a,b\nx,1,0\ny,-1,-1\nz,0,-1\n")
+    data = load(one_hot, taxonomy="labels", columns=Columns(one_hot=("a", "b")))
+    assert data.targets().tolist() == [[1]] and data.dropped == {"without a label": 2}
+    files = {"0.json": b'{"label": "-1"}', "1.json": b'{"label": "x"}', "2.cls": b"-1\n"}
+    pack(tmp_path / "x.tar", files | {f"{key}.png": b"png" for key in range(3)})
+    data = load(tmp_path / "x.tar", taxonomy="labels")
+    assert data.classes == ("x",) and data.dropped == {"without a label": 2}
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+@pytest.mark.parametrize("named", [True, False])
+def test_whole_floats_are_class_indices(tmp_path, column, named):
+    """pandas makes integers with nulls floats; NaN is what it writes without its index of nulls."""
+    table = pa.table({"file": list("abcde"), column: [0.0, 1.0, None, float("nan"), -1.0]})
+    if named:
+        feature = {column: {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = load(tmp_path / "train.parquet", taxonomy="labels", columns=Columns(split=""))
+    assert data.classes == (("cat", "dog") if named else ("0", "1")) and not data.multi_label
+    assert data.dropped == {"without a label": 3}
+
+
 def test_lists_of_class_indices_make_a_multi_label_model(tmp_path):
     feature = {"label": {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}}
     labels = pa.array([[0, 1], [], [-1], [1], None], pa.list_(pa.int64()))
@@ -253,6 +281,12 @@ def test_a_class_index_without_a_name_is_refused(tmp_path):
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": feature}})})
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(InputError, match="label 2 has no name; the dataset names 2 labels"):
+        load(tmp_path, taxonomy="labels")
+    halves = pa.table(
+        {"image": pa.nulls(2, pa.binary()), "label": [0.0, 0.5]}, metadata=table.schema.metadata
+    )
+    pq.write_table(halves, tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"label 0\.5 has no name"):
         load(tmp_path, taxonomy="labels")
 
 
@@ -279,6 +313,23 @@ def test_metadata_next_to_the_images_names_their_labels(tmp_path):
     assert data.classes == ("cat", "dog")
     assert Counter(data.splits.tolist()) == {"train": 4, "test": 2}
     assert str(tmp_path / "test" / "1.png") in data.rows["uri"].to_pylist()
+
+
+def test_metadata_of_a_test_split_may_lack_the_labels(tmp_path):
+    """As public test splits on the hub do; a run's slices need not be there either."""
+    csv(tmp_path / "train", "file_name,label,site\n0.png,cat,a\n1.png,dog,b\n", "metadata.csv")
+    test = csv(tmp_path / "test", "file_name\n0.png\n", "metadata.csv")
+    for name in ("train/0.png", "train/1.png", "test/0.png"):
+        (tmp_path / name).touch()
+    for columns in (Columns(), Columns(slices=("site",))):
+        data = load(tmp_path, taxonomy="labels", columns=columns, splits=Splits(validation_of_train=0))
+        assert data.classes == ("cat", "dog") and set(data.splits) == {"train"}
+        assert data.dropped == {"without a label": 1}
+    with pytest.raises(DatasetError, match="no column 'label' among file_name"):
+        load(test, taxonomy="labels")
+    csv(tmp_path / "train", "file_name,text\n0.png,a cat\n", "metadata.csv")
+    with pytest.raises(DatasetError, match=r"are named by splits, and no metadata\.csv .* labels"):
+        load(tmp_path, taxonomy="labels")
 
 
 def test_metadata_without_labels_leaves_them_to_the_folders(tmp_path):

@@ -74,6 +74,13 @@ def metadata_csv(folder: Path) -> DataSettings:
     return DataSettings(str(folder), taxonomy="labels")
 
 
+def metadata_without_labels_of_test(folder: Path) -> DataSettings:
+    settings = metadata_csv(folder)
+    table = folder / "test" / "metadata.csv"
+    table.write_text("\n".join(line.split(",")[0] for line in table.read_text().splitlines()))
+    return settings
+
+
 def one_hot_csv(folder: Path) -> DataSettings:
     lines = ["file,action,drama,split"]
     for i, labels in enumerate([[0], [1], [0, 1], []] * 4):
@@ -106,6 +113,7 @@ def tars(folder: Path) -> DataSettings:
         (img_column, dict.fromkeys(NAMES, 5), 0),
         (unlabelled_test_split, dict.fromkeys(NAMES, 4), 4),
         (metadata_csv, dict.fromkeys(NAMES, 5), 0),
+        (metadata_without_labels_of_test, dict.fromkeys(NAMES, 4), 3),
         (one_hot_csv, {"action": 8, "drama": 8}, 0),
         (tars, dict.fromkeys(NAMES, 5), 0),
     ],
