@@ -5,6 +5,7 @@ Arrow batches all the way. Ray may run any step again; which written parts count
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -81,7 +82,7 @@ def build_dataset(
     work = ray.data.from_blocks(blocks_of(batches))
     block_bytes = pools.items_per_batch * source.image_spec.pixel_bytes
     # Of this dataset alone: the process's own context would carry them into the next job.
-    work.context.custom_execution_callback_classes = [Watchdog]
+    work.context.custom_execution_callback_classes = [partial(Watchdog, pools.start_s)]
     work.context.max_consecutive_actor_init_deaths = STARTS_LOST
     work.context.target_max_block_size = max(block_bytes, 1 << 20)
     work.context.execution_options.resource_limits = ExecutionResources(

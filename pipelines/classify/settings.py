@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated
 
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipelines.messages import suggestion
 from pipelines.specs import Fraction, validated
@@ -22,6 +22,8 @@ class Workers:
     """Actors that fetch and decode; 0 sizes the pool from the cluster."""
     infer_actors: NonNegativeInt = 0
     """Actors that own an ONNX session; 0 is one per GPU, or one per CPU core."""
+    start_s: PositiveFloat = 120.0
+    """Longest wait on Ray for the first actor of each pool, seconds: nodes that join, image pull, model."""
     items_per_batch: NonNegativeInt = 0
     """Images that travel together; 0 is 64 on CPU, and the batch size on GPU."""
     items_per_part: PositiveInt = 20_000

@@ -26,6 +26,14 @@ GROWTH = 1.25
 GROW_AFTER_S = 60.0
 """How long pools run before they are compared with the cluster, seconds: nodes seldom join alone."""
 
+FEW_CPUS = (
+    "Give it more (--num-cpus on this machine), or lower --workers.load-actors, --workers.infer-actors or "
+    "--threads-per-session"
+)
+NO_CPUS = (
+    "Give it nodes, or, where it grows from zero, say with --workers.load-actors and --workers.infer-actors "
+    "what it will hold"
+)
 
 Node = Mapping[str, float]
 """A node's resources as Ray counts them: `CPU` and `GPU`."""
@@ -87,11 +95,13 @@ def size_pools(
         load = workers.load_actors or max(1, int(local_cores or cpus - CPUS_TO_WRITE) - infer)
     load, infer = min(load, chunks), min(infer, chunks)
     needed = load + infer * cpus_per_infer + CPUS_TO_WRITE
-    if (on_cpu or gpus) and needed > cpus:
+    will_grow = (
+        not cpus and workers.load_actors and workers.infer_actors
+    )  # nodes come once actors wait for them
+    if (on_cpu or gpus) and needed > cpus and not will_grow:
         raise JobFailed(
             f"{load} load actors, {infer} sessions of {cpus_per_infer:g} CPUs, and the writing of parts need "
-            f"{needed:g} CPUs at once; the cluster has {cpus:g}. Give it more (--num-cpus on this machine), "
-            "or lower --workers.load-actors, --workers.infer-actors or --threads-per-session"
+            f"{needed:g} CPUs at once; the cluster has {cpus:g}. {FEW_CPUS if cpus else NO_CPUS}"
         )
     return Pools(
         load_actors=load,
@@ -101,6 +111,7 @@ def size_pools(
         gpus_per_infer=gpus_per_infer,
         items_per_batch=items_per_batch,
         items_per_part=min(workers.items_per_part, max(SMALLEST_PART, n_items // PARTS_PER_RUN)),
+        start_s=workers.start_s,
     )
 
 

@@ -63,6 +63,8 @@ class Pools:
     gpus_per_infer: float
     items_per_batch: int
     items_per_part: int
+    start_s: float
+    """How long they may take to start, seconds."""
 
 
 WorkBatch = Sequence[Mapping[str, int]]

@@ -6,19 +6,17 @@ Ray Data waits for its actors without limit and says nothing. This looks at its 
 import logging
 import time
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
 
-from pipelines.classify.sizing import ClusterChanged, Node
+from pipelines.classify.sizing import CPUS_TO_WRITE, ClusterChanged, Node
 from pipelines.messages import JobFailed
 
 log = logging.getLogger(__name__)
-
-START_S = 120.0
-"""How long a pool may take to start its first actor, or all of them, seconds; opening a model included."""
 
 REPLACE_S = 60.0
 """How long an actor that was lost may take to be started again, seconds; its work waits for it."""
@@ -26,16 +24,23 @@ REPLACE_S = 60.0
 LOOK_S = 2.0
 """Time between two looks at the pools, seconds."""
 
+TELL_S = 60.0
+"""Time between two lines about what a pool waits for, seconds."""
+
 POOLS = {"Loader": "load actors", "Classifier": "sessions"}
 
 
 class Watchdog(ExecutionCallback):  # type: ignore[misc]
     """Looks at the actor pools of one dataset while it runs; what it raises ends the dataset."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_s: float) -> None:
+        """Wait so many seconds for the first actor of each pool, and for the others without a warning."""
+        self._start_s = start_s
         self._began = self._looked_at = time.monotonic()
         self._lost_at: dict[str, float] = {}
+        self._tell_at: dict[str, float] = {}
         self._told: set[str] = set()
+        self._may_write = False
 
     def on_execution_step(self, executor: Any) -> None:
         """Raise ExecutionTimeoutError, caused by JobFailed or ClusterChanged, when waiting has no point."""
@@ -43,10 +48,14 @@ class Watchdog(ExecutionCallback):  # type: ignore[misc]
             return
         self._looked_at = time.monotonic()
         try:
-            for operator in executor._topology:
-                pool = next((words for name, words in POOLS.items() if f"({name})" in operator.name), None)
-                if pool and not operator.has_completed():
-                    self._look_at(pool, operator)
+            pools = {
+                pool: operator
+                for operator in executor._topology
+                if (pool := _pool(operator)) and not operator.has_completed()
+            }
+            self._refuse_no_cpu_to_write(pools.values())
+            for pool, operator in pools.items():
+                self._look_at(pool, operator)
         except JobFailed as failure:
             for operator in executor._topology:  # their places are wanted at once, whatever they are doing
                 for actors in operator.get_autoscaling_actor_pools():
@@ -56,7 +65,6 @@ class Watchdog(ExecutionCallback):  # type: ignore[misc]
 
     def _look_at(self, pool: str, operator: Any) -> None:
         info, now = operator.get_actor_info(), time.monotonic()
-        alive = info.running - info.restarting
         if not info.restarting:
             self._lost_at.pop(pool, None)
         elif now - self._lost_at.setdefault(pool, now) > REPLACE_S:
@@ -64,16 +72,43 @@ class Watchdog(ExecutionCallback):  # type: ignore[misc]
                 f"{info.restarting} {pool} were lost {REPLACE_S:g} s ago and found no place; the rest of the "
                 "cluster goes on"
             )
-        if not info.pending or now - self._began < START_S or pool in self._told:
+        if info.pending and pool not in self._told:
+            self._tell(pool, operator, waited=now - self._began)
+
+    def _tell(self, pool: str, operator: Any, *, waited: float) -> None:
+        """Say each minute what a pool waits for, and end the dataset if it has no actor in time."""
+        if waited < min(self._start_s, self._tell_at.get(pool, TELL_S)):
+            return
+        self._tell_at[pool] = waited + TELL_S
+        info, alive = operator.get_actor_info(), _alive(operator)
+        found = (
+            f"{alive} of {alive + info.pending + info.restarting} {pool} started after "
+            f"{min(waited, self._start_s):.0f} s: no node has {_wants(operator)} free for another one. "
+            f"The cluster has {describe(list_nodes())}"
+        )
+        if waited < self._start_s:
+            log.info("%s. The run waits for nodes up to %g s (--workers.start-s)", found, self._start_s)
             return
         self._told.add(pool)
-        found = (
-            f"{alive} of {alive + info.pending + info.restarting} {pool} started after {START_S:g} s: no "
-            f"node has {_wants(operator)} free for another one. The cluster has {describe(list_nodes())}"
-        )
         if not alive:
-            raise JobFailed(f"{found}. Free some of it, or check that the model opens in that time")
+            raise JobFailed(
+                f"{found}. Free some of it, check that the model opens in that time, or give nodes longer to "
+                "come with --workers.start-s"
+            )
         log.warning("%s. The run goes on with these", found)
+
+    def _refuse_no_cpu_to_write(self, operators: Collection[Any]) -> None:
+        """Pools that were sized before their nodes came may hold every CPU: no part would ever be written."""
+        if self._may_write or time.monotonic() < self._began + self._start_s:
+            return
+        self._may_write = True
+        held, nodes = sum(_alive(operator) * _usage(operator).cpu for operator in operators), list_nodes()
+        if operators and held + CPUS_TO_WRITE > sum(node.get("CPU", 0) for node in nodes):
+            raise ClusterChanged(
+                f"load actors and sessions hold {held:g} CPUs, the writing of parts needs {CPUS_TO_WRITE:g}, "
+                f"and the cluster has {describe(nodes)}. Give it more, or lower --workers.load-actors or "
+                "--workers.infer-actors"
+            )
 
 
 def list_nodes() -> list[Node]:
@@ -90,7 +125,23 @@ def describe(nodes: list[Node]) -> str:
     return ", ".join(f"{n} node{'s' * (n > 1)} of {size}" for size, n in sizes.items())
 
 
+def _pool(operator: Any) -> str | None:
+    """The pool whose actors an operator runs."""
+    return next((words for name, words in POOLS.items() if f"({name})" in operator.name), None)
+
+
+def _alive(operator: Any) -> int:
+    """Actors of a pool that have started and were not lost."""
+    info = operator.get_actor_info()
+    return int(info.running - info.restarting)
+
+
+def _usage(operator: Any) -> Any:
+    """CPUs and GPUs of one actor of a pool."""
+    return operator.get_autoscaling_actor_pools()[0].per_actor_resource_usage()
+
+
 def _wants(operator: Any) -> str:
     """What one actor of a pool asks for."""
-    usage = operator.get_autoscaling_actor_pools()[0].per_actor_resource_usage()
+    usage = _usage(operator)
     return " and ".join(f"{n:g} {unit}" for unit, n in (("GPU", usage.gpu), ("CPU", usage.cpu)) if n)

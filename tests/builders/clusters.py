@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +33,9 @@ class Clusters:
 
         Args:
             shape: `nodes`, pairs of CPUs and GPUs; `remove`, the node that is removed once the first part
-                is recorded; `add`, the CPUs and GPUs of a node that joins then; `sessions`, after so many no
-                further ones are waited for; `mounted`, a folder and the descriptor by which only this process
-                sees it.
+                is recorded; `add`, the CPUs and GPUs of a node that joins then, or, where there are no nodes,
+                once the pools are sized; `sessions`, after so many no further ones are waited for;
+                `mounted`, a folder and the descriptor by which only this process sees it.
         """
         if self._process is None:
             command = [sys.executable, "-m", "tests.builders.clusters"]
@@ -128,7 +128,8 @@ def run(cluster: Any, request: dict[str, Any]) -> int:
     if "remove" in request or "add" in request:
         ledger = Path(arguments[arguments.index("--output") + 1]) / "state" / "ledger"
         lost = nodes[request["remove"]] if "remove" in request else None
-        changing = (cluster, lost, request.get("add"), ledger)
+        has_begun = has_entries(ledger) if nodes else says(Path(request["log"]), "engine ray")
+        changing = (cluster, lost, request.get("add"), has_begun)
         threading.Thread(target=change_later, args=changing, daemon=True).start()
     if "mounted" in request:
         folder, descriptor = request["mounted"]
@@ -143,19 +144,28 @@ def run(cluster: Any, request: dict[str, Any]) -> int:
 
 def impatient(look_at: Any, sessions: int | None) -> Any:
     """The watchdog's look, with patience until so many sessions have started."""
-    from pipelines.classify import watchdog
 
     def look(self: Any, pool: str, operator: Any) -> None:
         enough = sessions is not None and pool == "sessions" and operator.get_actor_info().running >= sessions
-        watchdog.START_S = 1.0 if enough else NODE_START_S
+        self._start_s = 1.0 if enough else NODE_START_S
         look_at(self, pool, operator)
 
     return look
 
 
-def change_later(cluster: Any, lost: Any, joins: Sequence[int] | None, ledger: Path) -> None:
-    """Remove a node, or add one, once the first part is recorded."""
-    while len(list(ledger.glob("*.json"))) < 2:
+def has_entries(ledger: Path) -> Callable[[], bool]:
+    """Whether the first part is recorded."""
+    return lambda: len(list(ledger.glob("*.json"))) >= 2
+
+
+def says(log: Path, words: str) -> Callable[[], bool]:
+    """Whether the log has these words."""
+    return lambda: words in log.read_text()
+
+
+def change_later(cluster: Any, lost: Any, joins: Sequence[int] | None, has_begun: Callable[[], bool]) -> None:
+    """Remove a node, or add one, once the run has begun."""
+    while not has_begun():
         time.sleep(0.1)
     if lost:
         cluster.remove_node(lost, allow_graceful=False)

@@ -244,6 +244,15 @@ def test_node_that_joins_late_is_used(clusters: Clusters, tmp_path: Path) -> Non
     assert rows(tmp_path) == 2_000
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_run_on_a_cluster_without_workers_waits_for_them(clusters: Clusters, tmp_path: Path) -> None:
+    sizes = ["--workers.load-actors", "1", "--workers.infer-actors", "2"]
+    done = classify(clusters, tmp_path, {"nodes": [], "add": [4, 0]}, "--provider", "cpu", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path) == N_IMAGES
+
+
 def test_pools_grow_in_the_middle_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

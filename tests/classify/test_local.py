@@ -69,7 +69,7 @@ class Dataflow:
         plan(str(images), self.state)
         small_bundle(folder / "bundle")
         self.bundle = open_bundle(str(folder / "bundle"))
-        self.pools = Pools(1, 2, 1, 1, 0, items_per_batch=2, items_per_part=5)
+        self.pools = Pools(1, 2, 1, 1, 0, items_per_batch=2, items_per_part=5, start_s=1)
 
     def run(self):
         source = Source(self.state.uri, self.bundle.spec.image_spec, DecodeLimits(), FetchLimits())

@@ -22,7 +22,7 @@ def test_a_manifest_follows_its_schema_and_the_rules_that_stand_in_none(name: st
 NIGHTLY = [
     "nightly", "--date", NIGHT, "--inventory", "s3://bucket/inventory", "--bundle", "s3://bucket/bundle",
     "--table", "s3://bucket/nights", "--provider", "cuda", "--precision", "fp16",
-    "--workers.infer-actors", "4", "--fail-on-drift", "alarm",
+    "--workers.infer-actors", "4", "--workers.start-s", "900", "--fail-on-drift", "alarm",
 ]  # fmt: skip
 DRIVERS = {
     "rayjobs/train.yaml": [
@@ -32,7 +32,7 @@ DRIVERS = {
     "rayjobs/classify.yaml": [
         "classify", "--inventory", "s3://bucket/inventory", "--bundle", "s3://bucket/bundle",
         "--output", "s3://bucket/predictions", "--provider", "cuda", "--precision", "fp16",
-        "--workers.infer-actors", "4",
+        "--workers.infer-actors", "4", "--workers.start-s", "900",
     ],
     "rayjobs/nightly.yaml": NIGHTLY,
     "raycronjob/raycronjob.yaml": NIGHTLY,
