@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pyarrow as pa
 
+from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData
 from pipelines.evaluation.eval_set import ALL, EvalSet, Leakage, build_eval_set, find_leakage
-from pipelines.evaluation.evaluation import Evaluation, evaluate
+from pipelines.evaluation.evaluation import BIASED, Evaluation, evaluate
 from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.models import EvaluatedModel
 from pipelines.evaluation.per_image import write_images
@@ -54,7 +55,7 @@ def evaluate_model(
         result.scored,
         model.taxonomy,
         thresholds=model.spec.thresholds,
-        about=_about(model, data, split, leakage, result),
+        about=_about(model, data, split, leakage, result) | _fitted_here(result.images, recorded or {}),
         slices=result.slices,
     )
     log.info("drawing the report")
@@ -70,8 +71,21 @@ def evaluate_model(
 
 
 def _with_recorded_splits(images: pa.Table, recorded: Mapping[str, str]) -> pa.Table:
-    known = pa.array([recorded.get(redact(uri)) for uri in images["uri"].to_pylist()], pa.string())
+    known = pa.array(_recorded_splits(images, recorded), pa.string())
     return images.set_column(images.schema.get_field_index("split"), "split", known)
+
+
+def _recorded_splits(images: pa.Table, recorded: Mapping[str, str]) -> list[str | None]:
+    return [recorded.get(redact(uri)) for uri in images["uri"].to_pylist()]
+
+
+def _fitted_here(images: pa.Table, recorded: Mapping[str, str]) -> dict[str, str]:
+    """The head's line about thresholds, where the model's run fitted them on some of these images."""
+    fitted = _recorded_splits(images, recorded).count(splits.VALIDATION)
+    if not fitted:
+        return {}
+    some = "these images" if fitted == images.num_rows else f"{fitted} of these images"
+    return {"thresholds": f"fitted on {some}: {BIASED}"}
 
 
 def _warn(eval_set: EvalSet, leakage: Leakage) -> None:

@@ -1,7 +1,8 @@
 """Turn the scores of labelled images into an `Evaluation`: every number and curve of a report, as plain data.
 
 It knows arrays and the taxonomy, no files, pictures or pages: `report.py` draws it. What it says of
-thresholds is measured on the images given here; `about` says so where they were fitted on the same ones.
+thresholds is measured on the images given here; `about`, which the caller gives, says so where they were
+fitted on the same ones.
 """
 
 import json
@@ -20,6 +21,8 @@ from pipelines.evaluation import hierarchy, metrics
 from pipelines.evaluation.metrics import Array
 from pipelines.taxonomy.taxonomy import Rollup, Taxonomy
 
+BIASED = "their precision is biased upward"
+"""What is said of thresholds where they were fitted on the same images."""
 CURVE_POINTS = 150
 MEASURES = ("precision", "recall", "f1")
 CLASS_BINS = 8

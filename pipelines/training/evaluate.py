@@ -20,7 +20,7 @@ from pipelines.datasets.settings import ImageCache
 from pipelines.evaluation import calibration
 from pipelines.evaluation.calibration import ThresholdRule
 from pipelines.evaluation.eval_set import EvalSet
-from pipelines.evaluation.evaluation import Evaluation, Scored, evaluate
+from pipelines.evaluation.evaluation import BIASED, Evaluation, Scored, evaluate
 from pipelines.evaluation.gallery import make_gallery
 from pipelines.evaluation.models import TorchModel
 from pipelines.evaluation.per_image import write_images
@@ -200,7 +200,7 @@ def evaluate_splits(
     slices: Mapping[str, Mapping[str, Sequence[str | None]]] | None = None,
 ) -> dict[str, Evaluation]:
     """Split -> everything measured on it, marked where thresholds were fitted on the same images."""
-    marks = {splits.VALIDATION: {"thresholds": "fitted on these images: their precision is biased upward"}}
+    marks = {splits.VALIDATION: {"thresholds": f"fitted on these images: {BIASED}"}}
     return {
         name: evaluate(
             one,

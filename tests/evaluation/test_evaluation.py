@@ -378,6 +378,28 @@ def test_a_bundle_is_judged_as_it_is_served(tmp_path: Path) -> None:
     assert 'id="attention"' not in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_head_says_which_images_the_thresholds_were_fitted_on(tmp_path: Path) -> None:
+    small_models.small_bundle(tmp_path / "bundle")
+    pictures = small_models.dataset(tmp_path / "pictures", 20)
+    uris = [str(pictures / f"{i}.jpg") for i in range(20)]
+    (tmp_path / "run").mkdir()
+    recorded = pa.table({"uri": uris, "split": ["validation"] * 5 + ["test"] * 15})
+    pq.write_table(recorded, tmp_path / "run" / "splits.parquet")
+    settings = ("--bundle", str(tmp_path / "bundle"), "--dataset", str(pictures / "labels.csv"))
+    told = {}
+    for split in ("validation", "all", "test"):
+        output = tmp_path / split
+        own = ("--run", str(tmp_path / "run"), "--split", split, "--output", str(output))
+        assert evaluate(*settings, *own) == 0
+        told[split] = json.loads((output / "evaluation.json").read_text())["about"].get("thresholds")
+        assert ("precision is biased upward" in (output / "report.html").read_text()) == (split != "test")
+    assert told == {
+        "validation": "fitted on these images: their precision is biased upward",
+        "all": "fitted on 5 of these images: their precision is biased upward",
+        "test": None,
+    }
+
+
 def test_a_row_per_image_has_several_labels_and_the_group(tmp_path: Path) -> None:
     targets_nc = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], np.uint8)
     scores_nc = np.array([[0.9, 0.2, 0.6, 0, 0], [0.1, 0, 0, 0, 0.3]], np.float32)
