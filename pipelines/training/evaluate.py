@@ -22,6 +22,7 @@ from pipelines.evaluation.calibration import ThresholdRule
 from pipelines.evaluation.eval_set import EvalSet
 from pipelines.evaluation.evaluation import BIASED, Evaluation, Scored, evaluate
 from pipelines.evaluation.gallery import make_gallery
+from pipelines.evaluation.metrics import indicator
 from pipelines.evaluation.models import TorchModel
 from pipelines.evaluation.per_image import write_images
 from pipelines.evaluation.report import ReportImage, write_report
@@ -180,8 +181,12 @@ def log_unpublished(found: Calibrated, taxonomy: Taxonomy, rule: ThresholdRule) 
     if rule.goal == "precision":
         reached = total - len(found.images_needed)
         log.info("%d of %d categories reach a precision of %g", reached, total, rule.target_precision)
-    paths = {taxonomy.path(one): more for one, more in found.images_needed.items()}
+    seen = _seen_in_validation(found, taxonomy)
+    paths = {taxonomy.path(one): more for one, more in found.images_needed.items() if one in seen}
     wanted = {
+        "validation images, of which there are none": [
+            taxonomy.path(one) for one in found.images_needed if one not in seen
+        ],
         "more validation images": [f"{path} (some {more} more)" for path, more in paths.items() if more],
         "a better model": [path for path, more in paths.items() if more is None],
     }
@@ -189,6 +194,14 @@ def log_unpublished(found: Calibrated, taxonomy: Taxonomy, rule: ThresholdRule) 
         if categories:
             more = f" and {len(categories) - SHOWN} others" if len(categories) > SHOWN else ""
             log.warning("never published without %s: %s%s", what, ", ".join(categories[:SHOWN]), more)
+
+
+def _seen_in_validation(found: Calibrated, taxonomy: Taxonomy) -> set[str]:
+    """Ids of the categories that some validation image has, itself or by a class below."""
+    rollup = taxonomy.rollup(found.spec.class_ids)
+    present = indicator(found.scored[splits.VALIDATION].targets, len(found.spec.class_ids)).any(axis=0)
+    seen = rollup.apply(present[None].astype(np.float32), multi_label=True)[0] > 0
+    return {one for one, has_images in zip(rollup.ids, seen, strict=True) if has_images}
 
 
 def evaluate_splits(

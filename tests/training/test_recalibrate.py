@@ -83,6 +83,25 @@ def test_category_out_of_reach_is_named_with_what_it_needs(run, caplog):
     assert json.loads((run / runs.MARKER).read_text())["never_published"].keys() >= {"483", "1"}
 
 
+def test_category_without_validation_images_is_told_so(run, caplog):
+    """A better model would not help it: nothing says how good this one is."""
+    result = drawn(400, seed=0)
+    others = np.flatnonzero(result.scored.targets != 1)
+    scored = Scored(
+        SPEC.class_ids,
+        result.scored.logits_nc[others],
+        result.scored.probabilities_nc[others],
+        result.scored.targets[others],
+    )
+    recalibrate.write_scores(str(run), {"validation": EvalResult(scored, result.images.take(others), [])})
+    assert main(["calibrate", str(run), "--target-precision", "0.999"]) == 0
+    lines = [line for line in caplog.messages if line.startswith("never published without")]
+    (none,) = (line for line in lines if "of which there are none" in line)
+    assert none.endswith("none: Automotive") and not any(
+        "Automotive" in line for line in lines if line != none
+    )
+
+
 def test_report_says_where_thresholds_were_measured_on_their_own_images(run):
     recalibrate.write_scores(str(run), {"validation": drawn(400, seed=0)})
     assert main(["calibrate", str(run)]) == 0
