@@ -70,7 +70,7 @@ class DataSettings:
     taxonomy: str = "3.1"
     """Content Taxonomy version, URI of a table in the same format, or `labels` to take labels as they are."""
     label_map: str | None = None
-    """Table whose first two columns rename labels; an empty target drops the image."""
+    """Table whose first two columns rename labels; an empty target drops a label, or the image of one."""
     tier: PositiveInt | None = None
     """Lift every label to its ancestor of this tier."""
     columns: Columns = Columns()

@@ -133,6 +133,9 @@ def test_a_label_map_with_or_without_a_header_renames_and_drops(tmp_path):
         data = load(table, label_map=csv(tmp_path, text, "map.csv"))
         assert data.rows.num_rows == 2 and data.dropped == {"without a label": 1}
         assert "1" in data.classes
+    several = csv(tmp_path, "uri,labels\n/a.jpg,x|blurry\n/b.jpg,y\n/c.jpg,blurry\n", "several.csv")
+    data = load(several, taxonomy="labels", label_map=csv(tmp_path, "from,to\nblurry,\n", "map.csv"))
+    assert data.targets().tolist() == [[1, 0], [0, 1], [0, 0]], "of several labels none is an answer too"
     with pytest.raises(InputError, match=r"--label-map .*nowhere.csv does not exist"):
         load(table, label_map=str(tmp_path / "nowhere.csv"))
 
