@@ -1,18 +1,20 @@
 """Jobs on a Ray cluster's job server: submitted once, followed to their end, stopped.
 
-The server may be restarted: what is asked here is asked again until it is answered, for as long as
-`patience_s`.
+The server may be not up yet, or be restarted: what is asked here is asked again until it is answered, for as
+long as `patience_s`.
 """
 
 import logging
 import os
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from jobs.cluster import use_token
-from pipelines.messages import InputError, JobFailed, first_line, root_cause
+from pipelines.messages import InputError, JobFailed, first_line, redact, root_cause
 
 STOPPED = 130
 """Exit code for a job that was stopped, as shells count an interrupted command."""
@@ -42,31 +44,22 @@ class RayJobs:
     def __init__(
         self, address: str | None, *, headers: Mapping[str, str], verify: bool | str, patience_s: float
     ) -> None:
-        """Connect, or raise InputError.
+        """Connect; the first answer is waited for as long as any other.
 
         Args:
             verify: whether TLS certificates are checked, or the authority's file that they are checked with.
+
+        Raises:
+            InputError: the address or the TLS files are wrong, or the token was refused.
+            JobFailed: nothing has answered for `patience_s`.
         """
         use_token()
         if address:  # Ray takes this variable before the address that it is given
             os.environ["RAY_API_SERVER_ADDRESS"] = address
-        from ray.exceptions import AuthenticationError, RpcError
-        from ray.job_submission import JobSubmissionClient
-
-        # not earlier: Ray sets its levels at import
-        logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.ERROR)
+        named = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        self._server = redact(named or "this machine")
         self._patience_s = patience_s
-        try:
-            self._client = JobSubmissionClient(address, headers=dict(headers), verify=verify)
-        except AuthenticationError as error:
-            raise InputError(
-                "the cluster asks for a token and refused ours; put the cluster's token into RAY_AUTH_TOKEN "
-                "or into the file ~/.ray/auth_token (`ray get-auth-token` on the head shows it)"
-            ) from error
-        except (ConnectionError, RpcError, RuntimeError, ValueError, FileNotFoundError) as error:
-            raise InputError(
-                f"no Ray job server answers: {first_line(error)}; give its address as --address http://HOST:8265"
-            ) from error
+        self._client = self._ask(lambda: connect(named, headers=headers, verify=verify))
 
     def submit(self, job: Submission, *, again: bool) -> str:
         """Start a job, or find the attempt of it that runs or succeeded already; its submission id.
@@ -104,6 +97,8 @@ class RayJobs:
             except RuntimeError as error:
                 if "already exists" in str(error):
                     return False
+                if "No available agent" in str(error):  # a head that has only just started
+                    raise
                 raise JobFailed(f"the cluster did not take the job: {root_cause(str(error))}") from error
             except ValueError as error:
                 raise InputError(f"the job's environment is wrong: {first_line(error)}") from error
@@ -176,24 +171,84 @@ class RayJobs:
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The server's answer, once it can be reached. Raises JobFailed after `patience_s`."""
-        import requests
-
         deadline, told = time.monotonic() + self._patience_s, False
         while True:
             try:
                 return question()
-            except (requests.RequestException, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "status code 5" not in str(error):
+            except Exception as error:  # `is_outage` names those that are mapped
+                if not is_outage(error):
                     raise
+                reason = redact(first_line(root_error(error)))
                 if time.monotonic() > deadline:
                     raise JobFailed(
-                        f"the job server has not answered for {self._patience_s:.0f} s; the job may still "
-                        "run, and the same command attaches to it"
+                        f"no Ray job server answers at {self._server}, asked for {self._patience_s:.0f} s "
+                        f"(--reconnect-s): {reason}; check --address (http://HOST:8265) and the head. A job "
+                        "that was submitted may still run, and the same command attaches to it"
                     ) from error
                 if not told:
-                    log.warning("the job server does not answer; asking again for %.0f s", self._patience_s)
+                    log.warning(
+                        "no Ray job server answers at %s (%s); asking again for %.0f s (--reconnect-s)",
+                        self._server, reason, self._patience_s,
+                    )  # fmt: skip
                 told = True
                 time.sleep(POLL_S)
+
+
+def connect(address: str | None, *, headers: Mapping[str, str], verify: bool | str) -> Any:
+    """Ray's client of the job server. Raises InputError for what asking again does not mend."""
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    # not earlier: Ray sets its levels at import
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.ERROR)
+    try:
+        refuse_malformed(address)
+        return JobSubmissionClient(address, headers=dict(headers), verify=verify)
+    except AuthenticationError as error:
+        raise InputError(
+            "the cluster asks for a token and refused ours; put the cluster's token into RAY_AUTH_TOKEN "
+            "or into the file ~/.ray/auth_token (`ray get-auth-token` on the head shows it)"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        root = root_error(error)
+        if isinstance(root, ssl.SSLCertVerificationError):
+            raise InputError(
+                f"the certificate of {redact(str(address))} is not trusted: {root.verify_message}; give its "
+                "authority's file as --ca-file, or --insecure"
+            ) from error
+        if is_outage(error) and (address or "any running Ray" not in str(error)):
+            raise
+        raise InputError(
+            f"no Ray job server answers: {first_line(error)}; give its address as --address http://HOST:8265"
+        ) from error
+
+
+def refuse_malformed(address: str | None) -> None:
+    """Raise ValueError for an http address without a host, or with a port that is no number."""
+    parts = urlsplit(address or "")
+    if parts.scheme in ("http", "https") and not (parts.hostname and parts.port != 0):
+        raise ValueError(f"{address} names no host")
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether a server is not reached for now, rather than has refused what was asked."""
+    import requests
+    from ray.exceptions import RpcError
+
+    if isinstance(error, requests.HTTPError):
+        return error.response.status_code >= 500
+    if isinstance(error, requests.RequestException):
+        return not isinstance(error, ValueError)  # a malformed address, or an answer that is not JSON
+    if isinstance(error, RuntimeError):
+        return "status code 5" in str(error)
+    return isinstance(error, (ConnectionError, RpcError))
+
+
+def root_error(error: BaseException) -> Any:
+    """What an error began with, such as `[Errno 111] Connection refused`."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    return error
 
 
 def exit_code(details: Any) -> int:

@@ -84,7 +84,7 @@ class SubmitConfig(JobConfig):
     insecure: bool = False
     """Do not check the server's TLS certificate."""
     reconnect_s: float = Field(default=300, ge=0)
-    """How long a job server that does not answer is asked again, seconds."""
+    """How long a job server that does not answer, or is not up yet, is asked again, seconds."""
 
     @classmethod
     def parse(cls, argv: Sequence[str], *, command: str) -> Self:

@@ -1,6 +1,9 @@
 """What `submit` sends to the cluster, and how a job's end becomes an exit code."""
 
 import json
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +11,8 @@ import pytest
 
 from jobs import cli, ray_jobs
 from jobs.submit_job import SubmitConfig, base_id, parse_command, submission
+from tests.builders.flaky_proxy import FlakyProxy
+from tests.builders.job_server import VERSION, JobServer, Reply
 
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "s3://b/out"]
 
@@ -76,12 +81,78 @@ def test_wrong_settings_are_refused_before_the_cluster_is_asked(capsys: pytest.C
     assert "--bundle is required" in capsys.readouterr().err
 
 
-def test_a_server_that_is_not_there_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["submit", "--address", "http://127.0.0.1:1", "classify", *REQUIRED]) == 2
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
+    """A job server that no test needs to wait a second for."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # put back afterwards: `submit` sets it
+    monkeypatch.setattr(ray_jobs, "POLL_S", 0.05)
+    with JobServer() as server:
+        yield server
+
+
+def submit(server: JobServer | FlakyProxy, *argv: str) -> int:
+    return cli.main(["submit", "--address", server.url, *argv])
+
+
+def once_it_waits(caplog: pytest.LogCaptureFixture, act: Callable[[], None]) -> None:
+    """Do something, in a thread, when the log says that the server is asked again."""
+
+    def wait() -> None:
+        while "asking again" not in caplog.text:
+            time.sleep(0.02)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_head_that_is_not_up_yet_is_waited_for(server: JobServer, caplog: pytest.LogCaptureFixture) -> None:
+    with FlakyProxy(server.url) as proxy:
+        proxy.take_down()
+        once_it_waits(caplog, proxy.bring_back)
+        assert submit(proxy, "--detach", "classify", *REQUIRED) == 0
+    waiting = next(line for line in caplog.messages if "asking again" in line)
+    assert all(part in waiting for part in (proxy.url, "Connection refused", "300 s"))
+    assert len(server.jobs) == 1
+
+
+def test_a_head_behind_a_proxy_that_has_no_backend_yet_is_waited_for(server: JobServer) -> None:
+    server.faults += [(503, "no healthy upstream")] * 3
+    assert submit(server, "--detach", "classify", *REQUIRED) == 0
+
+
+def test_a_head_that_has_no_agent_yet_is_asked_again(server: JobServer) -> None:
+    said = "No available agent to submit job, please try again later."
+    server.faults += [(200, VERSION), (200, VERSION), (404, "does not exist"), (500, said)]
+    assert submit(server, "--detach", "classify", *REQUIRED) == 0
+    assert not server.faults and len(server.jobs) == 1
+
+
+def test_a_server_that_never_comes_is_a_failure_that_schedulers_repeat(
+    server: JobServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FlakyProxy(server.url) as proxy:
+        proxy.take_down()
+        assert submit(proxy, "--reconnect-s", "0.2", "classify", *REQUIRED) == 1
+    err = capsys.readouterr().err
+    assert f"no Ray job server answers at {proxy.url}" in err and "--reconnect-s" in err
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("address", ["http://", "http://127.0.0.1:x", "nothing://head"])
+def test_an_address_that_cannot_be_one_is_wrong_input(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["submit", "--address", address, "classify", *REQUIRED]) == 2
     assert "no Ray job server answers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("word", ["submit", "status", "clasify"])
+@pytest.mark.parametrize("fault", [(403, "Forbidden"), (404, "not here"), (200, "<html>sign in</html>")])
+def test_a_server_that_refuses_or_is_another_is_wrong_input(server: JobServer, fault: Reply) -> None:
+    server.faults += [fault]
+    assert submit(server, "classify", *REQUIRED) == 2
+
+
+@pytest.mark.parametrize("word", ["submit", "clasify"])
 def test_words_that_are_no_job_are_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["submit", "--address", "http://127.0.0.1:1", word]) == 2
     assert capsys.readouterr().err
