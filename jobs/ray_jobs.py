@@ -22,6 +22,8 @@ POLL_S, LONGEST_POLL_S = 1.0, 10.0
 """Time between two looks at a job, seconds."""
 STOP_WAIT_S = 60
 """Time from a job's SIGTERM to its SIGKILL, seconds; Ray's own 3 s are too short for a ledger entry."""
+ANSWER_S, UPLOAD_S = 60, 900
+"""Longest time for an answer of the server, seconds, and for one to `--working-dir` (at most 500 MiB)."""
 Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
@@ -199,11 +201,18 @@ def connect(address: str | None, *, headers: Mapping[str, str], verify: bool | s
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    class TimedClient(JobSubmissionClient):  # type: ignore[misc]  # Any, for mypy
+        """Ray's own client waits without end for a server that is silent (Ray 2.60)."""
+
+        def _do_request(self, method: str, endpoint: str, **content: Any) -> Any:
+            limit_s = UPLOAD_S if method == "PUT" else ANSWER_S
+            return super()._do_request(method, endpoint, timeout=limit_s, **content)
+
     # not earlier: Ray sets its levels at import
     logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.ERROR)
     try:
         refuse_malformed(address)
-        return JobSubmissionClient(address, headers=dict(headers), verify=verify)
+        return TimedClient(address, headers=dict(headers), verify=verify)
     except AuthenticationError as error:
         raise InputError(
             "the cluster asks for a token and refused ours; put the cluster's token into RAY_AUTH_TOKEN "

@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server, that can be taken down and brought back: an outage without a restart."""
+"""A TCP proxy in front of a server, that can be taken down, or fall silent, and be brought back."""
 
 import contextlib
 import socket
@@ -18,6 +18,8 @@ class FlakyProxy:
         self._listener = self._listen(0)
         self._port = self._listener.getsockname()[1]
         self._open: list[socket.socket] = []
+        self._speaks = threading.Event()
+        self._speaks.set()
         self.url = f"http://127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
@@ -34,6 +36,14 @@ class FlakyProxy:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
         self._open.clear()
+
+    def fall_silent(self) -> None:
+        """Accept connections and requests, and pass nothing on: a head that hangs."""
+        self._speaks.clear()
+
+    def speak_again(self) -> None:
+        """Pass on what has arrived meanwhile, and what comes."""
+        self._speaks.set()
 
     def bring_back(self) -> None:
         """Listen again at the same address."""
@@ -60,5 +70,6 @@ class FlakyProxy:
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while block := source.recv(BLOCK):
+                self._speaks.wait()
                 target.sendall(block)
             target.shutdown(socket.SHUT_WR)

@@ -91,7 +91,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
 
 
 def submit(server: JobServer | FlakyProxy, *argv: str) -> int:
-    return cli.main(["submit", "--address", server.url, *argv])
+    return cli.main(["submit", "--address", server.url, "--reconnect-s", "60", *argv])
 
 
 def once_it_waits(caplog: pytest.LogCaptureFixture, act: Callable[[], None]) -> None:
@@ -111,7 +111,7 @@ def test_a_head_that_is_not_up_yet_is_waited_for(server: JobServer, caplog: pyte
         once_it_waits(caplog, proxy.bring_back)
         assert submit(proxy, "--detach", "classify", *REQUIRED) == 0
     waiting = next(line for line in caplog.messages if "asking again" in line)
-    assert all(part in waiting for part in (proxy.url, "Connection refused", "300 s"))
+    assert all(part in waiting for part in (proxy.url, "Connection refused", "60 s"))
     assert len(server.jobs) == 1
 
 
@@ -135,6 +135,40 @@ def test_a_server_that_never_comes_is_a_failure_that_schedulers_repeat(
         assert submit(proxy, "--reconnect-s", "0.2", "classify", *REQUIRED) == 1
     err = capsys.readouterr().err
     assert f"no Ray job server answers at {proxy.url}" in err and "--reconnect-s" in err
+
+
+def test_a_server_that_is_silent_from_the_start_is_not_waited_for_without_end(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_jobs, "ANSWER_S", 0.3)
+    with FlakyProxy(server.url) as proxy:
+        proxy.fall_silent()
+        assert submit(proxy, "--reconnect-s", "0.5", "classify", *REQUIRED) == 1
+    assert "timed out" in capsys.readouterr().err
+
+
+def test_a_server_that_falls_silent_is_asked_again_and_the_job_ends_as_it_did(
+    server: JobServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ray_jobs, "ANSWER_S", 0.3)
+    with FlakyProxy(server.url) as proxy:
+
+        def end_and_speak() -> None:
+            server.end(next(iter(server.jobs)), "FAILED", 3)
+            server.logs = lambda _: (200, {"logs": "one line\nand another\n"})
+            proxy.speak_again()
+
+        def hang(name: str) -> Reply:
+            proxy.fall_silent()
+            return 200, {"logs": "one line\n"}
+
+        server.logs = hang
+        once_it_waits(caplog, end_and_speak)
+        assert submit(proxy, "classify", *REQUIRED) == 3
+    assert capsys.readouterr().out == "one line\nand another\n"
 
 
 @pytest.mark.usefixtures("server")
