@@ -22,6 +22,8 @@ POLL_S, LONGEST_POLL_S = 1.0, 10.0
 """Time between two looks at a job, seconds."""
 STOP_WAIT_S = 60
 """Time from a job's SIGTERM to its SIGKILL, seconds; Ray's own 3 s are too short for a ledger entry."""
+SETTINGS = "iab_vision_settings"
+"""Key of a job's metadata."""
 ANSWER_S, UPLOAD_S = 60, 900
 """Longest time for an answer of the server, seconds, and for one to `--working-dir` (at most 500 MiB)."""
 Answer = TypeVar("Answer")
@@ -38,6 +40,8 @@ class Submission:
     runtime_env: Mapping[str, Any]
     resources: Mapping[str, Any]
     """Keywords `entrypoint_*` of Ray's client."""
+    settings: str = ""
+    """Digest of all settings that decide what is made; one `base_id` may have several."""
 
 
 class RayJobs:
@@ -63,11 +67,14 @@ class RayJobs:
         self._patience_s = patience_s
         self._client = self._ask(lambda: connect(named, headers=headers, verify=verify))
 
-    def submit(self, job: Submission, *, again: bool) -> str:
-        """Start a job, or find the attempt of it that runs or succeeded already; its submission id.
+    def submit(self, job: Submission, *, again: bool) -> tuple[str, bool]:
+        """Start a job, or find the attempt of it that runs.
+
+        Returns:
+            The submission id, and whether that attempt has our settings.
 
         Args:
-            again: start another attempt of a job that succeeded.
+            again: start another attempt of a job that succeeded; else that one is found.
         """
         attempt = 1
         while True:
@@ -75,14 +82,17 @@ class RayJobs:
             known = self.find(name)
             if known is None and self._start(name, job):
                 log.info("submitted as %s", name)
-                return name
+                return name, True
             known = known or self.details(name)
             if known.status in ("PENDING", "RUNNING"):
-                log.info("%s runs already: attached to it", name)
-                return name
+                is_ours = (known.metadata or {}).get(SETTINGS) == job.settings
+                log.info(
+                    "%s runs already%s: attached to it", name, "" if is_ours else ", with other settings"
+                )
+                return name, is_ours
             if known.status == "SUCCEEDED" and not again:
                 log.info("%s is done already (--again starts it once more)", name)
-                return name
+                return name, True
             attempt += 1
 
     def _start(self, name: str, job: Submission) -> bool:
@@ -94,6 +104,7 @@ class RayJobs:
                     entrypoint=job.entrypoint,
                     submission_id=name,
                     runtime_env=dict(job.runtime_env),
+                    metadata={SETTINGS: job.settings},
                     **job.resources,
                 )
             except RuntimeError as error:
@@ -245,7 +256,7 @@ def is_outage(error: Exception) -> bool:
     from ray.exceptions import RpcError
 
     if isinstance(error, requests.HTTPError):
-        return error.response.status_code >= 500
+        return error.response is not None and error.response.status_code >= 500
     if isinstance(error, requests.RequestException):
         return not isinstance(error, ValueError)  # a malformed address, or an answer that is not JSON
     if isinstance(error, RuntimeError):

@@ -4,7 +4,8 @@
     iab-vision submit status|logs|stop ID
 
 The settings are checked here, before the cluster is asked. The submission id follows from the command and its
-settings, so the same line given twice, by a person or a scheduler, runs one job: the second attaches to it.
+settings, so the same line given twice at once, by a person or a scheduler, runs one job: the second attaches.
+After its end the line starts another attempt, which does what is left or repeats the verdict.
 Exit codes are the command's own; 130 for a job that was stopped.
 """
 
@@ -14,7 +15,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import Field
@@ -31,6 +32,9 @@ PREFIX = "iab-vision"
 ACTIONS = ("status", "logs", "stop")
 NOT_IDENTITY = {"debug", "config", "log_format", "ray_address", "num_cpus"}
 """Settings that do not decide what a command makes."""
+
+DONE_ONCE = {"export"}
+"""Commands that refuse to repeat what they have made: their success is the answer to the same line."""
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class SubmitConfig(JobConfig):
     detach: bool = False
     """Return once the job is submitted."""
     again: bool = False
-    """Start the job also when it succeeded before."""
+    """Start `export` also when it succeeded before; other commands are started anyway."""
     headers: dict[str, str] = Field(default_factory=dict)
     """Headers of every request, for a proxy in front of the cluster."""
     ca_file: str | None = None
@@ -110,9 +114,19 @@ def run(config: SubmitConfig) -> int:
         job = submission(config, word, rest)
     except SystemExit:  # argparse, after the command's --help
         return 0
-    jobs = connect(config)
-    name = jobs.submit(job, again=config.again)
-    return 0 if config.detach else watch(jobs, name)
+    return follow_up(connect(config), job, config, again=config.again or word not in DONE_ONCE)
+
+
+def follow_up(jobs: RayJobs, job: Submission, config: SubmitConfig, *, again: bool) -> int:
+    """Submit or attach, and watch. Where a night with other settings runs, ours follows it."""
+    while True:
+        name, is_ours = jobs.submit(job, again=again)
+        if config.detach and not is_ours:
+            raise JobFailed(f"{name} runs with other settings; give the line again after its end")
+        code = 0 if config.detach else watch(jobs, name)
+        if is_ours or code == ray_jobs.STOPPED:
+            return code
+        log.info("%s had other settings; starting the job with these", name)
 
 
 def leading_flags(argv: Sequence[str]) -> int:
@@ -158,6 +172,7 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
         entrypoint=shlex.join(["exec", "python", "-m", "jobs", command, *split_config(argv)[1]]),
         runtime_env=runtime_env,
         resources=config.entrypoint.keywords(),
+        settings=digest(identity(settings)),
     )
 
 
@@ -171,13 +186,24 @@ def parse_command(command: str, argv: Sequence[str]) -> JobConfig:
 
 
 def base_id(command: str, settings: JobConfig) -> str:
-    """The same id for the same command and settings; for a night, for the same table and date."""
-    content = settings.model_dump(mode="json", exclude=NOT_IDENTITY)
+    """The same id for the same command and settings; for a night, for the same table and date.
+
+    Two jobs of one id never run at once, and a date has one ledger.
+    """
+    content = identity(settings)
     date = str(content.get("date", ""))
     if command == "nightly":
-        content = {"table": content["table"].rstrip("/"), "date": date, "replace": content.get("replace")}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    return "-".join(part for part in (PREFIX, command, date, digest) if part)
+        content = {"table": content["table"].rstrip("/"), "date": date}
+    return "-".join(part for part in (PREFIX, command, date, digest(content)) if part)
+
+
+def identity(settings: JobConfig) -> dict[str, Any]:
+    """The settings that decide what a command makes."""
+    return settings.model_dump(mode="json", exclude=NOT_IDENTITY)
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def named_job(jobs: RayJobs, words: Sequence[str]) -> str:

@@ -171,6 +171,46 @@ def test_a_server_that_falls_silent_is_asked_again_and_the_job_ends_as_it_did(
     assert capsys.readouterr().out == "one line\nand another\n"
 
 
+NIGHT = ("nightly", "--inventory", "in.csv", "--bundle", "b", "--table", "s3://b/n", "--date", "2026-01-01")
+
+
+@pytest.mark.parametrize("line", [NIGHT, ("prune", "s3://b/n", "--keep-days", "30"), ("classify", *REQUIRED)])
+def test_a_line_whose_job_succeeded_starts_another_attempt(server: JobServer, line: tuple[str, ...]) -> None:
+    for attempt in range(1, 4):
+        assert submit(server, "--detach", *line) == 0
+        assert submit(server, "--detach", *line) == 0  # attaches
+        assert len(server.jobs) == attempt
+        server.end(list(server.jobs)[-1])
+    first, *others = server.jobs
+    assert others == [f"{first}-a2", f"{first}-a3"]
+
+
+def test_an_export_that_succeeded_is_done(server: JobServer) -> None:
+    line = ("export", "--checkpoint", "run", "--images", "photos", "--output", "s3://b/bundle")
+    assert submit(server, "--detach", *line) == 0
+    server.end(next(iter(server.jobs)))
+    assert submit(server, *line) == 0 and len(server.jobs) == 1
+    assert submit(server, "--detach", "--again", *line) == 0 and len(server.jobs) == 2
+
+
+@pytest.mark.parametrize("more", [["--retry-failed"], ["--replace"], ["--bundle", "b2"]])
+def test_a_night_with_other_settings_follows_the_one_that_runs(server: JobServer, more: list[str]) -> None:
+    assert submit(server, "--detach", *NIGHT) == 0
+    assert submit(server, "--detach", *NIGHT, *more) == 1
+    assert len(server.jobs) == 1
+    seen = []
+
+    def end(name: str) -> Reply:
+        seen.append((name, len(server.jobs)))
+        server.end(name, *(("FAILED", 3) if name.endswith("-a2") else ("SUCCEEDED", 0)))
+        return 200, {"logs": ""}
+
+    server.logs = end
+    assert submit(server, *NIGHT, *more) == 3
+    first, second = server.jobs
+    assert dict(seen) == {first: 1, second: 2} and second == f"{first}-a2"
+
+
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("address", ["http://", "http://127.0.0.1:x", "nothing://head"])
 def test_an_address_that_cannot_be_one_is_wrong_input(
