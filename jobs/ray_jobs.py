@@ -164,9 +164,10 @@ class RayJobs:
     def follow(self, name: str) -> Any:
         """Print a job's log as it grows, each character once, until the job ends; its details.
 
-        The log is read again and again, in whole: Ray's stream of it may end early (ray#60665).
+        The log is read again and again, in whole: Ray's stream of it may end early (ray#60665). It comes from
+        the job's own node, so a log that is not answered is no outage of the server.
         """
-        shown, told = 0, ""
+        shown, told, is_missing = 0, "", False
         while True:
             started = time.monotonic()
             details = self.details(name)
@@ -174,13 +175,27 @@ class RayJobs:
                 if details.message and details.message != told:
                     log.info("waiting: %s", told := details.message)
             else:
-                text = self._ask(lambda: self._client.get_job_logs(name))
-                print(text[shown:], end="", flush=True)
-                shown = max(shown, len(text))
-            if details.status.is_terminal():
-                return details
+                text = self._read_log(name, is_known_missing=is_missing)
+                print((text or "")[shown:], end="", flush=True)
+                shown = max(shown, len(text or ""))
+                if details.status.is_terminal() and (text is not None or is_missing):
+                    return details
+                is_missing = text is None
             took_s = time.monotonic() - started
             time.sleep(min(max(POLL_S, 10 * took_s), LONGEST_POLL_S))  # a long log is read less often
+
+    def _read_log(self, name: str, *, is_known_missing: bool) -> str | None:
+        """A job's log in whole; None, with a warning the first time, where it cannot be read now."""
+        import requests
+
+        try:
+            log_text: str = self._client.get_job_logs(name)
+        except (requests.RequestException, RuntimeError) as error:
+            if not is_known_missing:
+                reason = redact(root_cause(str(root_error(error))))
+                log.warning("the log of %s cannot be read now: %s", name, reason)
+            return None
+        return log_text
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         """The server's answer, once it can be reached. Raises JobFailed after `patience_s`."""

@@ -1,5 +1,6 @@
 """What `submit` sends to the cluster, and how a job's end becomes an exit code."""
 
+import itertools
 import json
 import threading
 import time
@@ -169,6 +170,37 @@ def test_a_server_that_falls_silent_is_asked_again_and_the_job_ends_as_it_did(
         once_it_waits(caplog, end_and_speak)
         assert submit(proxy, "classify", *REQUIRED) == 3
     assert capsys.readouterr().out == "one line\nand another\n"
+
+
+def test_a_job_whose_node_is_lost_ends_as_failed_with_the_clusters_words(
+    server: JobServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its log is on the lost node: the head answers 500, already before it knows of the loss."""
+    asked = itertools.count()
+
+    def answer(name: str) -> Reply:
+        if next(asked) == 2:
+            server.end(name, "FAILED", None, "node lost")
+        return 500, "Traceback\n  at\nClientConnectorError: Cannot connect to host 10.0.0.9:52365"
+
+    server.logs = answer
+    assert submit(server, "classify", *REQUIRED) == 1
+    assert "node lost" in caplog.text and "asking again" not in caplog.text
+    assert sum("cannot be read now: ClientConnectorError" in line for line in caplog.messages) == 1
+
+
+def test_a_log_that_fails_once_at_the_end_is_read_again(
+    server: JobServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([(500, "not now"), (200, {"logs": "all of it\n"})])
+
+    def answer(name: str) -> Reply:
+        server.end(name)
+        return next(answers)
+
+    server.logs = answer
+    assert submit(server, "classify", *REQUIRED) == 0
+    assert capsys.readouterr().out == "all of it\n"
 
 
 NIGHT = ("nightly", "--inventory", "in.csv", "--bundle", "b", "--table", "s3://b/n", "--date", "2026-01-01")
