@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import pydantic
 import yaml
@@ -98,6 +98,8 @@ class JobConfig(BaseSettings):
         cli_hide_none_type=True,
     )
 
+    config_variable: ClassVar[str | None] = f"{ENVIRONMENT}CONFIG"
+    """Variable that names the YAML file where no flag does."""
     config: str | None = None
     """YAML file with any of these settings."""
     debug: bool = False
@@ -143,7 +145,7 @@ class JobConfig(BaseSettings):
 
 def given_settings(cls: type[JobConfig], argv: Sequence[str]) -> dict[str, Any]:
     """What the YAML file and the environment say for a command: everything below its flags."""
-    return merge(read_yaml(argv), Environment(cls)())
+    return merge(read_yaml(config_file(cls, argv)), Environment(cls)())
 
 
 class Environment(EnvSettingsSource):
@@ -187,9 +189,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The file named by `--config` or `IAB_VISION_CONFIG`, if any, and the other arguments."""
+    """The file named by `--config`, if any, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", default=os.environ.get(f"{ENVIRONMENT}CONFIG"))
+    parser.add_argument("--config")
     try:
         known, others = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -197,9 +199,15 @@ def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return known.config, others
 
 
-def read_yaml(argv: Sequence[str]) -> dict[str, Any]:
-    """The settings of the YAML file, if one is named. Raises InputError, in one line, if it is none."""
+def config_file(cls: type[BaseSettings], argv: Sequence[str]) -> str | None:
+    """The file named by `--config` or else by the command's variable, if any."""
     path, _ = split_config(argv)
+    variable = getattr(cls, "config_variable", None)
+    return path or (os.environ.get(variable) if variable else None)
+
+
+def read_yaml(path: str | None) -> dict[str, Any]:
+    """The settings of the YAML file, if one is named. Raises InputError, in one line, if it is none."""
     if path is None:
         return {}
     try:
@@ -242,7 +250,7 @@ def explain(detail: Mapping[str, Any], cls: type[BaseSettings], argv: Sequence[s
         return f"{flag(written)} is required" if flagged else f"{written} is required"
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{written} is not a setting{suggestion(written, list(settings_of(cls)))}"
-    told = wrong_setting(detail, origin(loc, argv))
+    told = wrong_setting(detail, origin(cls, loc, argv))
     if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
         told += f"; quote it: '{detail['input']}'"
     if detail["type"] in EXAMPLES:
@@ -250,7 +258,7 @@ def explain(detail: Mapping[str, Any], cls: type[BaseSettings], argv: Sequence[s
     return told
 
 
-def origin(loc: Sequence[str], argv: Sequence[str]) -> str:
+def origin(cls: type[BaseSettings], loc: Sequence[str], argv: Sequence[str]) -> str:
     """The flag, the variable or the key of the YAML file that a setting's value came from."""
     name = flag(".".join(loc))
     if any(argument.split("=", 1)[0] == name for argument in argv):
@@ -258,7 +266,7 @@ def origin(loc: Sequence[str], argv: Sequence[str]) -> str:
     variables = ("__".join(loc[:depth]).upper() for depth in range(len(loc), 0, -1))
     if found := next((v for v in variables if f"{ENVIRONMENT}{v}" in os.environ), None):
         return f"{ENVIRONMENT}{found}"
-    path, _ = split_config(argv)
+    path = config_file(cls, argv)
     return f"{'.'.join(loc)} in {path}" if path else name
 
 

@@ -9,6 +9,7 @@ After its end the line starts another attempt, which does what is left or repeat
 Exit codes are the command's own; 130 for a job that was stopped.
 """
 
+import datetime
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -64,6 +65,8 @@ class Entrypoint:
 
 class SubmitConfig(JobConfig):
     """Run a command as a job of a Ray cluster: `submit [settings] COMMAND …`; or status, logs, stop."""
+
+    config_variable: ClassVar[str | None] = None  # the file that it names is the command's
 
     job: CliPositionalArg[list[str]]
     """The command and its settings; or `status`, `logs`, `stop` and a submission id."""
@@ -156,7 +159,7 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
     """
     settings = parse_command(command, argv)
     variables = {
-        ENVIRONMENT + name.upper(): value if isinstance(value, str) else json.dumps(value)
+        ENVIRONMENT + name.upper(): as_variable(value)
         for name, value in given_settings(type(settings), argv).items()
         if name != "config" and value is not None
     }
@@ -174,6 +177,11 @@ def submission(config: SubmitConfig, command: str, argv: Sequence[str]) -> Submi
         resources=config.entrypoint.keywords(),
         settings=digest(identity(settings)),
     )
+
+
+def as_variable(value: Any) -> str:
+    """A setting as a variable of the environment; YAML makes a date of `2026-01-01`."""
+    return str(value) if isinstance(value, str | datetime.date) else json.dumps(value, default=str)
 
 
 def parse_command(command: str, argv: Sequence[str]) -> JobConfig:

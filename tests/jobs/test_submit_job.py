@@ -52,6 +52,20 @@ def test_settings_of_the_file_and_the_environment_travel_with_the_job(
     assert "IAB_VISION_CONFIG" not in variables
 
 
+@pytest.mark.parametrize("date", ["2026-01-01", "'2026-01-01'"])
+def test_the_file_of_the_variable_is_the_commands_and_its_dates_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, date: str
+) -> None:
+    (tmp_path / "n.yaml").write_text(f"date: {date}\ninventory: in.csv\nbundle: b\ntable: s3://b/n\n")
+    monkeypatch.setenv("IAB_VISION_CONFIG", str(tmp_path / "n.yaml"))
+    sent = job("nightly")
+    monkeypatch.delenv("IAB_VISION_CONFIG")
+    for name, value in sent.runtime_env["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    assert sent.base_id == base_id("nightly", parse_command("nightly", []))
+    assert sent.base_id.startswith("iab-vision-nightly-2026-01-01-")
+
+
 def test_a_job_started_with_these_variables_gets_the_same_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
