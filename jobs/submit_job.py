@@ -229,7 +229,7 @@ def watch(jobs: RayJobs, name: str) -> int:
         details = jobs.follow(name)
     except Stopped as stopped:
         if str(stopped) == "SIGINT" and wants_stop(name):
-            return stop(jobs, name) or ray_jobs.STOPPED
+            return report_end(stopped_job(jobs, name))  # it may have ended by itself meanwhile
         raise JobFailed(
             f"{name} runs on; the same command attaches to it, `iab-vision submit stop {name}` stops it"
         ) from None
@@ -238,8 +238,12 @@ def watch(jobs: RayJobs, name: str) -> int:
 
 def wants_stop(name: str) -> bool:
     """Whether the person at the terminal wants the job stopped; no, where there is no terminal."""
-    question = f"\nStop {name} on the cluster, too? [y/N] "
-    return sys.stdin.isatty() and input(question).strip().lower() in ("y", "yes")
+    if not sys.stdin.isatty():
+        return False
+    try:
+        return input(f"\nStop {name} on the cluster, too? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def report_end(details: Any) -> int:
@@ -254,9 +258,15 @@ def report_end(details: Any) -> int:
 
 def stop(jobs: RayJobs, name: str) -> int:
     """Stop a job and wait until it has recorded its work and ended."""
+    stopped_job(jobs, name)
+    return 0
+
+
+def stopped_job(jobs: RayJobs, name: str) -> Any:
+    """A job's details after its end, which is asked for and printed."""
     details = jobs.stop(name)
     print(f"{name}: {details.status}")
-    return 0
+    return details
 
 
 def show(jobs: Sequence[Any]) -> int:

@@ -1,7 +1,10 @@
 """What `submit` sends to the cluster, and how a job's end becomes an exit code."""
 
+import io
 import itertools
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import cli, ray_jobs
+from jobs.signals import handlers_kept
 from jobs.submit_job import SubmitConfig, base_id, parse_command, submission
 from tests.builders.flaky_proxy import FlakyProxy
 from tests.builders.job_server import VERSION, JobServer, Reply
@@ -101,7 +105,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
     """A job server that no test needs to wait a second for."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # put back afterwards: `submit` sets it
     monkeypatch.setattr(ray_jobs, "POLL_S", 0.05)
-    with JobServer() as server:
+    with handlers_kept(), JobServer() as server:
         yield server
 
 
@@ -215,6 +219,54 @@ def test_a_log_that_fails_once_at_the_end_is_read_again(
     server.logs = answer
     assert submit(server, "classify", *REQUIRED) == 0
     assert capsys.readouterr().out == "all of it\n"
+
+
+def interrupt(server: JobServer, *, then: Callable[[str], None] = lambda name: None) -> None:
+    """Have this process interrupted, as by Ctrl-C, while it follows a job; and something done at once."""
+
+    def answer(name: str) -> Reply:
+        then(name)
+        os.kill(os.getpid(), signal.SIGINT)
+        return 200, {"logs": ""}
+
+    server.logs = answer
+
+
+def type_at_terminal(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    """Standard input is a terminal, at which this is typed; Ctrl-D without a word ends it."""
+    terminal = io.StringIO(typed)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+
+
+@pytest.mark.parametrize("typed", ["n\n", "\n", ""])
+def test_an_interrupted_submitter_leaves_the_job_unless_it_is_told_to_stop_it(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str
+) -> None:
+    type_at_terminal(monkeypatch, typed)
+    interrupt(server)
+    assert submit(server, "classify", *REQUIRED) == 1
+    printed = capsys.readouterr()
+    assert "Stop iab-vision-classify-" in printed.out and "runs on" in printed.err
+    assert [job["status"] for job in server.jobs.values()] == ["RUNNING"]
+
+
+def test_an_interrupted_submitter_stops_the_job_when_told_to(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_at_terminal(monkeypatch, "y\n")
+    interrupt(server)
+    assert submit(server, "classify", *REQUIRED) == 130
+    assert [job["status"] for job in server.jobs.values()] == ["STOPPED"]
+
+
+@pytest.mark.parametrize(("status", "code"), [("SUCCEEDED", 0), ("FAILED", 3)])
+def test_a_job_that_ended_before_it_could_be_stopped_keeps_its_exit_code(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    type_at_terminal(monkeypatch, "y\n")
+    interrupt(server, then=lambda name: server.end(name, status, code))
+    assert submit(server, "classify", *REQUIRED) == code
 
 
 NIGHT = ("nightly", "--inventory", "in.csv", "--bundle", "b", "--table", "s3://b/n", "--date", "2026-01-01")
