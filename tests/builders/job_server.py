@@ -1,6 +1,7 @@
 """An HTTP server that answers as Ray's job server does, for jobs whose states and faults a test sets."""
 
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,11 +25,14 @@ class JobServer:
     """The answer to a request for a job's log."""
     faults: list[Reply] = field(default_factory=list)
     """Answers to the next requests, whatever they ask."""
+    tls: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if self.tls:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if self.tls else 'http'}://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
