@@ -199,8 +199,9 @@ def log_unpublished(found: Calibrated, taxonomy: Taxonomy, rule: ThresholdRule) 
 def _seen_in_validation(found: Calibrated, taxonomy: Taxonomy) -> set[str]:
     """Ids of the categories that some validation image has, itself or by a class below."""
     rollup = taxonomy.rollup(found.spec.class_ids)
-    present = indicator(found.scored[splits.VALIDATION].targets, len(found.spec.class_ids)).any(axis=0)
-    seen = rollup.apply(present[None].astype(np.float32), multi_label=True)[0] > 0
+    targets_nc = indicator(found.scored[splits.VALIDATION].targets, len(found.spec.class_ids))
+    present_1c = targets_nc.max(axis=0, keepdims=True).astype(np.float32)
+    seen = rollup.apply(present_1c, multi_label=True).ravel() > 0
     return {one for one, has_images in zip(rollup.ids, seen, strict=True) if has_images}
 
 
