@@ -201,7 +201,7 @@ def _seen_in_validation(found: Calibrated, taxonomy: Taxonomy) -> set[str]:
     rollup = taxonomy.rollup(found.spec.class_ids)
     targets_nc = indicator(found.scored[splits.VALIDATION].targets, len(found.spec.class_ids))
     present_1c = targets_nc.max(axis=0, keepdims=True).astype(np.float32)
-    seen = rollup.apply(present_1c, multi_label=True).ravel() > 0
+    seen = np.ravel(rollup.apply(present_1c, multi_label=True)) > 0
     return {one for one, has_images in zip(rollup.ids, seen, strict=True) if has_images}
 
 
