@@ -3,14 +3,13 @@
 A config is unpacked at the border: nothing below `jobs` ever sees one. How they are read is `settings.py`'s.
 """
 
-import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import CliPositionalArg
 
-from jobs.settings import Folder, JobConfig, Location, field_of, flags_of, locate, refuse_file
+from jobs.settings import Date, Folder, JobConfig, Location, field_of, flags_of, locate, refuse_file
 from pipelines.classify.settings import ErrorBudget, Passes, Workers
 from pipelines.datasets.settings import DataSettings, ImageCache
 from pipelines.fetch.settings import FetchLimits
@@ -151,8 +150,8 @@ class NightlyConfig(ClassificationConfig):
 
     table: Folder
     """Folder for `images/run_date=DATE/` and `state/run_date=DATE/`."""
-    date: datetime.date
-    """The night, `YYYY-MM-DD`; a published one is not made again."""
+    date: Date
+    """The night, `YYYY-MM-DD`, tomorrow (UTC) at the latest; a published one is not made again."""
     replace: bool = False
     """Publish the date again, as another generation: with another inventory or bundle, or after a refusal."""
     keep_failures: int = Field(default=7, ge=0)

@@ -20,7 +20,7 @@ from pipelines.ledger.takeover import hold_run, wait_for_previous
 from pipelines.messages import InputError, JobFailed, Refused, redact, suggestion
 from pipelines.nights import night as nights
 from pipelines.nights import reporting
-from pipelines.nights.folders import DateFolders
+from pipelines.nights.folders import DateFolders, latest_date
 from pipelines.nights.night import NightRun
 from pipelines.nights.page import REPORT_HTML
 from pipelines.nights.settings import ReportSettings
@@ -31,6 +31,7 @@ def run(config: NightlyConfig) -> int:
     """Publish the date, or repeat what became of it."""
     with explain_failures():
         folders = DateFolders(open_storage(config.table).uri, config.date)
+        check_date(folders)
         verdict = None if config.replace or config.retry_failed else nights.read_verdict(folders)
         if verdict and reporting.has_page(folders.root, verdict["generation"]):
             show(verdict["line"], folders)
@@ -39,6 +40,15 @@ def run(config: NightlyConfig) -> int:
         refuse_unknown_columns(night, config)
         with hold_run(night.run.ledger, night.run.state, take_over=config.take_over):
             return carry_out(night, config)
+
+
+def check_date(folders: DateFolders) -> None:
+    """Refuse a date that is not yet: `prune` would count from it. Raises InputError."""
+    if folders.date > (latest := latest_date()):
+        raise InputError(
+            f"--date {folders.date} is later than {latest}, tomorrow by UTC and this machine's clock; "
+            "give the date of the night"
+        )
 
 
 def prepare(config: NightlyConfig, folders: DateFolders) -> NightRun:

@@ -6,6 +6,7 @@ Nothing here imports a heavy library.
 
 import argparse
 import copy
+import datetime
 import json
 import os
 import re
@@ -58,6 +59,17 @@ def refuse_file(uri: str) -> str:
 
 
 Folder = Annotated[str, pydantic.AfterValidator(refuse_file)]
+
+
+def refuse_other_dates(given: object) -> object:
+    """Text must be `YYYY-MM-DD`: raises ValueError for the seconds and times that pydantic takes too."""
+    is_date = isinstance(given, datetime.date) and not isinstance(given, datetime.datetime)
+    if is_date or (isinstance(given, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", given, re.ASCII)):
+        return given
+    raise ValueError(f"{given} is no date; write it as YYYY-MM-DD, such as 2026-11-21")
+
+
+Date = Annotated[datetime.date, pydantic.BeforeValidator(refuse_other_dates)]
 
 
 def field_of(spec: type, name: str) -> Any:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from pipelines.ledger.layout import SUCCESS, decode_manifest
@@ -75,6 +75,11 @@ class DateFolders:
         replacing = {int(found[1]) for path in paths if (found := _RUN.fullmatch(path))}
         first = {1} if any(path.startswith(("plan/", "ledger/")) for path in paths) else set()
         return sorted(first | replacing)
+
+
+def latest_date() -> date:
+    """The latest date that a night may have: tomorrow by UTC, which is today in the far east."""
+    return datetime.now(UTC).date() + timedelta(days=1)
 
 
 def find_nights(table_uri: str, *, until: date | None = None) -> list[Night]:

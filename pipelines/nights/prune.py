@@ -14,7 +14,7 @@ from pipelines.inventory.plan import PLAN_JSON, open_plan
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.layout import SUCCESS
 from pipelines.messages import InputError, redact
-from pipelines.nights.folders import DateFolders, find_nights, list_dates
+from pipelines.nights.folders import DateFolders, find_nights, latest_date, list_dates
 from pipelines.nights.night import read_ledger
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import is_local, local_path
@@ -47,15 +47,25 @@ class Removal:
 def find_removals(table_uri: str, *, keep_days: int) -> list[Removal]:
     """The published dates that are more than so many days older than the newest one, in order.
 
+    A date that is not yet, of a mistyped year, does not count as the newest one.
+
     Raises:
         InputError: there is no table of nights.
     """
     nights, begun = find_nights(table_uri), list_dates(table_uri)
     if not begun:
         raise InputError(f"{redact(table_uri)} holds no night; give the folder that was --table of `nightly`")
-    if not nights:
+    latest = latest_date()
+    for night in nights:
+        if night.date > latest:
+            log.warning(
+                "%s is in the future and not counted from; if it is a mistake, remove %s and %s",
+                night.date, redact(night.table.uri), redact(DateFolders(table_uri, night.date).root.uri),
+            )  # fmt: skip
+    made = [night.date for night in nights if night.date <= latest]
+    if not made:
         return []
-    oldest = nights[-1].date - timedelta(days=keep_days)
+    oldest = made[-1] - timedelta(days=keep_days)
     found = (_describe(table_uri, day) for day in begun if day < oldest)
     return [removal for removal in found if removal]
 

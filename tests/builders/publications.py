@@ -29,7 +29,8 @@ from tests.builders.made_up_night import publish_made_up_night
 IMAGES = 300
 ROWS_PER_FILE = 50
 """So few that every publication has several files."""
-FIRST = date(2026, 11, 1)
+FIRST = date(2026, 1, 1)
+"""Early enough that no later date of many rounds is in the future."""
 STEPS = 90
 """What a publication has, about: the beginning and the end of each write."""
 REPLACED = 4

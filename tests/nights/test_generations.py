@@ -5,7 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from jobs import run_nightly
 from jobs.cli import main, parse
 from pipelines.ledger.ledger import Ledger
 from pipelines.nights import night as nights_of_a_date
-from pipelines.nights.folders import DateFolders
+from pipelines.nights.folders import DateFolders, latest_date
 from pipelines.storage.local import LocalStorage
 from tests.builders.etag_server import EtagServer
 from tests.builders.fault_server import FaultServer
+from tests.builders.made_up_night import publish_made_up_night
 from tests.nights.conftest import Nights, picture
 
 FIRST, SECOND, THIRD = "2026-11-19", "2026-11-20", "2026-11-21"
@@ -188,10 +189,30 @@ def test_a_late_date_is_made_from_the_nights_before_it(three: Nights) -> None:
     assert set(three.carried(SECOND).values()) == {FIRST}
 
 
-@pytest.mark.parametrize("day", ["2026-13-01", "yesterday", "20261121T"])
+@pytest.mark.parametrize(
+    "day", ["2026-13-01", "yesterday", "20261121T", "20261121", "1763683200", "2026-11-21T00:00:00"]
+)
 def test_a_date_that_is_none_is_wrong_input(three: Nights, day: str, capsys) -> None:
     assert three.make(day) == 2
     assert "--date" in capsys.readouterr().err
+
+
+def test_a_mistyped_year_is_wrong_input_that_names_the_latest_date(three: Nights, capsys) -> None:
+    wrong = latest_date() + timedelta(days=1)
+    assert three.make(str(wrong)) == 2
+    said = capsys.readouterr().err
+    assert f"--date {wrong}" in said and f"{latest_date()}" in said
+    assert not three.table.exists()
+
+
+def test_prune_does_not_count_from_a_date_in_the_future(three: Nights, caplog) -> None:
+    wrong = latest_date() + timedelta(days=365)
+    inventory = three.folder / "inventory.parquet"
+    for day in (date.fromisoformat(FIRST), date.fromisoformat(SECOND), wrong):
+        publish_made_up_night(inventory, three.bundle, three.table, day)
+    assert main(["prune", str(three.table), "--keep-days", "28"]) == 0
+    assert f"{wrong} is in the future" in caplog.text
+    assert [len(three.rows(day)) for day in (FIRST, SECOND, str(wrong))] == [5, 5, 5]
 
 
 class Crash(BaseException):
