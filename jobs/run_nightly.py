@@ -43,11 +43,15 @@ def run(config: NightlyConfig) -> int:
 
 
 def check_date(folders: DateFolders) -> None:
-    """Refuse a date that is not yet: `prune` would count from it. Raises InputError."""
+    """Refuse a date that is not yet, or that is being removed. Raises InputError."""
     if folders.date > (latest := latest_date()):
         raise InputError(
             f"--date {folders.date} is later than {latest}, tomorrow by UTC and this machine's clock; "
             "give the date of the night"
+        )
+    if folders.is_removing():
+        raise InputError(
+            f"{folders.date} is being removed from {redact(folders.table_uri)}; let `prune` finish first"
         )
 
 

@@ -3,6 +3,7 @@
     TABLE/images/run_date=D/      the files of a night, `_SUCCESS` last
     TABLE/state/run_date=D/       the run that made it; its reports, verdict.json
     TABLE/state/run_date=D/g2/    the run that replaced it from generation 2 on, if one did
+    TABLE/state/run_date=D/removing.json    the date is being removed, and is not there for any reader
 
 Readers look at `images/` only. What is said here of a night comes from its `_SUCCESS` and its `run.json`.
 """
@@ -20,10 +21,11 @@ from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import join
 
 IMAGES, STATE = "images", "state"
+REMOVING = "removing.json"
 RESULT_KEY = ("model_id", "precision", "top_k", "max_pixels", "max_side")
 """What decides a result besides the image's bytes: only results of equal settings are carried over."""
 _MARKER = re.compile(rf"run_date=(\d{{4}}-\d\d-\d\d)/{SUCCESS}")
-_DATE = re.compile(r"run_date=(\d{4}-\d\d-\d\d)/")
+_DATE = re.compile(r"run_date=(\d{4}-\d\d-\d\d)/(.+)")
 _RUN = re.compile(r"g(\d+)/.*")
 
 
@@ -69,6 +71,10 @@ class DateFolders:
         root = self.root
         return root if first_generation == 1 else open_storage(join(root.uri, f"g{first_generation}"))
 
+    def is_removing(self) -> bool:
+        """Whether a removal of the date was begun and is not finished."""
+        return self.root.exists(REMOVING)
+
     def runs(self) -> list[int]:
         """The first generations of the runs that were begun, in order."""
         paths = [entry.path for entry in self.root.list()]
@@ -87,14 +93,27 @@ def find_nights(table_uri: str, *, until: date | None = None) -> list[Night]:
     images = open_storage(join(table_uri, IMAGES))
     found = (_MARKER.fullmatch(entry.path) for entry in images.list())
     dates = sorted(date.fromisoformat(marker[1]) for marker in found if marker)
-    return [_read_night(DateFolders(table_uri, day)) for day in dates if until is None or day <= until]
+    nights = (DateFolders(table_uri, day) for day in dates if until is None or day <= until)
+    return [_read_night(folders) for folders in nights if not folders.is_removing()]
 
 
 def list_dates(table_uri: str) -> list[date]:
-    """The dates that were begun or published, in order."""
-    state = open_storage(join(table_uri, STATE))
-    found = {path[1] for entry in state.list() if (path := _DATE.match(entry.path))}
-    return sorted(date.fromisoformat(day) for day in found)
+    """The dates that were begun or published and are not being removed, in order."""
+    there, removing = _list_state(table_uri)
+    return sorted(there - removing)
+
+
+def list_removing(table_uri: str) -> list[date]:
+    """The dates whose removal was begun and is not finished, in order."""
+    _, removing = _list_state(table_uri)
+    return sorted(removing)
+
+
+def _list_state(table_uri: str) -> tuple[set[date], set[date]]:
+    """The dates that have a state, and those of them that are being removed."""
+    found = [_DATE.match(entry.path) for entry in open_storage(join(table_uri, STATE)).list()]
+    paths = [(date.fromisoformat(path[1]), path[2]) for path in found if path]
+    return {day for day, _ in paths}, {day for day, name in paths if name == REMOVING}
 
 
 def _read_night(folders: DateFolders) -> Night:

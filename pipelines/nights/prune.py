@@ -1,9 +1,11 @@
 """Removes the oldest dates of a table, file by file as their ledgers list them, and nothing else.
 
-`_SUCCESS` goes first, so that no reader takes a half removed date for whole, and the ledger last, so that a
-removal that was interrupted is finished by the next one. What no ledger lists stays and is named.
+What goes is written down first, as `removing.json` in the date's state: from then on the date is not there
+for nights and `verify`, and the next removal finishes one that was interrupted by that list. `_SUCCESS` goes
+before the files that it lists, and `removing.json` last. What no ledger lists stays and is named.
 """
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -14,7 +16,14 @@ from pipelines.inventory.plan import PLAN_JSON, open_plan
 from pipelines.ledger.entries import Phase
 from pipelines.ledger.layout import SUCCESS
 from pipelines.messages import InputError, redact
-from pipelines.nights.folders import DateFolders, find_nights, latest_date, list_dates
+from pipelines.nights.folders import (
+    REMOVING,
+    DateFolders,
+    find_nights,
+    latest_date,
+    list_dates,
+    list_removing,
+)
 from pipelines.nights.night import read_ledger
 from pipelines.storage.storage import Storage
 from pipelines.storage.uris import is_local, local_path
@@ -24,10 +33,9 @@ log = logging.getLogger(__name__)
 OWN = re.compile(
     r"known/[\w.-]+|counts\.json|driver\.json|openlineage\.json|report\.(json|html)|hosts\.json"
     r"|validators\.parquet|verdict\.json"
-    r"|categories\.parquet|pages/.+|gallery/.+"
+    r"|categories\.parquet|pages/.+|gallery/.+|run\.json|ledger/\d+\.json"
 )
-"""What a night leaves in its state in addition to plan and ledger; each name has one meaning there."""
-LAST = re.compile(r"run\.json|ledger/\d+\.json")
+"""What a night leaves in its state in addition to the plan; each name has one meaning there."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,9 @@ class Removal:
 
     folders: DateFolders
     table: tuple[str, ...]
-    """Files of the table, `_SUCCESS` first."""
+    """Files of the table."""
     state: tuple[str, ...]
-    """Files below the date's state, ledgers last."""
+    """Files below the date's state."""
     kept: tuple[str, ...]
     """Files that are there and in no list."""
     n_bytes: int
@@ -47,13 +55,15 @@ class Removal:
 def find_removals(table_uri: str, *, keep_days: int) -> list[Removal]:
     """The published dates that are more than so many days older than the newest one, in order.
 
-    A date that is not yet, of a mistyped year, does not count as the newest one.
+    Those whose removal was interrupted come first. A date that is not yet, of a mistyped year, does not count
+    as the newest one.
 
     Raises:
         InputError: there is no table of nights.
     """
     nights, begun = find_nights(table_uri), list_dates(table_uri)
-    if not begun:
+    interrupted = [_resume(DateFolders(table_uri, day)) for day in list_removing(table_uri)]
+    if not begun and not interrupted:
         raise InputError(f"{redact(table_uri)} holds no night; give the folder that was --table of `nightly`")
     latest = latest_date()
     for night in nights:
@@ -64,10 +74,16 @@ def find_removals(table_uri: str, *, keep_days: int) -> list[Removal]:
             )  # fmt: skip
     made = [night.date for night in nights if night.date <= latest]
     if not made:
-        return []
+        return interrupted
     oldest = made[-1] - timedelta(days=keep_days)
     found = (_describe(table_uri, day) for day in begun if day < oldest)
-    return [removal for removal in found if removal]
+    return interrupted + [removal for removal in found if removal]
+
+
+def _resume(folders: DateFolders) -> Removal:
+    """What is left of a removal that was interrupted."""
+    listed = json.loads(folders.root.read(REMOVING))
+    return _find_files(folders, set(listed["table"]), set(listed["state"]))
 
 
 def _describe(table_uri: str, day: date) -> Removal | None:
@@ -85,13 +101,17 @@ def _describe(table_uri: str, day: date) -> Removal | None:
             listed |= set(ledger.state.files)
             state |= {prefix + part.path for part in ledger.state.parts}  # of a run that was replaced
         state |= _list_run(folders.run(first), prefix)
+    return _find_files(folders, {SUCCESS, *listed}, state)
+
+
+def _find_files(folders: DateFolders, table: set[str], state: set[str]) -> Removal:
+    """The listed files that are there, and those that are there and not listed."""
     there = {entry.path: entry.size for entry in folders.images.list()}
-    below = {entry.path: entry.size for entry in folders.root.list()}
-    table = [name for name in (SUCCESS, *sorted(listed)) if name in there]
-    ordered = sorted(state & below.keys(), key=lambda path: (_is_last(path), path))
-    kept = [*(there.keys() - set(table)), *(below.keys() - set(ordered))]
-    n_bytes = sum(there[name] for name in table) + sum(below[path] for path in ordered)
-    return Removal(folders, tuple(table), tuple(ordered), tuple(sorted(kept)), n_bytes)
+    below = {entry.path: entry.size for entry in folders.root.list() if entry.path != REMOVING}
+    kept = sorted([*(there.keys() - table), *(below.keys() - state)])
+    table, state = table & there.keys(), state & below.keys()
+    n_bytes = sum(there[name] for name in table) + sum(below[path] for path in state)
+    return Removal(folders, tuple(sorted(table)), tuple(sorted(state)), tuple(kept), n_bytes)
 
 
 def _list_run(state: Storage, prefix: str) -> set[str]:
@@ -99,24 +119,27 @@ def _list_run(state: Storage, prefix: str) -> set[str]:
     planned = (
         {file.path for file in open_plan(state).files} | {PLAN_JSON} if state.exists(PLAN_JSON) else set()
     )
-    named = {entry.path for entry in state.list() if OWN.fullmatch(entry.path) or LAST.fullmatch(entry.path)}
+    named = {entry.path for entry in state.list() if OWN.fullmatch(entry.path)}
     return {prefix + path for path in planned | named}
 
 
-def _is_last(path: str) -> bool:
-    return LAST.fullmatch(re.sub(r"^g\d+/", "", path)) is not None
-
-
 def remove(removals: Sequence[Removal]) -> None:
-    """Remove what is listed."""
+    """Remove what is listed, so that a removal which ends anywhere is finished by the next one."""
     for removal in removals:
-        for storage, paths in (
-            (removal.folders.images, removal.table),
-            (removal.folders.root, removal.state),
-        ):
-            for path in paths:
-                storage.delete(path)
-            _remove_empty_folders(storage)
+        images, root = removal.folders.images, removal.folders.root
+        listed = {"table": removal.table, "state": removal.state}
+        root.put(REMOVING, json.dumps(listed, indent=1).encode())
+        images.delete(SUCCESS)
+        _delete(images, removal.table)
+        _delete(root, removal.state)
+        root.delete(REMOVING)
+        _remove_empty_folders(root)
+
+
+def _delete(storage: Storage, paths: Sequence[str]) -> None:
+    if paths:
+        storage.delete(*paths)
+    _remove_empty_folders(storage)
 
 
 def _remove_empty_folders(storage: Storage) -> None:

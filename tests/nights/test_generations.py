@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow.dataset as pads
 import pytest
 
-from jobs import run_nightly
+from jobs import prune_table, run_nightly
 from jobs.cli import main, parse
 from pipelines.ledger.ledger import Ledger
 from pipelines.nights import night as nights_of_a_date
@@ -352,6 +352,77 @@ def test_an_unfinished_run_of_another_inventory_is_replaced_and_pruned_with_its_
     assert three.make(FIRST) == 0
     assert main(["prune", str(three.table), "--keep-days", "28"]) == 0
     assert not [path for path in three.table.rglob("*") if old in str(path)]
+
+
+def prune_until(monkeypatch: pytest.MonkeyPatch, table: Path, number: int) -> int | None:
+    """Prune, and die before the n-th file is written or deleted; the exit code, None after a death."""
+    done, put, delete = 0, LocalStorage.put, LocalStorage.delete
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if done == number:
+            raise Crash
+
+    def counting_put(self: LocalStorage, path: str, payload: bytes) -> None:
+        count()
+        put(self, path, payload)
+
+    def counting_delete(self: LocalStorage, *paths: str) -> None:
+        for path in paths:
+            count()
+            delete(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStorage, "put", counting_put)
+        patched.setattr(LocalStorage, "delete", counting_delete)
+        try:
+            return prune_table.run(parse("prune", [str(table), "--keep-days", "28"]))
+        except Crash:
+            return None
+
+
+@pytest.mark.slow
+def test_a_prune_killed_at_any_file_is_finished_by_the_next_one(
+    three: Nights, server: EtagServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced, old = "2026-09-01", "2026-10-01"
+    with monkeypatch.context() as patched:
+        patched.setattr(run_nightly.nights, "publish_night", crash)
+        with pytest.raises(Crash):
+            make_here(three, replaced)
+    three.list_images([server.url("/0.png")])
+    assert three.make(replaced, "--replace") == 0  # of two runs, the first is not finished
+    for day in (old, FIRST):
+        assert three.make(day) == 0
+    original = three.folder / "original"
+    shutil.copytree(three.table, original)
+    for number in range(1, 1000):
+        shutil.rmtree(three.table)
+        shutil.copytree(original, three.table)
+        if prune_until(monkeypatch, three.table, number) == 0:
+            break
+        for day in (replaced, old):
+            found = read_generation(three.table / "images" / f"run_date={day}")
+            assert found in (None, (2, 1) if day == replaced else (1, 1)), number
+        assert prune_until(monkeypatch, three.table, 0) == 0, number
+        assert [path.name for path in (three.table / "images").iterdir()] == [f"run_date={FIRST}"], number
+        assert [path.name for path in (three.table / "state").iterdir()] == [f"run_date={FIRST}"], number
+    assert number > 20
+    assert main(["verify", str(three.table)]) == 0
+
+
+def test_a_date_that_is_being_removed_is_there_for_nobody(three: Nights, capsys) -> None:
+    old = "2026-10-01"
+    for day in (old, FIRST):
+        assert three.make(day) == 0
+    (three.table / "state" / f"run_date={old}" / "removing.json").write_text('{"table": [], "state": []}')
+    assert three.make(old) == 2
+    assert "`prune`" in capsys.readouterr().err
+    assert main(["verify", str(three.table)]) == 0
+    assert old not in capsys.readouterr().out
+    assert three.make(SECOND) == 0
+    assert set(three.carried(SECOND).values()) == {old}, "the rows of the first night say so themselves"
 
 
 def crash(*_: object, **__: object) -> None:
