@@ -9,18 +9,25 @@ Readers look at `images/` only. What is said here of a night comes from its `_SU
 """
 
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import cache
 from typing import Any
 
 from pipelines.ledger.layout import SUCCESS, decode_manifest
 from pipelines.ledger.ledger import RUN_JSON
+from pipelines.messages import InputError, first_line, redact
 from pipelines.storage.storage import Storage, open_storage
 from pipelines.storage.uris import join
 
+log = logging.getLogger(__name__)
+
 IMAGES, STATE = "images", "state"
+WRONG_CONTENT = (ValueError, KeyError, TypeError, FileNotFoundError)
+"""What reading a file raises that is gone, empty, or of another program."""
 REMOVING = "removing.json"
 RESULT_KEY = ("model_id", "precision", "top_k", "max_pixels", "max_side")
 """What decides a result besides the image's bytes: only results of equal settings are carried over."""
@@ -89,12 +96,32 @@ def latest_date() -> date:
 
 
 def find_nights(table_uri: str, *, until: date | None = None) -> list[Night]:
-    """The published nights by date, up to and including one."""
+    """The published nights by date; a folder that is no night is left out with a warning.
+
+    Args:
+        until: tonight, the last date to look for.
+
+    Raises:
+        InputError: tonight's own folder is there and is no night.
+    """
+    nights = []
+    for day in list_published(table_uri):
+        if until is None or day <= until:
+            try:
+                nights.append(_read_night(DateFolders(table_uri, day)))
+            except InputError as error:
+                if day == until:
+                    raise
+                _warn_once(f"{error}. It is left out")
+    return nights
+
+
+def list_published(table_uri: str) -> list[date]:
+    """The dates that have a `_SUCCESS` and are not being removed, in order."""
     images = open_storage(join(table_uri, IMAGES))
     found = (_MARKER.fullmatch(entry.path) for entry in images.list())
-    dates = sorted(date.fromisoformat(marker[1]) for marker in found if marker)
-    nights = (DateFolders(table_uri, day) for day in dates if until is None or day <= until)
-    return [_read_night(folders) for folders in nights if not folders.is_removing()]
+    dates = _read_dates(images, {marker[1] for marker in found if marker})
+    return sorted(day for day in dates.values() if not DateFolders(table_uri, day).is_removing())
 
 
 def list_dates(table_uri: str) -> list[date]:
@@ -111,24 +138,51 @@ def list_removing(table_uri: str) -> list[date]:
 
 def _list_state(table_uri: str) -> tuple[set[date], set[date]]:
     """The dates that have a state, and those of them that are being removed."""
-    found = [_DATE.match(entry.path) for entry in open_storage(join(table_uri, STATE)).list()]
-    paths = [(date.fromisoformat(path[1]), path[2]) for path in found if path]
-    return {day for day, _ in paths}, {day for day, name in paths if name == REMOVING}
+    state = open_storage(join(table_uri, STATE))
+    found = [path for entry in state.list() if (path := _DATE.match(entry.path))]
+    dates = _read_dates(state, {path[1] for path in found})
+    removing = {dates[path[1]] for path in found if path[1] in dates and path[2] == REMOVING}
+    return set(dates.values()), removing
+
+
+def _read_dates(folder: Storage, texts: Iterable[str]) -> dict[str, date]:
+    """The dates that folders are named for; one such as 2026-13-45 is left out with a warning."""
+    dates = {}
+    for text in texts:
+        try:
+            dates[text] = date.fromisoformat(text)
+        except ValueError as error:
+            _warn_once(
+                f"{redact(folder.uri)}/run_date={text} is no date ({error}): remove it. It is left out"
+            )
+    return dates
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A command looks for the nights several times."""
+    log.warning("%s", message)
 
 
 def _read_night(folders: DateFolders) -> Night:
-    manifest = decode_manifest(folders.images.read(SUCCESS))
-    first = max(run for run in folders.runs() if run <= manifest["generation"])
-    state = folders.run(first)
-    return Night(
-        date=folders.date,
-        table=folders.images,
-        state=state,
-        generation=manifest["generation"],
-        files=tuple(file["name"] for file in manifest["files"]),
-        n_rows=sum(file["rows"] for file in manifest["files"]),
-        identity=json.loads(state.read(RUN_JSON))["identity"],
-    )
+    """The night as its files say. Raises InputError: another program wrote them, or one is lost."""
+    images, root = folders.images, folders.root
+    remedy = f"restore what is missing, or remove {redact(images.uri)} and {redact(root.uri)}"
+    try:
+        manifest = decode_manifest(images.read(SUCCESS))
+        generation = int(manifest["generation"])
+        files = tuple(str(file["name"]) for file in manifest["files"])
+        n_rows = sum(int(file["rows"]) for file in manifest["files"])
+    except WRONG_CONTENT as error:
+        reason = f"its {SUCCESS} does not list files as `nightly` does ({first_line(error)})"
+        raise InputError(f"{redact(images.uri)} is no night: {reason}; {remedy}") from error
+    try:
+        state = folders.run(max(run for run in folders.runs() if run <= generation))
+        identity = json.loads(state.read(RUN_JSON))["identity"]
+    except WRONG_CONTENT as error:
+        reason = f"{redact(root.uri)} does not hold the {RUN_JSON} of generation {generation}"
+        raise InputError(f"{redact(images.uri)} is no night: {reason}; {remedy}") from error
+    return Night(folders.date, images, state, generation, files, n_rows, identity)
 
 
 def find_reusable(nights: Sequence[Night], identity: Mapping[str, Any]) -> list[Night]:

@@ -10,14 +10,15 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import timedelta
 
 from pipelines.inventory.plan import PLAN_JSON, open_plan
-from pipelines.ledger.entries import Phase
+from pipelines.ledger.entries import LedgerDamaged, Phase
 from pipelines.ledger.layout import SUCCESS
-from pipelines.messages import InputError, redact
+from pipelines.messages import InputError, first_line, redact
 from pipelines.nights.folders import (
     REMOVING,
+    WRONG_CONTENT,
     DateFolders,
     find_nights,
     latest_date,
@@ -76,8 +77,20 @@ def find_removals(table_uri: str, *, keep_days: int) -> list[Removal]:
     if not made:
         return interrupted
     oldest = made[-1] - timedelta(days=keep_days)
-    found = (_describe(table_uri, day) for day in begun if day < oldest)
+    found = (_describe_readable(DateFolders(table_uri, day)) for day in begun if day < oldest)
     return interrupted + [removal for removal in found if removal]
+
+
+def _describe_readable(folders: DateFolders) -> Removal | None:
+    """What goes of a date; None, with a warning, if its plan or ledger cannot be read."""
+    try:
+        return _describe(folders)
+    except (InputError, LedgerDamaged, *WRONG_CONTENT) as error:
+        log.warning(
+            "%s is kept: its state cannot be read (%s); restore it, or remove %s and %s",
+            folders.date, first_line(error), redact(folders.images.uri), redact(folders.root.uri),
+        )  # fmt: skip
+        return None
 
 
 def _resume(folders: DateFolders) -> Removal:
@@ -86,16 +99,15 @@ def _resume(folders: DateFolders) -> Removal:
     return _find_files(folders, set(listed["table"]), set(listed["state"]))
 
 
-def _describe(table_uri: str, day: date) -> Removal | None:
+def _describe(folders: DateFolders) -> Removal | None:
     """What goes of a date; None if it was never published."""
-    folders = DateFolders(table_uri, day)
     listed: set[str] = set()
     state: set[str] = set()
     begun = folders.runs()
     for first in begun:
         prefix, ledger = "" if first == 1 else f"g{first}/", read_ledger(folders.run(first))
         if first == begun[-1] and (ledger is None or ledger.state.phase is not Phase.PUBLISHED):
-            log.warning("%s is kept: its last run is not finished", day)
+            log.warning("%s is kept: its last run is not finished", folders.date)
             return None
         if ledger:
             listed |= set(ledger.state.files)

@@ -112,8 +112,8 @@ def read_past(
 ) -> tuple[list[NightCounts], NightCounts | None]:
     """The counts of the trailing nights under this model, and of the last night under any."""
     first = folders.date - timedelta(days=PAST_DAYS)
-    until = folders.date - timedelta(days=1)
-    nights = [one for one in find_nights(folders.table_uri, until=until) if one.date >= first]
+    found = find_nights(folders.table_uri, until=folders.date)
+    nights = [one for one in found if first <= one.date < folders.date]
     counts = [_count_past(one, folders.table_uri, taxonomy, by) for one in nights]
     return [one for one in counts if one.model_id == model_id], counts[-1] if counts else None
 

@@ -425,6 +425,63 @@ def test_a_date_that_is_being_removed_is_there_for_nobody(three: Nights, capsys)
     assert set(three.carried(SECOND).values()) == {old}, "the rows of the first night say so themselves"
 
 
+def leave_empty_marker(images: Path, state: Path) -> None:
+    (images / "_SUCCESS").write_bytes(b"")
+
+
+def leave_other_marker(images: Path, state: Path) -> None:
+    (images / "_SUCCESS").write_bytes(b'["part-0.parquet"]')
+
+
+def lose_state(images: Path, state: Path) -> None:
+    shutil.rmtree(state)
+
+
+def lose_ledger_entry(images: Path, state: Path) -> None:
+    (state / "ledger" / "000001.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [leave_empty_marker, leave_other_marker, lose_state, lose_ledger_entry])
+def test_a_damaged_date_stops_no_other_night_and_no_prune(
+    three: Nights, damage: Callable[[Path, Path], None], caplog
+) -> None:
+    damaged, old = "2026-09-01", "2026-10-01"
+    inventory = three.folder / "inventory.parquet"
+    for day in (damaged, old, FIRST):
+        publish_made_up_night(inventory, three.bundle, three.table, date.fromisoformat(day))
+    images, state = (three.table / room / f"run_date={damaged}" for room in ("images", "state"))
+    damage(images, state)
+    assert three.make(SECOND) == 0
+    assert set(three.carried(SECOND).values()) == {damaged}, "as the night between says"
+    assert main(["verify", str(three.table)]) == 1
+    assert main(["prune", str(three.table), "--keep-days", "28"]) == 0
+    assert not (three.table / "images" / f"run_date={old}").exists()
+    warned = [message for message in caplog.messages if str(images) in message]
+    assert len(warned) == 1 and str(state) in warned[0], warned
+
+
+def test_a_folder_of_no_date_is_named_and_left_out(three: Nights, caplog) -> None:
+    inventory = three.folder / "inventory.parquet"
+    publish_made_up_night(inventory, three.bundle, three.table, date.fromisoformat(FIRST))
+    for room in ("images", "state"):
+        folder = three.table / room / "run_date=2026-13-45"
+        folder.mkdir()
+        (folder / "_SUCCESS").write_text("{}")
+    assert three.make(SECOND) == 0
+    assert main(["prune", str(three.table), "--keep-days", "28"]) == 0
+    assert main(["verify", str(three.table)]) == 0
+    assert len([message for message in caplog.messages if "images/run_date=2026-13-45" in message]) == 1
+
+
+def test_tonights_own_folder_that_is_no_night_is_wrong_input(three: Nights, capsys) -> None:
+    own = three.table / "images" / f"run_date={FIRST}"
+    own.mkdir(parents=True)
+    (own / "_SUCCESS").write_bytes(b"")
+    assert three.make(FIRST) == 2
+    said = capsys.readouterr().err
+    assert str(own) in said and "remove" in said
+
+
 def crash(*_: object, **__: object) -> None:
     raise Crash
 
