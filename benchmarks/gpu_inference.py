@@ -21,6 +21,7 @@ import torch
 
 from export import convert, release, report
 from export.checkpoint import open_checkpoint
+from export.images import OwnImages
 from export.settings import ParitySettings
 from pipelines.bundle.bundle import Bundle, open_bundle
 from pipelines.bundle.providers import gpu_name
@@ -57,7 +58,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or random_vit_base(Path(folder) / "checkpoint")
         bundle = release.export(
-            checkpoint, arguments.images, f"{folder}/bundle", precisions=("fp32", "fp16"), settings=MEASURING
+            checkpoint,
+            OwnImages(arguments.images),
+            f"{folder}/bundle",
+            precisions=("fp32", "fp16"),
+            settings=MEASURING,
         )
         certify(bundle.uri, arguments.images)
         rate = matrix_rate() if torch.cuda.is_available() else math.nan
@@ -84,7 +89,7 @@ def certify(bundle_uri: str, images: str) -> None:
     for precision in PRECISIONS:
         try:
             documents = release.certify(
-                bundle_uri, images, provider="cuda", precisions=(precision,), settings=MEASURING
+                bundle_uri, OwnImages(images), provider="cuda", precisions=(precision,), settings=MEASURING
             )
         except Exception as error:  # whatever it is, the others are measured
             print(f"{precision} on cuda: no certificate: {described(error)}", flush=True)

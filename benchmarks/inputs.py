@@ -41,12 +41,13 @@ VIT_MINIATURE = Vit(image_size=32, patch_size=16, hidden=32, layers=1, heads=2)
 def random_bundle(folder: Path, vit: Vit, *, precisions: Sequence[Precision] = ("fp32",)) -> Path:
     """A certified bundle of a ViT with random weights."""
     from export import release
+    from export.images import OwnImages
 
     drawn_files(folder / "samples", count=64 if "int8" in precisions else 24, size=None)
     bundle = folder / "bundle"
     few = ParitySettings(sample_images=16, min_images=16)
     source, samples = checkpoint(folder / "checkpoint", vit), folder / "samples"
-    release.export(str(source), str(samples), str(bundle), precisions=precisions, settings=few)
+    release.export(str(source), OwnImages(str(samples)), str(bundle), precisions=precisions, settings=few)
     return bundle
 
 

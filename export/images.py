@@ -8,10 +8,11 @@ import hashlib
 import io
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from pipelines.datasets import readers
@@ -37,7 +38,7 @@ from pipelines.training import runs
 HELD_OUT = (VALIDATION, TEST)
 """Splits that training never saw, so accuracy on them means something."""
 DATASET_TABLE = "labels.csv"
-"""A folder that holds this file is a labelled dataset, and the file says which image is what."""
+"""Says which image of its folder is what, where no folders of classes do."""
 DECODE_BATCH = 64
 
 logger = logging.getLogger(__name__)
@@ -73,16 +74,25 @@ class Place:
     """`train`, `validation` or `test`, if the dataset or the model's run says."""
 
 
-def draw(images_uri: str, *, count: int, seed: int, run: str | None = None) -> list[Sample]:
-    """`count` of the images at a URI that can be read: the same ones for the same seed, held-out ones first.
+@dataclass(frozen=True)
+class OwnImages:
+    """The user's images, and how labels are read: unset as in the model's run, if it had this dataset."""
+
+    uri: str
+    columns: Columns | None = None
+    label_map: str | None = None
+
+
+def draw(own: OwnImages, *, count: int, seed: int, run: str | None = None) -> list[Sample]:
+    """`count` of the images that can be read: the same ones for the same seed, held-out ones first.
 
     Args:
         run: folder of the model's run; what it recorded says which images are held out, and its columns.
     """
-    places = find(images_uri, run)
+    places = find(own, run)
     if not places:
         raise InputError(
-            f"{redact(images_uri)} does not exist or holds no image; give a folder, a table or a dataset"
+            f"{redact(own.uri)} does not exist or holds no image; give a folder, a table or a dataset"
         )
     ranked = sorted(places, key=lambda one: (one.split == TRAIN, _draw_key(one, seed)))
     return _read(ranked, count)
@@ -92,63 +102,74 @@ def _draw_key(place: Place, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{place.uri}".encode()).digest()
 
 
-def find(images_uri: str, run: str | None = None) -> list[Place]:
-    """Every image that may be drawn, in the split that the model's run recorded, else that of the dataset."""
+def find(own: OwnImages, run: str | None = None) -> list[Place]:
+    """Every image that may be drawn, in the split that the model's run recorded, else that of the dataset.
+
+    Raises:
+        DatasetError: a table that does not say where its images are, or a label map that does not exist.
+    """
     recorded = (runs.recorded_splits(run) if run else None) or {}
-    return [
-        replace(place, split=recorded.get(redact(place.uri), place.split))
-        for place in _find(absolute(images_uri), *_settings(images_uri, run))
-    ]
-
-
-def _settings(images_uri: str, run: str | None) -> tuple[Columns, str | None]:
-    """Columns and label map that the run was given, if it had this dataset."""
-    recorded = runs.recorded_data_settings(run) if run else None
-    if recorded is None or recorded.uri not in (redact(images_uri), redact(absolute(images_uri))):
-        return Columns(), None
-    return recorded.columns, recorded.label_map
-
-
-def _find(images_uri: str, columns: Columns, label_map: str | None) -> list[Place]:
-    is_table = tables.format_of(images_uri) is not None
-    if not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
-        logger.info("%s: the images and labels are those of its %s", redact(images_uri), DATASET_TABLE)
-        return _find(uris.join(images_uri, DATASET_TABLE), columns, label_map)
-    try:
-        rows, _ = readers.read(images_uri, columns)
-    except DatasetError:  # no labels: the images alone will do
-        return _in_table(images_uri) if is_table else _in_folder(images_uri)
-    labels = rename_labels(rows["labels"].to_pylist(), label_map)
+    columns, label_map = _settings(own, run)
+    found = _read_labelled(absolute(own.uri), columns)
+    labels = rename_labels(found["labels"].to_pylist(), label_map)
     return [
         Place(
             row["uri"],
             tuple(names or ()),
             Source(*(row[name] for name in LOCATION)),
-            ALIASES.get(str(row["split"]).strip().lower()),
+            recorded.get(redact(row["uri"]), ALIASES.get(str(row["split"]).strip().lower())),
         )
-        for row, names in zip(rows.to_pylist(), labels, strict=True)
+        for row, names in zip(found.to_pylist(), labels, strict=True)
     ]
 
 
-def _in_table(table_uri: str) -> list[Place]:
+def _settings(own: OwnImages, run: str | None) -> tuple[Columns, str | None]:
+    """Columns and label map: as given, else as the run was told, if it had this dataset."""
+    columns, label_map = own.columns, own.label_map
+    recorded = runs.recorded_data_settings(run) if run else None
+    if recorded and recorded.uri in (redact(own.uri), redact(absolute(own.uri))):
+        columns, label_map = columns or recorded.columns, label_map or recorded.label_map
+    return columns or Columns(), label_map
+
+
+def _read_labelled(images_uri: str, columns: Columns) -> pa.Table:
+    """The images in the schema FOUND, as `train` reads them; without labels where there are none."""
+    is_table = tables.format_of(images_uri) is not None
+    try:
+        found, _ = readers.read(images_uri, columns)
+        reason = "" if is_table or _has_classes(found) else "its folders name no two classes"
+    except DatasetError as error:
+        found, reason = None, str(error)
+    if reason and not is_table and storage.open_storage(images_uri).exists(DATASET_TABLE):
+        logger.info("%s: the images and labels are those of its %s", redact(images_uri), DATASET_TABLE)
+        return _read_labelled(uris.join(images_uri, DATASET_TABLE), columns)
+    if found is None:
+        found = _in_table(images_uri, columns) if is_table else _in_folder(images_uri)
+        if found.num_rows:
+            logger.info("taken without labels: %s", reason)
+    return found
+
+
+def _has_classes(found: pa.Table) -> bool:
+    """Whether the labels are more than the one folder, or the folders of splits, that the images are in."""
+    labels = {label for names in found["labels"].to_pylist() for label in names or ()}
+    return len({label for label in labels if label.lower() not in ALIASES}) > 1
+
+
+def _in_table(table_uri: str, columns: Columns) -> pa.Table:
+    """Its images without labels; raises DatasetError where it does not say where they are."""
     schema = tables.schema_of([table_uri])
-    column = next((name for name in ("uri", "file") if name in schema.names), None)
-    if column is None:
-        raise InputError(f"{redact(table_uri)} has neither a column uri nor file among {schema.names}")
-    folder, _ = uris.split(table_uri)
-    names = [
-        name
-        for batch in tables.read_batches([table_uri], schema, [column])
-        for name in batch[column].to_pylist()
-    ]
-    return [
-        Place(name if "://" in name or name.startswith("/") else uris.join(folder, name)) for name in names
-    ]
+    wanted = {*readers.FILE_COLUMNS, *readers.parse_template(columns.file), columns.split}
+    raw = readers.read_columns(table_uri, schema, [name for name in schema.names if name in wanted])
+    location = readers.locate(table_uri, schema, raw, columns)
+    split = readers.text_of(raw, columns.split)
+    return readers.make_found(location, [None] * len(location["uri"]), split=split)
 
 
-def _in_folder(folder_uri: str) -> list[Place]:
+def _in_folder(folder_uri: str) -> pa.Table:
     paths = (entry.path for entry in storage.open_storage(folder_uri).list())
-    return [Place(uris.join(folder_uri, path)) for path in filter(is_image_name, paths)]
+    found = [uris.join(folder_uri, path) for path in filter(is_image_name, paths)]
+    return readers.make_found({"uri": found}, [None] * len(found))
 
 
 def targets(samples: Sequence[Sample], class_ids: Sequence[str], taxonomy: Taxonomy) -> np.ndarray:

@@ -7,9 +7,10 @@ it to the output with the certificate of fp32 on cpu last. `certify` adds what a
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow as pa
 from export import card, certificate, checkpoint, convert, images, published, quantize, report
 from export.certificate import Certificates, Reference
 from export.checkpoint import Checkpoint
-from export.images import Sample
+from export.images import OwnImages, Sample
 from export.published import Contract
 from export.quantize import Graph
 from export.reference import Network, torch_reference
@@ -42,12 +43,15 @@ RECOMMENDED_CALIBRATION_IMAGES = 500
 _WITHOUT_EFFECT = {"ray", "numpy", "pyarrow", "obstore"}
 """Libraries that no byte of a model depends on: another version must not change the bundle's `model_id`."""
 
+Draw = Callable[[], tuple[list[Sample], list[Sample]]]
+"""Reads the images to compare, and the further ones."""
+
 logger = logging.getLogger(__name__)
 
 
 def export(
     checkpoint_uri: str,
-    images_uri: str,
+    source: OwnImages,
     output_uri: str,
     *,
     precisions: Sequence[Precision] = ("fp32",),
@@ -65,7 +69,8 @@ def export(
     with tempfile.TemporaryDirectory(prefix="iab-vision-bundle-") as folder:
         with checkpoint.open_checkpoint(checkpoint_uri) as trained:
             run = runs.run_folder(checkpoint_uri)
-            own, further = draw_images(images_uri, settings, calibrating="int8" in precisions, run=run)
+            calibrating = "int8" in precisions
+            own, further = draw_images(source, settings, calibrating=calibrating, run=run)
             logger.info("converting to %s", ", ".join(precisions))
             network = trained.network()
             reference = reference_of_checkpoint(trained, network, own, settings)
@@ -87,7 +92,7 @@ def export(
 
 def certify(
     bundle_uri: str,
-    images_uri: str,
+    source: OwnImages,
     *,
     provider: Provider,
     precisions: Sequence[Precision],
@@ -111,10 +116,12 @@ def certify(
     runtimes = [runtime_spec(settings, provider, name) for name in precisions]
     for runtime in runtimes:
         opened.model_record(runtime.precision)
+    run = runs.run_folder(checkpoint_uri) if checkpoint_uri else None
+    draw = partial(draw_images, source, settings, calibrating=False, run=run)
     if checkpoint_uri is None:
-        reference = _reference_of_bundle(opened, images_uri, settings, runtimes)
+        reference = _reference_of_bundle(opened, draw, settings, runtimes)
     else:
-        reference = _reference_of_run(opened, checkpoint_uri, images_uri, settings)
+        reference = _reference_of_run(opened, checkpoint_uri, draw, settings)
     certificates = measure_all(reference, opened, runtimes)
     certificate.add(opened, certificates)
     refuse_failed(certificates, f"{redact(bundle_uri)}/{certificate.page_path(provider)}")
@@ -122,14 +129,18 @@ def certify(
 
 
 def draw_images(
-    images_uri: str, settings: ParitySettings, *, calibrating: bool, run: str | None = None
+    source: OwnImages,
+    settings: ParitySettings,
+    *,
+    calibrating: bool,
+    run: str | None = None,
 ) -> tuple[list[Sample], list[Sample]]:
     """The images to compare, and further ones to calibrate on: all of them where too few are left.
 
     Images that the model was trained on are compared only where fewer than `min_images` are held out.
     """
     count = settings.sample_images + (settings.calibration_images if calibrating else 0)
-    drawn = images.draw(images_uri, count=count, seed=settings.seed, run=run)
+    drawn = images.draw(source, count=count, seed=settings.seed, run=run)
     held_out = sum(one.split != TRAIN for one in drawn)
     compared = min(settings.sample_images, max(held_out, settings.min_images))
     further = drawn[compared:]
@@ -238,9 +249,7 @@ def _run_reference(
     return reference
 
 
-def _reference_of_run(
-    opened: Bundle, checkpoint_uri: str, images_uri: str, settings: ParitySettings
-) -> Reference:
+def _reference_of_run(opened: Bundle, checkpoint_uri: str, draw: Draw, settings: ParitySettings) -> Reference:
     with checkpoint.open_checkpoint(checkpoint_uri) as trained:
         stated = opened.manifest.source.get("checkpoint_sha256")
         if trained.sha256 != stated:
@@ -248,12 +257,12 @@ def _reference_of_run(
                 f"{trained.source} has sha256 {trained.sha256}, but {redact(opened.uri)} was exported from "
                 f"sha256 {stated}; give that one with --checkpoint, or export this one"
             )
-        own, _ = draw_images(images_uri, settings, calibrating=False, run=runs.run_folder(checkpoint_uri))
+        own, _ = draw()
         return reference_of_checkpoint(trained, trained.network(), own, settings)
 
 
 def _reference_of_bundle(
-    opened: Bundle, images_uri: str, settings: ParitySettings, runtimes: Sequence[RuntimeSpec]
+    opened: Bundle, draw: Draw, settings: ParitySettings, runtimes: Sequence[RuntimeSpec]
 ) -> Reference:
     if any((runtime.provider, runtime.precision) == ("cpu", "fp32") for runtime in runtimes):
         raise InputError(
@@ -262,7 +271,7 @@ def _reference_of_bundle(
         )
     opened.certificate_for("cpu", "fp32")
     candidate = certificate.load_candidate(opened, RuntimeSpec(threads=settings.threads))
-    own, _ = draw_images(images_uri, settings, calibrating=False)
+    own, _ = draw()
     contract = published.contract_of(candidate.spec, opened.taxonomy())
     description = f"model.onnx of {opened.model_id} on cpu, certified against PyTorch"
     return _run_reference(

@@ -12,12 +12,16 @@ from pydantic_settings import CliPositionalArg
 
 from export.settings import ParitySettings
 from jobs.errors import checking_input
-from jobs.settings import JobConfig
+from jobs.settings import JobConfig, flags_of
+from pipelines.datasets.settings import DataSettings
 from pipelines.messages import redact
 from pipelines.specs import Precision, Provider
 
 
-class CertifyConfig(JobConfig):
+class CertifyConfig(
+    flags_of(DataSettings, "label_map", "columns"),  # type: ignore[misc]
+    JobConfig,
+):
     """Measure an existing bundle on a provider of this machine and add the certificate to it."""
 
     bundle: CliPositionalArg[str]
@@ -36,11 +40,14 @@ class CertifyConfig(JobConfig):
 
 def run(config: CertifyConfig) -> int:
     from export import release, report
+    from export.images import OwnImages
 
+    columns = config.columns if "columns" in config.model_fields_set else None
+    source = OwnImages(config.images, columns, config.label_map)
     with checking_input():
         certificates = release.certify(
             config.bundle,
-            config.images,
+            source,
             provider=config.provider,
             precisions=config.precisions,
             settings=config.parity,

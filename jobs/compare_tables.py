@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from export.images import Place, find
+from export.images import OwnImages, Place, find
 from jobs.certificate_gate import require_certificate
 from jobs.config import CompareConfig
 from jobs.errors import checking_input
@@ -70,7 +70,7 @@ def run(config: CompareConfig) -> int:
 
 def list_places(config: CompareConfig) -> list[Place]:
     """The images that `--images` names, in a fixed random order; none without it."""
-    places = find(config.images) if config.images else []
+    places = find(OwnImages(config.images)) if config.images else []
     return sorted(places, key=lambda place: hashlib.sha256(place.uri.encode()).digest())
 
 

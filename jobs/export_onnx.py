@@ -11,12 +11,16 @@ from pydantic import Field
 
 from export.settings import ParitySettings
 from jobs.errors import checking_input
-from jobs.settings import Folder, JobConfig
+from jobs.settings import Folder, JobConfig, flags_of
+from pipelines.datasets.settings import DataSettings
 from pipelines.messages import redact
 from pipelines.specs import Precision
 
 
-class ExportConfig(JobConfig):
+class ExportConfig(
+    flags_of(DataSettings, "label_map", "columns"),  # type: ignore[misc]
+    JobConfig,
+):
     """Turn a checkpoint into an ONNX bundle; exit code 3 and no bundle when it differs from it."""
 
     checkpoint: str
@@ -33,12 +37,15 @@ class ExportConfig(JobConfig):
 
 def run(config: ExportConfig) -> int:
     from export import release, report
+    from export.images import OwnImages
     from pipelines.bundle import categories
 
+    columns = config.columns if "columns" in config.model_fields_set else None
+    source = OwnImages(config.images, columns, config.label_map)
     with checking_input():
         bundle = release.export(
             config.checkpoint,
-            config.images,
+            source,
             config.output,
             precisions=config.precisions,
             settings=config.parity,

@@ -58,7 +58,8 @@ def bundle(request, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certificate, "SPEED_S", 0.0)
         output, settings = str(folder / "bundle"), ParitySettings(sample_images=10, min_images=5)
-        release.export(str(folder / "best"), str(folder / "pictures"), output, settings=settings)
+        pictures = samples.OwnImages(str(folder / "pictures"))
+        release.export(str(folder / "best"), pictures, output, settings=settings)
     blocks = re.findall(r"```python\n(.*?)```", (folder / "bundle" / "README.md").read_text(), re.DOTALL)
     for name, block in zip(("label.py", "examples.py"), blocks, strict=True):
         (folder / "bundle" / name).write_text(block)

@@ -19,14 +19,19 @@ from export import certificate, convert, images, parity, published, quantize, re
 from export.checkpoint import open_checkpoint
 from export.published import Contract, contract_of
 from export.settings import ParitySettings
+from jobs import certify_bundle, export_onnx
+from jobs.certify_bundle import CertifyConfig
 from jobs.cli import main
+from jobs.export_onnx import ExportConfig
 from pipelines.bundle import bundle, providers
 from pipelines.bundle.bundle import open_bundle
 from pipelines.bundle.coverage import find_gap
 from pipelines.bundle.limits import LIMITS
 from pipelines.bundle.manifest import NotCertified
 from pipelines.bundle.settings import RuntimeSpec
+from pipelines.datasets.settings import Columns
 from pipelines.images import prepare
+from pipelines.messages import InputError
 from pipelines.specs import ImageSpec, ModelSpec
 from pipelines.taxonomy import taxonomy
 from tests.builders.models import CLASS_IDS, checkpoint, dataset, small_bundle
@@ -225,9 +230,9 @@ def test_too_few_images_of_the_user_certify_nothing(trained, pictures, tmp_path,
 
 def test_images_that_are_missing_are_replaced_by_others(pictures, tmp_path, caplog):
     holed = Path(shutil.copytree(pictures, tmp_path / "holed"))
-    first = images.draw(str(holed), count=10, seed=0)
+    first = images.draw(images.OwnImages(str(holed)), count=10, seed=0)
     Path(first[0].image_id).unlink()
-    drawn = images.draw(str(holed), count=10, seed=0)
+    drawn = images.draw(images.OwnImages(str(holed)), count=10, seed=0)
     assert [one.image_id for one in drawn[:9]] == [one.image_id for one in first[1:]]
     assert len(drawn) == 10
     assert f"left out {first[0].image_id}" in caplog.text
@@ -249,7 +254,9 @@ def test_images_that_the_run_learned_from_are_compared_only_to_reach_the_least(
     pictures, tmp_path, held_out, compared, trained_on
 ):
     run = recorded_run(tmp_path / "run", pictures, 40 - held_out)
-    own, _ = release.draw_images(str(pictures), ParitySettings(), calibrating=False, run=str(run))
+    own, _ = release.draw_images(
+        images.OwnImages(str(pictures)), ParitySettings(), calibrating=False, run=str(run)
+    )
     assert (len(own), sum(one.split == "train" for one in own)) == (compared, trained_on)
 
 
@@ -261,8 +268,69 @@ def test_export_reads_the_columns_that_the_run_was_given(pictures, tmp_path):
     run.mkdir()
     columns = {"label": "breed", "file": str(pictures / "{id}.jpg")}
     (run / "recipe.json").write_text(json.dumps({"dataset": {"uri": str(table), "columns": columns}}))
-    drawn = images.draw(str(table), count=2, seed=0, run=str(run))
+    drawn = images.draw(images.OwnImages(str(table)), count=2, seed=0, run=str(run))
     assert sorted(one.labels for one in drawn) == [("1",), ("483",)]
+
+
+def test_a_copy_elsewhere_is_read_by_the_columns_that_are_given(pictures, tmp_path):
+    """The columns of a run hold for the very table that it had."""
+    (tmp_path / "breeds.csv").write_text("id,breed\n0,pug\n1,cat\n")
+    (tmp_path / "map.csv").write_text("label,target\npug,483\ncat,1\n")
+    table = str(tmp_path / "breeds.csv")
+    with pytest.raises(InputError, match=r"--columns\.file 'images/\{id\}\.jpg'"):
+        images.find(images.OwnImages(table))
+    columns = Columns(label="breed", file=str(pictures / "{id}.jpg"))
+    found = images.find(images.OwnImages(table, columns, str(tmp_path / "map.csv")))
+    assert [one.labels for one in found] == [("483",), ("1",)]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        (ExportConfig, ["--checkpoint", "run", "--images", "t.csv", "--output", "b"]),
+        (CertifyConfig, ["b", "--images", "t.csv"]),
+    ],
+)
+def test_columns_and_label_map_can_be_given(config, arguments, monkeypatch):
+    given = ["--columns.label", "breed", "--label-map", "map.csv"]
+    settings = config.parse([*arguments, *given], command="x")
+    seen = []
+
+    def measure(first, source, *others, **settings):
+        seen.append(source)
+        raise InputError("seen")
+
+    for name in ("export", "certify"):
+        monkeypatch.setattr(release, name, measure)
+    job = export_onnx if config is ExportConfig else certify_bundle
+    for one in (settings, config.parse(arguments, command="x")):
+        with pytest.raises(InputError, match="seen"):
+            job.run(one)
+    assert seen == [
+        images.OwnImages("t.csv", Columns(label="breed"), "map.csv"),
+        images.OwnImages("t.csv"),
+    ]
+
+
+def test_table_whose_labels_are_not_found_says_so(pictures, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "t.csv").write_text(f"file,breed\n{pictures / '0.jpg'},483\n")
+    assert [one.labels for one in images.find(images.OwnImages(str(tmp_path / "t.csv")))] == [()]
+    assert "taken without labels: " in caplog.text
+    assert "no column 'label'" in caplog.text and "--columns.label" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [(("483", "1"), [("1",), ("483",)]), (("train", "test"), [("425",), ("425",)]), (("all",), [("425",)])],
+)
+def test_folders_of_classes_win_over_labels_csv_as_in_training(pictures, tmp_path, folders, expected):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        shutil.copy(pictures / "0.jpg", tmp_path / name / "a.jpg")
+    rows = "".join(f"{name}/a.jpg,425\n" for name in folders)
+    (tmp_path / "labels.csv").write_text(f"file,label\n{rows}")
+    assert sorted(one.labels for one in images.find(images.OwnImages(str(tmp_path)))) == expected
 
 
 @pytest.mark.parametrize(

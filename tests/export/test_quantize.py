@@ -33,7 +33,9 @@ def graph(network) -> bytes:
 
 @pytest.fixture(scope="module")
 def pixels_nhwc(tmp_path_factory) -> np.ndarray:
-    drawn = images.draw(str(dataset(tmp_path_factory.mktemp("d") / "set", 80)), count=80, seed=0)
+    drawn = images.draw(
+        images.OwnImages(str(dataset(tmp_path_factory.mktemp("d") / "set", 80))), count=80, seed=0
+    )
     return np.stack(images.decode([one.payload for one in drawn], SPEC))
 
 

@@ -84,7 +84,7 @@ def test_bundle_holds_what_readers_are_promised(exported):
 
 def test_every_precision_in_the_bundle_runs_as_certified(exported, pictures):
     opened = open_bundle(str(exported))
-    drawn = samples.draw(str(pictures), count=10, seed=3)
+    drawn = samples.draw(samples.OwnImages(str(pictures)), count=10, seed=3)
     pixels_nhwc = np.stack(samples.decode([one.payload for one in drawn], SPEC))
     for name in MODEL_FILES:
         assert opened.certificate_for("cpu", name).passed
@@ -107,7 +107,7 @@ def test_same_export_elsewhere_has_the_same_model_id(exported, trained, pictures
     settings = ParitySettings(sample_images=20, min_images=5, calibration_images=40)
     again = release.export(
         str(elsewhere),
-        str(pictures),
+        samples.OwnImages(str(pictures)),
         str(tmp_path / "b"),
         precisions=("fp32", "fp16", "int8"),
         settings=settings,
@@ -163,7 +163,7 @@ def test_export_that_fails_while_writing_can_simply_be_repeated(trained, picture
     with pytest.raises(OSError, match="No space left"):
         release.export(
             str(trained),
-            str(pictures),
+            samples.OwnImages(str(pictures)),
             str(tmp_path / "b"),
             settings=FEW,
         )
@@ -171,7 +171,7 @@ def test_export_that_fails_while_writing_can_simply_be_repeated(trained, picture
     monkeypatch.undo()
     release.export(
         str(trained),
-        str(pictures),
+        samples.OwnImages(str(pictures)),
         str(tmp_path / "b"),
         settings=FEW,
     )
@@ -239,7 +239,7 @@ def test_combination_that_cannot_run_is_refused_before_anything_is_measured(copi
 @pytest.mark.parametrize(("compared", "calibrated"), [(20, 40), (27, 33), (40, 60), (60, 60)])
 def test_images_that_are_compared_calibrate_too_where_too_few_are_left(pictures, compared, calibrated):
     settings = ParitySettings(sample_images=compared, min_images=20, calibration_images=60)
-    own, further = release.draw_images(str(pictures), settings, calibrating=True)
+    own, further = release.draw_images(samples.OwnImages(str(pictures)), settings, calibrating=True)
     assert (len(own), len(further)) == (compared, calibrated)
     alone = {one.fingerprint for one in own}.isdisjoint(one.fingerprint for one in further)
     assert alone == (calibrated < 60)
@@ -259,7 +259,7 @@ def test_int8_certificate_says_what_it_was_calibrated_on(exported, copied, pictu
 
 
 def reference_of(trained: Path, pictures: Path) -> certificate.Reference:
-    own = samples.draw(str(pictures), count=5, seed=0)
+    own = samples.draw(samples.OwnImages(str(pictures)), count=5, seed=0)
     with checkpoint.open_checkpoint(str(trained)) as found:
         return release.reference_of_checkpoint(found, found.network(), own, FEW)
 
@@ -399,7 +399,7 @@ def test_taxonomy_of_the_users_own_travels_with_the_bundle(trained, pictures, tm
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": str(own)}))
     made = release.export(
         str(folder),
-        str(pictures),
+        samples.OwnImages(str(pictures)),
         str(tmp_path / "b"),
         settings=FEW,
     )
@@ -415,7 +415,7 @@ def test_flat_labels_are_their_own_taxonomy(trained, pictures, tmp_path):
     (folder / "iab_vision.json").write_text(json.dumps({**settings, "taxonomy": "labels"}))
     release.export(
         str(folder),
-        str(pictures),
+        samples.OwnImages(str(pictures)),
         str(tmp_path / "b"),
         settings=FEW,
     )
@@ -423,16 +423,16 @@ def test_flat_labels_are_their_own_taxonomy(trained, pictures, tmp_path):
 
 
 def test_sample_is_the_same_for_a_seed_and_prefers_held_out_images(pictures, tmp_path):
-    first = samples.draw(str(pictures), count=7, seed=1)
-    assert [one.image_id for one in samples.draw(str(pictures), count=7, seed=1)] == [
+    first = samples.draw(samples.OwnImages(str(pictures)), count=7, seed=1)
+    assert [one.image_id for one in samples.draw(samples.OwnImages(str(pictures)), count=7, seed=1)] == [
         one.image_id for one in first
     ]
-    assert first != samples.draw(str(pictures), count=7, seed=2)
+    assert first != samples.draw(samples.OwnImages(str(pictures)), count=7, seed=2)
     mixed = Path(shutil.copytree(pictures, tmp_path / "mixed"))
     lines = (mixed / "labels.csv").read_text().splitlines()
     trained_on = [line.replace("validation", "train") for line in lines[1:51]]
     (mixed / "labels.csv").write_text("\n".join([lines[0], *trained_on, *lines[51:]]))
-    drawn = samples.draw(str(mixed), count=40, seed=1)
+    drawn = samples.draw(samples.OwnImages(str(mixed)), count=40, seed=1)
     assert [one.split for one in drawn] == ["validation"] * 10 + ["train"] * 30
 
 
@@ -441,7 +441,7 @@ def test_folder_with_a_table_of_labels_is_read_by_it_and_says_so(pictures, tmp_p
     lines = (folder / "labels.csv").read_text().splitlines()
     (folder / "labels.csv").write_text("\n".join(lines[:6]))
     with caplog.at_level("INFO"):
-        assert len(samples.draw(str(folder), count=40, seed=1)) == 5
+        assert len(samples.draw(samples.OwnImages(str(folder)), count=40, seed=1)) == 5
     assert f"{folder}: the images and labels are those of its labels.csv" in caplog.text
 
 
@@ -451,14 +451,14 @@ def test_table_without_labels_is_enough(pictures, tmp_path, column):
     names = ["0.jpg", "1.jpg"] if column == "file" else [str(pictures / "0.jpg"), str(pictures / "1.jpg")]
     prefix = "dataset/" if column == "file" else ""
     table.write_text("\n".join([column, *(prefix + name for name in names)]))
-    drawn = samples.draw(str(table), count=9, seed=0)
+    drawn = samples.draw(samples.OwnImages(str(table)), count=9, seed=0)
     assert [one.labels for one in drawn] == [(), ()]
 
 
 def test_table_without_a_place_for_images_says_what_it_has(tmp_path):
     (tmp_path / "t.csv").write_text("picture,size\na,b\n")
-    with pytest.raises(InputError, match=r"neither a column uri nor file among \['picture', 'size'\]"):
-        samples.draw(str(tmp_path / "t.csv"), count=1, seed=0)
+    with pytest.raises(InputError, match=r"no column 'uri', 'file', 'file_name'.*--columns.file"):
+        samples.draw(samples.OwnImages(str(tmp_path / "t.csv")), count=1, seed=0)
 
 
 def test_label_that_is_no_class_leaves_the_image_unlabelled(trained):
