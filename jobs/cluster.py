@@ -8,14 +8,18 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.signals import handlers_kept
 from pipelines.machine import cores
 
+log = logging.getLogger(__name__)
+
 LOGICAL_CPUS_PER_CORE = 4
+STARTS = 3
+"""Attempts to start a cluster on this machine."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives its job must not start a cluster of its own
@@ -71,6 +75,21 @@ def without_log_level_line() -> Iterator[None]:
             os.write(2, b"".join(line for line in held if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
+def start_here(start: Callable[[], object]) -> None:
+    """Start Ray on this machine, again where its node was not up within the 30 s that Ray gives it.
+
+    That happens on a busy machine, as when a cluster that was killed is still ending.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            start()
+            return
+        except Exception as error:  # Ray raises nothing narrower
+            if not left or "timed out during startup" not in str(error):
+                raise
+            log.warning("Ray was not up within 30 s: this machine is busy; starting it again")
+
+
 @contextmanager
 def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[None]:
     """Connect for the duration of a job, and disconnect; a cluster started here ends with it, or the process.
@@ -99,7 +118,8 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
                 "prestart_worker_first_driver": False,
                 "worker_maximum_startup_concurrency": max(cpus, LOGICAL_CPUS_PER_CORE * cores()),
             }
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=workers, **quiet)
+            settings = {"num_cpus": cpus, "include_dashboard": False, "_system_config": workers, **quiet}
+            start_here(lambda: ray.init(address="local", **settings))
     try:
         yield
     except BaseException:
