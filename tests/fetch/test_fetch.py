@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import ssl
 import subprocess
 import sys
 import tarfile
@@ -43,6 +42,7 @@ from pipelines.status import TRANSIENT, Status
 from pipelines.storage.storage import open_storage
 from pipelines.storage.uris import StorageError, StorageRefused
 from tests.builders.fault_server import ADDRESS, BODY, FaultServer, Forwarder, fault_server, witness
+from tests.builders.tls import self_signed
 
 LIMITS_OF_A_RUN = FetchLimits(per_host=16)
 LIMITS = FetchLimits(
@@ -204,15 +204,7 @@ def test_retry_after_holds_for_the_host_that_sent_it_and_no_other(
 def test_expired_or_foreign_certificate_is_a_passing_failure_of_the_host(
     server: FaultServer, fetcher: Fetcher, tmp_path: Path
 ) -> None:
-    certificate = str(tmp_path / "certificate.pem")
-    subprocess.run(
-        f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=elsewhere -days 1 -keyout {certificate}.key "
-        f"-out {certificate}".split(),
-        check=True,
-        capture_output=True,
-    )
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate, f"{certificate}.key")
+    _, tls = self_signed(tmp_path, "-subj", "/CN=elsewhere")
     fetched = fetcher.fetch(f"https://{ADDRESS}:{server.another_port(tls)}/ok")
     assert fetched.status is Status.TLS_FAILED
     assert "certificate" in f"{fetched.error}"

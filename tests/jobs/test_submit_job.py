@@ -5,8 +5,6 @@ import itertools
 import json
 import os
 import signal
-import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from jobs.signals import handlers_kept
 from jobs.submit_job import SubmitConfig, base_id, parse_command, submission
 from tests.builders.flaky_proxy import FlakyProxy
 from tests.builders.job_server import VERSION, JobServer, Reply
+from tests.builders.tls import self_signed
 
 REQUIRED = ["--inventory", "in.csv", "--bundle", "b", "--output", "s3://b/out"]
 
@@ -227,19 +226,11 @@ def test_a_log_that_fails_once_at_the_end_is_read_again(
 def test_a_certificate_that_is_not_trusted_is_wrong_input_until_its_file_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    certificate = str(tmp_path / "certificate.pem")
-    subprocess.run(
-        f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=test -days 1 -keyout {certificate}.key "
-        f"-addext subjectAltName=IP:127.0.0.1 -out {certificate}".split(),
-        check=True,
-        capture_output=True,
-    )
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate, f"{certificate}.key")
+    file, tls = self_signed(tmp_path, "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1")
     with JobServer(tls=tls) as server:
         assert submit(server, "--detach", "classify", *REQUIRED) == 2
         assert "--ca-file" in capsys.readouterr().err
-        assert submit(server, "--ca-file", certificate, "--detach", "classify", *REQUIRED) == 0
+        assert submit(server, "--ca-file", str(file), "--detach", "classify", *REQUIRED) == 0
 
 
 def interrupt(server: JobServer, *, then: Callable[[str], None] = lambda name: None) -> None:
