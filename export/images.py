@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipelines.datasets import readers
 from pipelines.datasets.dataset import rename_labels
+from pipelines.datasets.errors import DatasetError
 from pipelines.datasets.pixels import fetcher
-from pipelines.datasets.readers import DatasetError
 from pipelines.datasets.settings import Columns
 from pipelines.datasets.splits import ALIASES, TEST, TRAIN, VALIDATION
 from pipelines.evaluation.eval_set import find_covering_class

@@ -15,8 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines.datasets import splits
+from pipelines.datasets.errors import DatasetError
+from pipelines.datasets.labels import Labels
 from pipelines.datasets.pixels import class_matrix
-from pipelines.datasets.readers import DatasetError, Labels, read, read_columns
+from pipelines.datasets.readers import read, read_columns
 from pipelines.datasets.settings import DataSettings, Splits
 from pipelines.inventory import tables
 from pipelines.messages import redact

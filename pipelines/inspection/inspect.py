@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from pipelines.datasets import splits
 from pipelines.datasets.dataset import LabelledData, refuse_untrainable
+from pipelines.datasets.errors import DatasetError
 from pipelines.datasets.pixels import decode_batch
-from pipelines.datasets.readers import DatasetError
 from pipelines.images.pixels import pixels_of
 from pipelines.inspection.duplicates import HASHED, MAX_DISTANCE, group_alike, hash_pictures
 from pipelines.messages import redact

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.datasets import dataset, pixels, splits
-from pipelines.datasets.readers import DatasetError
+from pipelines.datasets.errors import DatasetError
 from pipelines.datasets.settings import Columns, DataSettings, ImageCache, Splits
 from pipelines.images.pixels import pixels_of
 from pipelines.messages import InputError, JobFailed
